@@ -1,0 +1,1 @@
+"""Case sources (one file per format), splits, samplers and transforms."""

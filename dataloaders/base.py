@@ -1,0 +1,138 @@
+"""What every data format offers: cases by id, read as channel-first volumes with their geometry."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from myutils.registry import Registry
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One case.
+
+    Attributes:
+        case_id: Name of the case, unique in its source.
+        image: Image (C, X, Y, Z), float32, raw intensities as stored.
+        label: Class ids (X, Y, Z), uint8, or None where there is no label or it was not asked for.
+        affine: Voxel index to RAS+ millimetres (4, 4), float64, as in NIfTI.
+        spacing: Voxel size along X, Y, Z in mm.
+    """
+
+    case_id: str
+    image: np.ndarray
+    label: np.ndarray | None
+    affine: np.ndarray
+    spacing: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What a source may be told by flags; a source ignores what does not concern it.
+
+    Attributes:
+        root: Data folder (``--dataset_path``); None for sources that make their own data.
+        num_classes: Classes with the background (``--num_classes``); None to take what the data say.
+        voxel_size: Voxel size in mm for formats that store none (``--voxel_size``).
+        modality: "mr", "ct" or None to take what the data say.
+        cache_dir: Folder for files that a source makes once, such as the demo cohort.
+    """
+
+    root: Path | None = None
+    num_classes: int | None = None
+    voxel_size: tuple[float, float, float] | None = None
+    modality: str | None = None
+    cache_dir: Path = field(default_factory=lambda: Path.home() / ".cache" / "cov_dfp_3d")
+
+
+@dataclass(frozen=True)
+class OfficialSplits:
+    """Lists of case ids that come with the data; None where the data bring no such list."""
+
+    train: tuple[str, ...] | None = None
+    test: tuple[str, ...] | None = None
+
+
+class CaseSource(ABC):
+    """A data set in one format. Construction is cheap: it lists cases and opens no image but, at most, a header.
+
+    Attributes:
+        num_classes: Number of classes, the background included.
+        in_channels: Number of image channels C.
+        class_names: One name per class, ``class_names[0]`` is the background.
+        modality: "mr" or "ct"; decides how intensities are normalised.
+        flip_axes: Image axes (0, 1, 2) along which a mirrored case is a plausible case.
+    """
+
+    num_classes: int
+    in_channels: int
+    class_names: tuple[str, ...]
+    modality: str = "mr"
+    flip_axes: tuple[int, ...] = (0, 1, 2)
+
+    @classmethod
+    @abstractmethod
+    def from_options(cls, options: SourceOptions) -> CaseSource:
+        """Build the source from flags; raises FileNotFoundError or ValueError that names the fix."""
+
+    @abstractmethod
+    def case_ids(self) -> list[str]:
+        """All case ids, sorted or in the order that the data's own list gives."""
+
+    @abstractmethod
+    def labeled_ids(self) -> list[str]:
+        """Ids of the cases for which a label file exists, in the order of ``case_ids``; opens no label."""
+
+    @abstractmethod
+    def load(self, case_id: str, *, with_label: bool) -> Volume:
+        """Read one case; with ``with_label=False`` no label file is opened.
+
+        Raises:
+            FileNotFoundError: If the image, or a label that was asked for, is missing.
+            ValueError: If image and label disagree in shape, or a class id is beyond ``num_classes``.
+        """
+
+    def official_splits(self) -> OfficialSplits:
+        """The data's own lists, read lazily by the job that needs them."""
+        return OfficialSplits()
+
+
+SOURCES: Registry[type[CaseSource]] = Registry("data set", "dataloaders")
+
+
+def check_label(label: np.ndarray, image_shape: Sequence[int], num_classes: int, case_id: str) -> np.ndarray:
+    """Validate a label map and return it as uint8 (X, Y, Z).
+
+    Raises:
+        ValueError: If its shape is not that of the image, its values are not whole numbers, or an id is
+            beyond ``num_classes``.
+    """
+    if tuple(label.shape) != tuple(image_shape):
+        raise ValueError(
+            f"case {case_id}: label shape {tuple(label.shape)} differs from image shape {tuple(image_shape)}; "
+            "resample the label onto the image grid"
+        )
+    whole = np.rint(label)
+    if not np.array_equal(whole, label):
+        raise ValueError(f"case {case_id}: the label has fractional values; store class ids 0..{num_classes - 1}")
+    low, high = int(whole.min(initial=0)), int(whole.max(initial=0))
+    if low < 0 or high >= num_classes:
+        bad = low if low < 0 else high
+        raise ValueError(
+            f"case {case_id}: class id {bad} is outside 0..{num_classes - 1}; pass --num_classes {high + 1} "
+            "or correct the label"
+        )
+    return whole.astype(np.uint8)
+
+
+def lookup_case(case_id: str, table: dict[str, Path], root: Path) -> Path:
+    """The path filed under ``case_id``, or a FileNotFoundError that names the folder and a few known ids."""
+    if case_id in table:
+        return table[case_id]
+    known = ", ".join(list(table)[:3])
+    raise FileNotFoundError(f"case {case_id!r} is not in {root} ({len(table)} cases: {known}, ...); check the list file")

@@ -1,0 +1,72 @@
+"""Registries: one decorator makes a class reachable under its command-line name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from types import ModuleType
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names to classes, filled by importing every module of a package.
+
+    A new data set, network or method is one new file in its package: the file is found and imported on the
+    first look-up, and its ``@REGISTRY.register("name")`` adds it.
+
+    Args:
+        kind: What is registered, for error messages ("method").
+        package: Dotted name of the package whose modules register themselves.
+    """
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind = kind
+        self._package = package
+        self._entries: dict[str, T] = {}
+        self._loaded = False
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Class decorator that files the class under ``name``; a name is taken once."""
+
+        def add(entry: T) -> T:
+            if name in self._entries:
+                raise ValueError(f"{self.kind} {name!r} is registered twice; choose another name")
+            self._entries[name] = entry
+            return entry
+
+        return add
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        package: ModuleType = importlib.import_module(self._package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self._package}.{module.name}")
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        self._load()
+        return sorted(self._entries)
+
+    def get(self, name: str) -> T:
+        """The class registered as ``name``.
+
+        Raises:
+            ValueError: If the name is unknown; the message lists the known names and the closest one.
+        """
+        self._load()
+        if name in self._entries:
+            return self._entries[name]
+        raise ValueError(f"unknown {self.kind} {name!r}; {closest_hint(name, self.names())}")
+
+
+def closest_hint(name: str, known: list[str]) -> str:
+    """A sentence for error messages: the closest known name, if any, and the whole list."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known: {', '.join(known)}"

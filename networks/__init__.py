@@ -1,0 +1,1 @@
+"""Segmentation networks; each returns logits together with its last decoder features."""
