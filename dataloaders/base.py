@@ -51,11 +51,18 @@ class SourceOptions:
 
 
 @dataclass(frozen=True)
-class OfficialSplits:
-    """Lists of case ids that come with the data; None where the data bring no such list."""
+class TrainingDefaults:
+    """Flag values that suit a data set where the user gives none.
 
-    train: tuple[str, ...] | None = None
-    test: tuple[str, ...] | None = None
+    Attributes:
+        patch_size: Size of a training patch in voxels.
+        max_iteration: Number of training steps.
+        labelnum: Number of labelled cases.
+    """
+
+    patch_size: tuple[int, int, int] = (64, 64, 64)
+    max_iteration: int = 6000
+    labelnum: int = 8
 
 
 class CaseSource(ABC):
@@ -67,6 +74,7 @@ class CaseSource(ABC):
         class_names: One name per class, ``class_names[0]`` is the background.
         modality: "mr" or "ct"; decides how intensities are normalised.
         flip_axes: Image axes (0, 1, 2) along which a mirrored case is a plausible case.
+        defaults: Training settings that suit the data where the user gives none.
     """
 
     num_classes: int
@@ -74,6 +82,7 @@ class CaseSource(ABC):
     class_names: tuple[str, ...]
     modality: str = "mr"
     flip_axes: tuple[int, ...] = (0, 1, 2)
+    defaults: TrainingDefaults = TrainingDefaults()
 
     @classmethod
     @abstractmethod
@@ -97,9 +106,13 @@ class CaseSource(ABC):
             ValueError: If image and label disagree in shape, or a class id is beyond ``num_classes``.
         """
 
-    def official_splits(self) -> OfficialSplits:
-        """The data's own lists, read lazily by the job that needs them."""
-        return OfficialSplits()
+    def official_train(self) -> tuple[str, ...] | None:
+        """Ids of the training list that comes with the data, read when asked for; None where there is none."""
+        return None
+
+    def official_test(self) -> tuple[str, ...] | None:
+        """Ids of the test list that comes with the data; evaluation alone asks for it, training never does."""
+        return None
 
 
 SOURCES: Registry[type[CaseSource]] = Registry("data set", "dataloaders")
