@@ -1,0 +1,214 @@
+"""The run's configuration: every flag of the trainer, checked before anything starts, saved with the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dataloaders.base import SourceOptions
+from dataloaders.splits import SplitRequest
+from myutils.flags import option
+
+DATA, METHOD, PROTOTYPES = "data", "method", "prototypes"
+OPTIMISATION, AUGMENTATION, RUN, EVALUATION = "optimisation", "augmentation", "run", "evaluation"
+
+Triple = tuple[int, int, int]
+Spacing = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of one run. A field that is None takes the data set's own default (``resolved``)."""
+
+    dataset_name: str = option("demo", help="data format: demo, LA, decathlon, nifti, dicom", group=DATA)
+    dataset_path: Path | None = option(None, help="folder of the data set; not needed for demo", group=DATA)
+    cache_dir: Path = option(
+        Path.home() / ".cache" / "cov_dfp_3d", help="folder for data made once (demo)", group=DATA
+    )
+    labelnum: int | None = option(None, help="labelled training cases, >= 1, validation cases included", group=DATA)
+    val_num: int = option(0, help="labelled cases held out to choose best.pt; 0: the last checkpoint counts", group=DATA)
+    train_list: Path | None = option(None, help="text file: training case ids, the first labelnum labelled", group=DATA)
+    labeled_list: Path | None = option(None, help="text file: labelled case ids", group=DATA)
+    val_list: Path | None = option(None, help="text file: validation case ids", group=DATA)
+    test_list: Path | None = option(None, help="text file: test case ids, read by the evaluation", group=DATA)
+    num_classes: int | None = option(None, help="classes with the background, >= 2", group=DATA)
+    modality: str | None = option(None, help="mr: z-score; ct: clip and z-score", group=DATA, choices=("mr", "ct"))
+    voxel_size: Spacing | None = option(None, help="voxel size in mm for formats that store none (LA)", group=DATA)
+    spacing: Spacing | None = option(None, help="resample images to this voxel size in mm; else none", group=DATA)
+    interpolation: str = option("linear", help="for --spacing", group=DATA, choices=("linear", "cubic"))
+
+    method: str = option("mean_teacher", help="training method: supervised, mean_teacher", group=METHOD)
+    model: str = option("unet_3d", help="network: unet_3d, vnet, dynunet, segresnet", group=METHOD)
+    consistency: float = option(1.0, help="weight of the pseudo-label loss after its ramp-up, >= 0", group=METHOD)
+    consistency_rampup: int | None = option(
+        None, help="steps of the sigmoid ramp-up of the unlabelled losses; else 30 % of the training", group=METHOD
+    )
+    ema_decay: float = option(0.99, help="decay of the teacher's moving average after warm-up, 0..1", group=METHOD)
+    confidence_threshold: float = option(0.8, help="least probability of a pseudo-label that counts", group=METHOD)
+    cutmix: bool = option(True, help="paste boxes between the strong views of unlabelled patches", group=METHOD)
+
+    use_contrastive_prototype: bool = option(True, help="the prototype term, for any method", group=PROTOTYPES)
+    contrastive_weight: float = option(0.1, help="weight of its memory loss after ramp-up, >= 0", group=PROTOTYPES)
+    intra_weight: float = option(0.01, help="weight of its within-class loss, >= 0", group=PROTOTYPES)
+    inter_weight: float = option(0.01, help="weight of its between-class loss, >= 0", group=PROTOTYPES)
+    elements_per_class: int = option(32, help="vectors in memory per class, >= 1", group=PROTOTYPES)
+    use_learned_selector: bool = option(True, help="learned selectors weight features and memory", group=PROTOTYPES)
+    prototype_ranking: str = option(
+        "highest",
+        help="which vectors the memory keeps",
+        group=PROTOTYPES,
+        choices=("highest", "lowest", "random", "confidence"),
+    )
+    prototype_samples: int = option(2048, help="voxels per class and batch in the term, >= 1", group=PROTOTYPES)
+    memory_interval: int = option(4, help="steps between refills of the memory by the teacher, >= 1", group=PROTOTYPES)
+    embedding_dim: int = option(64, help="width of the projection and prediction heads, >= 1", group=PROTOTYPES)
+
+    max_iteration: int | None = option(None, help="training steps, >= 1", group=OPTIMISATION)
+    batch_size: int = option(4, help="patches per step, over all ranks", group=OPTIMISATION)
+    labeled_bs: int = option(2, help="of these labelled, 1..batch_size - 1", group=OPTIMISATION)
+    base_lr: float = option(0.02, help="first learning rate, > 0, decays as (1 - t/T)^0.9", group=OPTIMISATION)
+    weight_decay: float = option(1e-4, help="of the optimizer, >= 0", group=OPTIMISATION)
+    grad_clip: float = option(5.0, help="largest gradient norm, > 0", group=OPTIMISATION)
+    patch_size: Triple | None = option(None, help="voxels of a training patch and a window", group=OPTIMISATION)
+
+    augment: bool = option(True, help="random intensity and affine changes", group=AUGMENTATION)
+    flip_axes: tuple[int, ...] | None = option(
+        None, help="axes (0 1 2) to mirror along; empty: never", group=AUGMENTATION
+    )
+    rotate90: bool = option(False, help="quarter turns in the X-Y plane", group=AUGMENTATION)
+    foreground_share: float = option(0.5, help="share of labelled crops centred on a structure", group=AUGMENTATION)
+
+    exp: str | None = option(None, help="name of the run; it gets the folder output_dir/exp", group=RUN)
+    output_dir: Path = option(Path("runs"), help="folder of all runs", group=RUN)
+    seed: int = option(0, help="decides splits, weights and every random draw, >= 0", group=RUN)
+    gpu: int | None = option(None, help="number of the CUDA device; without one the CPU is used", group=RUN)
+    amp: str = option(
+        "auto", help="autocast; auto: bf16 where the device is fast at it", group=RUN, choices=("auto", "no", "bf16", "fp16")
+    )
+    deterministic: bool = option(True, help="only deterministic kernels, on CUDA too", group=RUN)
+    num_workers: int = option(0, help="processes that prepare batches, >= 0; 0: the training process", group=RUN)
+    resume: bool = option(False, help="go on from last.pt of --exp with its stored settings", group=RUN)
+    log_every: int = option(10, help="steps between log entries, >= 1", group=RUN)
+    save_every: int = option(250, help="steps between checkpoints and validations, >= 1", group=RUN)
+    image_every: int = option(250, help="steps between pictures in TensorBoard, >= 1", group=RUN)
+
+    evaluate: bool = option(True, help="evaluate on the test cases after training", group=EVALUATION)
+    baseline: bool | None = option(None, help="train the supervised-only baseline too and compare", group=EVALUATION)
+    overlap: float = option(0.5, help="overlap of neighbouring windows, 0..0.9", group=EVALUATION)
+    tta_flips: bool = option(False, help="average over mirrored inputs (flip_axes)", group=EVALUATION)
+    largest_component: bool = option(False, help="keep the largest component of each class", group=EVALUATION)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def source_options(self) -> SourceOptions:
+        """What the case source needs of this configuration."""
+        return SourceOptions(
+            root=self.dataset_path,
+            num_classes=self.num_classes,
+            voxel_size=self.voxel_size,
+            modality=self.modality,
+            cache_dir=self.cache_dir,
+        )
+
+    def split_request(self) -> SplitRequest:
+        """What the splits need of this configuration."""
+        return SplitRequest(
+            labelnum=required(self.labelnum, "labelnum"),
+            val_num=self.val_num,
+            seed=self.seed,
+            train_list=self.train_list,
+            labeled_list=self.labeled_list,
+            val_list=self.val_list,
+            test_list=self.test_list,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; paths as strings, tuples as lists."""
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> RunConfig:
+        """Rebuild from ``to_dict``; unknown names are an error, missing ones take their default."""
+        hints = typing.get_type_hints(cls)
+        unknown = sorted(set(stored) - set(hints))
+        if unknown:
+            raise ValueError(f"config holds unknown settings {unknown}; it was written by another version")
+        return cls(**{name: _typed(value, hints[name]) for name, value in stored.items()})
+
+
+def required(value: Any, name: str) -> Any:
+    """``value``, or a ValueError where ``resolve`` has not filled it in yet."""
+    if value is None:
+        raise ValueError(f"{name} is not set; call resolve_config(config, source) first")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, list):
+        return tuple(value)
+    return Path(value) if hint is Path or Path in typing.get_args(hint) else value
+
+
+# name: (lowest allowed, highest allowed, what it must be)
+_RANGES: dict[str, tuple[float, float]] = {
+    "val_num": (0, float("inf")),
+    "labelnum": (1, float("inf")),
+    "num_classes": (2, 255),
+    "consistency": (0, float("inf")),
+    "consistency_rampup": (0, float("inf")),
+    "ema_decay": (0, 1),
+    "confidence_threshold": (0, 1),
+    "contrastive_weight": (0, float("inf")),
+    "intra_weight": (0, float("inf")),
+    "inter_weight": (0, float("inf")),
+    "elements_per_class": (1, float("inf")),
+    "prototype_samples": (1, float("inf")),
+    "memory_interval": (1, float("inf")),
+    "embedding_dim": (1, float("inf")),
+    "max_iteration": (1, float("inf")),
+    "batch_size": (2, float("inf")),
+    "labeled_bs": (1, float("inf")),
+    "base_lr": (1e-12, float("inf")),
+    "weight_decay": (0, float("inf")),
+    "grad_clip": (1e-12, float("inf")),
+    "foreground_share": (0, 1),
+    "seed": (0, 2**31 - 1),
+    "num_workers": (0, 256),
+    "log_every": (1, float("inf")),
+    "save_every": (1, float("inf")),
+    "image_every": (1, float("inf")),
+    "overlap": (0, 0.9),
+}
+
+
+def _check(config: RunConfig) -> None:
+    for name, (low, high) in _RANGES.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            limit = f"at least {low:g}" if high == float("inf") else f"in {low:g}..{high:g}"
+            raise ValueError(f"--{name} {value}: must be {limit}")
+    if config.labeled_bs >= config.batch_size:
+        raise ValueError(
+            f"--labeled_bs {config.labeled_bs}: must be below --batch_size {config.batch_size}, so that a step has "
+            "unlabelled patches too"
+        )
+    for name in ("patch_size", "spacing", "voxel_size"):
+        value = getattr(config, name)
+        if value is not None and min(value) <= 0:
+            raise ValueError(f"--{name} {' '.join(map(str, value))}: every value must be above 0")
+    if config.flip_axes is not None and not set(config.flip_axes) <= {0, 1, 2}:
+        raise ValueError(f"--flip_axes {' '.join(map(str, config.flip_axes))}: axes are 0, 1 and 2")
+    if config.exp is not None and (not config.exp or Path(config.exp).name != config.exp):
+        raise ValueError(f"--exp {config.exp!r}: a plain folder name; put the parent folder into --output_dir")

@@ -1,0 +1,128 @@
+"""Devices and ranks: the only place that names a device or talks to the process group's set-up."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """This process among all: ``rank`` in 0..world_size - 1, ``local_rank`` on its machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the terminal."""
+        return self.rank == 0
+
+
+def select_device(gpu: int | None = None, local_rank: int | None = None) -> torch.device:
+    """The CUDA device ``gpu`` (or that of the local rank), else the CPU with one log line that says so.
+
+    Raises:
+        ValueError: If a GPU number was asked for that this machine does not have.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpu is not None and not 0 <= gpu < count:
+        raise ValueError(f"--gpu {gpu}: this machine has {count} CUDA devices; leave the flag out to use the CPU")
+    if count == 0:
+        logger.info("device: CPU (%d threads); no CUDA device found", torch.get_num_threads())
+        return torch.device("cpu")
+    index = gpu if gpu is not None else (local_rank or 0) % count
+    logger.info("device: CUDA %d, %s", index, torch.cuda.get_device_name(index))
+    return torch.device("cuda", index)
+
+
+def start_process_group(gpu: int | None = None) -> tuple[RankInfo, torch.device]:
+    """Join the process group that ``torchrun`` announces in the environment, or stay alone.
+
+    Returns:
+        This process's rank and its device; NCCL on CUDA, gloo on the CPU.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return RankInfo(), select_device(gpu)
+    info = RankInfo(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
+    device = select_device(gpu, info.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return info, device
+
+
+def stop_process_group() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's picklable ``value`` on every rank; the value itself where there is one process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Mean of a tensor over all ranks; unchanged where there is one process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` is true on at least one rank; every rank must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return flag
+    found = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+def resolve_amp(amp: str, device: torch.device) -> str:
+    """Turn "auto" into "bf16" or "no": bf16 where the device has instructions for it.
+
+    Raises:
+        ValueError: If fp16 is asked for on the CPU.
+    """
+    on_cuda = device.type == "cuda"
+    if amp == "fp16" and not on_cuda:
+        raise ValueError("--amp fp16: needs a CUDA device; on the CPU use --amp bf16 or --amp no")
+    if amp != "auto":
+        return amp
+    fast = torch.cuda.is_bf16_supported() if on_cuda else _cpu_has_bf16()
+    return "bf16" if fast else "no"
+
+
+def _cpu_has_bf16() -> bool:
+    # Private names in torch 2.x; absent ones mean "unknown", for which float32 is the safe answer.
+    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return any(check() for check in checks if check is not None)
+
+
+def autocast(amp: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The autocast context of a resolved ``--amp`` value; no context for "no"."""
+    if amp == "no":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16 if amp == "bf16" else torch.float16)

@@ -1,0 +1,100 @@
+"""Command-line flags from a dataclass: one field, one flag, grouped help, and "did you mean" for a typo."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+def option(default: Any, *, help: str, group: str = "options", choices: Sequence[str] | None = None) -> Any:  # noqa: A002
+    """A dataclass field that becomes ``--name``; ``help`` states the meaning and the unit."""
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, "choices": choices})
+
+
+class SuggestingParser(argparse.ArgumentParser):
+    """Argument parser that answers an unknown flag with the closest known one."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and refuse what is not a flag."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._describe_unknown(unknown[0]))
+        return parsed
+
+    def _describe_unknown(self, word: str) -> str:
+        known = list(self._option_string_actions)
+        close = difflib.get_close_matches(word.split("=")[0].replace("-", "_").replace("__", "--", 1), known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else "; --help lists the flags"
+        return f"unrecognized argument {word}{hint}"
+
+    def error(self, message: str) -> NoReturn:
+        """One line on stderr, exit code 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
+    """Add one flag per field of the dataclass ``config``; absent flags leave no trace in the namespace."""
+    hints = typing.get_type_hints(config)
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        title = field.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        settings = _flag_settings(hints[field.name])
+        shown = "chosen from the data" if field.default is None else _shown(field.default)
+        settings["help"] = f"{field.metadata['help']} (default: {shown})".replace("%", "%%")
+        if field.metadata["choices"] is not None:
+            settings["choices"] = list(field.metadata["choices"])
+        groups[title].add_argument(f"--{field.name}", default=argparse.SUPPRESS, **settings)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(str(part) for part in value) if isinstance(value, tuple) else str(value)
+
+
+def _flag_settings(hint: Any) -> dict[str, Any]:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if hint is bool:
+        return {"action": UnderscoreBoolean, "nargs": 0}
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)
+        if inner[-1] is Ellipsis:
+            return {"nargs": "*", "type": inner[0], "metavar": "N"}
+        return {"nargs": len(inner), "type": inner[0], "metavar": ("X", "Y", "Z")[: len(inner)]}
+    return {"type": hint, "metavar": {int: "N", float: "VALUE", str: "NAME", Path: "PATH"}[hint]}
+
+
+class UnderscoreBoolean(argparse.Action):
+    """``--name`` and ``--no-name`` (``--no_name`` too)."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
+        name = option_strings[0][2:]
+        super().__init__([f"--{name}", f"--no-{name}", f"--no_{name}"], dest, **settings)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, not str(option_string).startswith(("--no-", "--no_")))
+
+
+def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
+    """Only the flags that stand on the command line, as {name: value}; lists become tuples."""
+    namespace = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}

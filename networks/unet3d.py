@@ -1,0 +1,51 @@
+"""3D U-Net with instance normalisation (Cicek et al. 2016, arXiv:1606.06650; norm as in nnU-Net)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from networks.base import NETWORKS, SegmentationNetwork, SegmentationOutput
+from networks.blocks import conv_block, kaiming_init
+
+
+@NETWORKS.register("unet_3d")
+class UNet3D(SegmentationNetwork):
+    """Encoder of two convolutions per level, strided downsampling, transposed upsampling, skip connections.
+
+    Args:
+        in_channels: Image channels C.
+        num_classes: Classes K, the background included.
+        widths: Feature channels per level, the finest first; the input is padded to multiples of
+            ``2 ** (len(widths) - 1)``.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, widths: Sequence[int] = (16, 32, 64, 128)) -> None:
+        super().__init__(in_channels, num_classes)
+        self.feature_dim = widths[0]
+        self.stride = (2 ** (len(widths) - 1),) * 3
+        self.encoder = nn.ModuleList()
+        for level, width in enumerate(widths):
+            first = conv_block(in_channels if level == 0 else widths[level - 1], width, step=1 if level == 0 else 2)
+            self.encoder.append(nn.Sequential(first, conv_block(width, width)))
+        self.upsample = nn.ModuleList()
+        self.decoder = nn.ModuleList()
+        for coarse, fine in zip(widths[:0:-1], widths[-2::-1], strict=True):
+            self.upsample.append(nn.ConvTranspose3d(coarse, fine, kernel_size=2, stride=2))
+            self.decoder.append(nn.Sequential(conv_block(2 * fine, fine), conv_block(fine, fine)))
+        self.classifier = nn.Conv3d(widths[0], num_classes, kernel_size=1)
+        self.apply(kaiming_init)
+
+    def forward_padded(self, images: Tensor) -> SegmentationOutput:
+        """See the base class."""
+        skips = []
+        features = images
+        for block in self.encoder:
+            features = block(features)
+            skips.append(features)
+        skips.pop()
+        for upsample, block in zip(self.upsample, self.decoder, strict=True):
+            features = block(torch.cat([upsample(features), skips.pop()], dim=1))  # (B, fine, X, Y, Z)
+        return SegmentationOutput(self.classifier(features), features)

@@ -1,0 +1,79 @@
+"""V-Net as the semi-supervised left-atrium papers use it (Milletari et al. 2016, arXiv:1606.04797)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from networks.base import NETWORKS, SegmentationNetwork, SegmentationOutput
+from networks.blocks import kaiming_init
+
+_CONVOLUTIONS = (1, 2, 3, 3, 3)  # per level, the finest first
+
+
+def _stage(width_in: int, width: int, count: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for index in range(count):
+        layers += [
+            nn.Conv3d(width_in if index == 0 else width, width, kernel_size=3, padding=1),
+            nn.InstanceNorm3d(width, affine=True),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*layers)
+
+
+def _resample(convolution: nn.Module, width: int) -> nn.Sequential:
+    return nn.Sequential(convolution, nn.InstanceNorm3d(width, affine=True), nn.ReLU(inplace=True))
+
+
+@NETWORKS.register("vnet")
+class VNet(SegmentationNetwork):
+    """Five levels of 1, 2, 3, 3, 3 convolutions; skips are added, not concatenated.
+
+    Args:
+        in_channels: Image channels C.
+        num_classes: Classes K, the background included.
+        filters: Feature channels of the finest level (the field's 16); doubled at each level.
+        dropout: Probability of dropping a whole channel at the bottleneck and before the classifier, in training.
+
+    Note:
+        UA-MT, SS-Net and BCP use batch normalisation. Here it is instance normalisation: batches hold two or four
+        patches, labelled ones mixed with unlabelled, and a moving-average teacher has no buffers to synchronise.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, filters: int = 16, dropout: float = 0.5) -> None:
+        super().__init__(in_channels, num_classes)
+        widths = [filters * 2**level for level in range(len(_CONVOLUTIONS))]
+        self.feature_dim = filters
+        self.stride = (2 ** (len(widths) - 1),) * 3
+        self.encoder = nn.ModuleList()
+        self.down = nn.ModuleList()
+        for level, (width, count) in enumerate(zip(widths, _CONVOLUTIONS, strict=True)):
+            self.encoder.append(_stage(in_channels if level == 0 else width, width, count))
+            if level + 1 < len(widths):
+                step = nn.Conv3d(width, 2 * width, kernel_size=2, stride=2)
+                self.down.append(_resample(step, 2 * width))
+        self.up = nn.ModuleList()
+        self.decoder = nn.ModuleList()
+        for level in range(len(widths) - 2, -1, -1):
+            width = widths[level]
+            step = nn.ConvTranspose3d(2 * width, width, kernel_size=2, stride=2)
+            self.up.append(_resample(step, width))
+            self.decoder.append(_stage(width, width, _CONVOLUTIONS[level]))
+        self.bottleneck_dropout = nn.Dropout3d(dropout)
+        self.feature_dropout = nn.Dropout3d(dropout)
+        self.classifier = nn.Conv3d(filters, num_classes, kernel_size=1)
+        self.apply(kaiming_init)
+
+    def forward_padded(self, images: Tensor) -> SegmentationOutput:
+        """See the base class; ``features`` are taken before the last dropout."""
+        skips = []
+        features = images
+        for level, stage in enumerate(self.encoder):
+            features = stage(features)
+            if level < len(self.down):
+                skips.append(features)
+                features = self.down[level](features)
+        features = self.bottleneck_dropout(features)
+        for up, stage in zip(self.up, self.decoder, strict=True):
+            features = stage(up(features) + skips.pop())  # (B, width, X, Y, Z)
+        return SegmentationOutput(self.classifier(self.feature_dropout(features)), features)
