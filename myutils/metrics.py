@@ -1,0 +1,129 @@
+"""Overlap and surface distances per class: Dice, Jaccard, HD95 and ASSD in mm, with a stated policy for empty masks.
+
+Policy: both masks empty -> Dice 1, Jaccard 1, distances 0; one of them empty -> Dice 0, Jaccard 0, distances ``inf``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+Box = tuple[slice, ...]
+
+
+class CaseMetrics(NamedTuple):
+    """Figures of one class in one case; the distances are in mm."""
+
+    dice: float
+    jaccard: float
+    hd95_mm: float
+    assd_mm: float
+
+
+BOTH_EMPTY = CaseMetrics(1.0, 1.0, 0.0, 0.0)
+ONE_EMPTY = CaseMetrics(0.0, 0.0, math.inf, math.inf)
+
+
+def segmentation_metrics(
+    prediction: np.ndarray, truth: np.ndarray, *, num_classes: int, spacing: Sequence[float]
+) -> dict[int, CaseMetrics]:
+    """Compare two label maps class by class.
+
+    Args:
+        prediction: Predicted class ids (X, Y, Z), integer.
+        truth: Reference class ids (X, Y, Z), integer.
+        num_classes: Classes K with the background; figures are given for 1..K-1.
+        spacing: Voxel size along X, Y, Z in mm, positive.
+
+    Raises:
+        ValueError: If the shapes differ, a map is not of integers, an id is outside 0..K-1 or a spacing is not
+            positive.
+    """
+    _check_inputs(prediction, truth, num_classes, spacing)
+    # find_objects reads signed integers only; one pass finds the boxes of all classes.
+    boxes_prediction = ndimage.find_objects(prediction.astype(np.int32, copy=False), max_label=num_classes - 1)
+    boxes_truth = ndimage.find_objects(truth.astype(np.int32, copy=False), max_label=num_classes - 1)
+    figures: dict[int, CaseMetrics] = {}
+    for class_id in range(1, num_classes):
+        box_prediction, box_truth = boxes_prediction[class_id - 1], boxes_truth[class_id - 1]
+        if box_prediction is None and box_truth is None:
+            figures[class_id] = BOTH_EMPTY
+        elif box_prediction is None or box_truth is None:
+            figures[class_id] = ONE_EMPTY
+        else:
+            box = _union(box_prediction, box_truth)
+            figures[class_id] = _compare(prediction[box] == class_id, truth[box] == class_id, spacing)
+    return figures
+
+
+def mask_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> CaseMetrics:
+    """Compare two masks (X, Y, Z), bool; the same policy and errors as :func:`segmentation_metrics`."""
+    as_labels = [np.asarray(mask).astype(bool).astype(np.uint8) for mask in (prediction, truth)]
+    return segmentation_metrics(*as_labels, num_classes=2, spacing=spacing)[1]
+
+
+def surface(mask: np.ndarray) -> np.ndarray:
+    """Voxels of ``mask`` (X, Y, Z) with a face neighbour outside it; beyond the array is outside."""
+    six_neighbours = ndimage.generate_binary_structure(mask.ndim, 1)
+    return mask & ~ndimage.binary_erosion(mask, structure=six_neighbours, border_value=0)
+
+
+def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """Distances in mm (N,) from each surface to the other, both directions in one array; no mask is empty.
+
+    Note:
+        The masks may be cropped to their common bounding box without a margin: all surface voxels lie in it, and
+        what is cut off is outside both masks, which is how :func:`surface` reads the border of the array.
+
+    Source: Heimann et al. 2009, doi:10.1109/TMI.2009.2013851; the surface is that of medpy (6-neighbourhood).
+    """
+    surface_prediction, surface_truth = surface(prediction), surface(truth)
+    to_prediction = ndimage.distance_transform_edt(~surface_prediction, sampling=tuple(spacing))
+    to_truth = ndimage.distance_transform_edt(~surface_truth, sampling=tuple(spacing))
+    return np.concatenate([to_truth[surface_prediction], to_prediction[surface_truth]])  # (N,)
+
+
+def _compare(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> CaseMetrics:
+    """Figures of two cropped masks, neither of them empty.
+
+    Note:
+        HD95 follows medpy: the 95th percentile of the distances of both directions pooled. MONAI takes the percentile
+        of each direction and then the larger one, which is not below the pooled value but for interpolation.
+        ASSD is the mean of the pooled distances, in medpy and in MONAI.
+    """
+    overlap = int(np.count_nonzero(prediction & truth))
+    total = int(np.count_nonzero(prediction)) + int(np.count_nonzero(truth))
+    distances = surface_distances(prediction, truth, spacing)
+    return CaseMetrics(
+        dice=2.0 * overlap / total,
+        jaccard=overlap / (total - overlap),
+        hd95_mm=float(np.percentile(distances, 95)),
+        assd_mm=float(distances.mean()),
+    )
+
+
+def _union(first: Box, second: Box) -> Box:
+    pairs = zip(first, second, strict=True)
+    return tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in pairs)
+
+
+def _check_inputs(prediction: np.ndarray, truth: np.ndarray, num_classes: int, spacing: Sequence[float]) -> None:
+    if prediction.shape != truth.shape or prediction.ndim != 3:
+        raise ValueError(
+            f"prediction has shape {prediction.shape} and truth {truth.shape}; both must be the same (X, Y, Z): "
+            "resample the prediction onto the grid of the truth"
+        )
+    if len(spacing) != 3 or not all(math.isfinite(step) and step > 0 for step in spacing):
+        raise ValueError(f"spacing {tuple(spacing)}: need three positive voxel sizes in mm")
+    for name, label_map in (("prediction", prediction), ("truth", truth)):
+        if not np.issubdtype(label_map.dtype, np.integer):
+            raise ValueError(f"{name} has type {label_map.dtype}; pass class ids as integers")
+        low, high = int(label_map.min(initial=0)), int(label_map.max(initial=0))
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"{name} has class ids {low}..{high}, outside 0..{num_classes - 1}; raise num_classes or relabel"
+            )
