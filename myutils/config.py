@@ -50,7 +50,9 @@ class RunConfig:
     confidence_threshold: float = option(0.8, help="least probability of a pseudo-label that counts", group=METHOD)
     cutmix: bool = option(True, help="paste boxes between the strong views of unlabelled patches", group=METHOD)
 
-    use_contrastive_prototype: bool = option(True, help="the prototype term, for any method", group=PROTOTYPES)
+    use_contrastive_prototype: bool | None = option(
+        None, help="the prototype term, for any method; else on for mean_teacher", group=PROTOTYPES
+    )
     contrastive_weight: float = option(0.1, help="weight of its memory loss after ramp-up, >= 0", group=PROTOTYPES)
     intra_weight: float = option(0.01, help="weight of its within-class loss, >= 0", group=PROTOTYPES)
     inter_weight: float = option(0.01, help="weight of its between-class loss, >= 0", group=PROTOTYPES)

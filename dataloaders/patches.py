@@ -1,0 +1,164 @@
+"""Training patches: prepared cases in a bounded memory cache, and the data set that cuts patches out of them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dataloaders.base import CaseSource, Volume
+from dataloaders.preprocess import Preprocess
+from dataloaders.samplers import SampleKey
+from dataloaders.transforms import (
+    AugmentOptions,
+    affine_crop,
+    change_intensity,
+    choose_center,
+    crop,
+    mirror_and_turn,
+    random_affine,
+)
+
+_TARGETS_PER_CLASS = 2000
+
+
+@dataclass
+class Batch:
+    """Patches of one step: Bl labelled, Bu unlabelled ones; there is no label of an unlabelled patch.
+
+    Attributes:
+        image_l: (Bl, C, X, Y, Z) float32.
+        label_l: (Bl, X, Y, Z) int64.
+        image_u: Weak views (Bu, C, X, Y, Z); Bu may be 0.
+        image_u_strong: Strong views of the same patches, voxel by voxel the same geometry.
+        cases_l: Ids of the labelled cases.
+        cases_u: Ids of the unlabelled cases.
+    """
+
+    image_l: Tensor
+    label_l: Tensor
+    image_u: Tensor
+    image_u_strong: Tensor
+    cases_l: tuple[str, ...]
+    cases_u: tuple[str, ...]
+
+    def _map(self, change: object) -> Batch:
+        names = ("image_l", "label_l", "image_u", "image_u_strong")
+        return replace(self, **{name: change(getattr(self, name)) for name in names})  # type: ignore[operator]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on ``device``; copies from pinned memory do not block."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The batch in pinned memory; the loader calls it."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+
+@dataclass(frozen=True)
+class PreparedCase:
+    """A preprocessed case and, where labelled, voxels (n, 3) of each class from which crops may be centred."""
+
+    volume: Volume
+    targets: tuple[np.ndarray, ...]
+
+
+class CaseCache:
+    """Preprocessed cases in memory, the least recently used dropped beyond ``limit_bytes``."""
+
+    def __init__(self, source: CaseSource, preprocess: Preprocess, limit_bytes: int = 4 << 30) -> None:
+        self._source, self._preprocess, self._limit = source, preprocess, limit_bytes
+        self._cases: OrderedDict[tuple[str, bool], PreparedCase] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, case_id: str, *, with_label: bool) -> PreparedCase:
+        """The prepared case; its label file is opened only if ``with_label``."""
+        key = (case_id, with_label)
+        if key in self._cases:
+            self._cases.move_to_end(key)
+            return self._cases[key]
+        volume = self._preprocess(self._source.load(case_id, with_label=with_label))
+        case = PreparedCase(volume, _targets(volume.label) if volume.label is not None else ())
+        self._cases[key] = case
+        self._bytes += _size(case)
+        while self._bytes > self._limit and len(self._cases) > 1:
+            self._bytes -= _size(self._cases.popitem(last=False)[1])
+        return case
+
+
+def _size(case: PreparedCase) -> int:
+    label = case.volume.label
+    return case.volume.image.nbytes + (0 if label is None else label.nbytes)
+
+
+def _targets(label: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Voxels of each foreground class that occurs, at most a few thousand, evenly spread over the class."""
+    targets = []
+    for class_id in np.unique(label[label > 0]):
+        flat = np.flatnonzero(label == class_id)
+        step = max(1, len(flat) // _TARGETS_PER_CLASS)
+        targets.append(np.stack(np.unravel_index(flat[::step], label.shape), axis=1))
+    return tuple(targets)
+
+
+class PatchDataset(Dataset[dict[str, object]]):
+    """Cuts the patch that a ``SampleKey`` describes; the same key gives the same patch in any process."""
+
+    def __init__(self, cache: CaseCache, options: AugmentOptions) -> None:
+        self._cache, self._options = cache, options
+
+    def __getitem__(self, key: SampleKey) -> dict[str, object]:
+        rng = np.random.default_rng(key.seed)
+        case = self._cache.get(key.case_id, with_label=key.labeled)
+        image, label = self._cut(case, rng)
+        if key.labeled:
+            if self._options.intensity:
+                image = change_intensity(image, rng, strong=False)
+            return {"case": key.case_id, "image": torch.from_numpy(image), "label": torch.from_numpy(label).long()}
+        strong = change_intensity(image, rng, strong=True) if self._options.intensity else image
+        return {"case": key.case_id, "image": torch.from_numpy(image), "strong": torch.from_numpy(strong)}
+
+    def _cut(self, case: PreparedCase, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        options, volume = self._options, case.volume
+        target = None
+        if case.targets and rng.random() < options.foreground_share:
+            of_class = case.targets[rng.integers(len(case.targets))]
+            target = of_class[rng.integers(len(of_class))]
+        corner = choose_center(volume.image.shape[1:], options.patch_size, rng, target)
+        fill = float(volume.image.min())
+        if rng.random() < options.affine_share:
+            matrix = random_affine(rng, options)
+            image = affine_crop(volume.image, matrix, corner, options.patch_size, order=1, fill=fill)
+            label = volume.label
+            if label is not None:
+                label = affine_crop(label, matrix, corner, options.patch_size, order=0, fill=0)
+        else:
+            image = crop(volume.image, corner, options.patch_size, fill)
+            label = None if volume.label is None else crop(volume.label, corner, options.patch_size, 0)
+        arrays = [image] if label is None else [image, label]
+        arrays = mirror_and_turn(arrays, rng, options)
+        return arrays[0], arrays[-1]
+
+
+def collate(samples: list[dict[str, object]]) -> Batch:
+    """Stack samples, labelled ones first, into a ``Batch``."""
+    labeled = [sample for sample in samples if "label" in sample]
+    unlabeled = [sample for sample in samples if "label" not in sample]
+    image_l = _stack(labeled, "image")
+    nothing = image_l.new_zeros((0, *image_l.shape[1:]))
+    return Batch(
+        image_l=image_l,
+        label_l=_stack(labeled, "label"),
+        image_u=_stack(unlabeled, "image") if unlabeled else nothing,
+        image_u_strong=_stack(unlabeled, "strong") if unlabeled else nothing,
+        cases_l=tuple(str(sample["case"]) for sample in labeled),
+        cases_u=tuple(str(sample["case"]) for sample in unlabeled),
+    )
+
+
+def _stack(samples: list[dict[str, object]], name: str) -> Tensor:
+    return torch.stack([sample[name] for sample in samples])  # type: ignore[misc]

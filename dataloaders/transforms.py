@@ -1,0 +1,149 @@
+"""Random patches: crop first, then mirror, turn, deform and change intensities, all from one seeded generator.
+
+The cost of a sample follows the patch, not the volume: an affine change samples the patch's own grid. Written by
+hand on NumPy and SciPy, because MONAI's random transforms work on the whole volume or need a second crop, and give
+two views of one geometry only through deep copies of their state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+
+@dataclass(frozen=True)
+class AugmentOptions:
+    """What may happen to a patch.
+
+    Attributes:
+        patch_size: Voxels of the patch along X, Y, Z.
+        flip_axes: Image axes along which a mirrored patch is plausible.
+        rotate90: Quarter turns in the X-Y plane; used where the patch is square there.
+        foreground_share: Share of labelled patches that are centred on a structure.
+        affine_share: Share of patches that are rotated and scaled.
+        intensity: Whether labelled patches get mild intensity changes, and strong views exist at all.
+        max_angle: Largest rotation about each axis, in degrees.
+        max_scale: Largest relative change of size.
+    """
+
+    patch_size: tuple[int, int, int]
+    flip_axes: tuple[int, ...] = (0, 1, 2)
+    rotate90: bool = False
+    foreground_share: float = 0.5
+    affine_share: float = 0.3
+    intensity: bool = True
+    max_angle: float = 12.0
+    max_scale: float = 0.12
+
+
+def choose_center(
+    shape: tuple[int, ...], patch_size: tuple[int, ...], rng: np.random.Generator, target: np.ndarray | None = None
+) -> np.ndarray:
+    """First corner of a patch (3,), every valid offset equally likely; with ``target`` a patch that holds it.
+
+    Where the volume is smaller than the patch, the corner is negative and the volume lies anywhere inside.
+
+    Args:
+        shape: Size of the volume X, Y, Z.
+        patch_size: Size of the patch.
+        rng: Generator of this sample.
+        target: Voxel (3,) to be inside the patch, near its centre.
+    """
+    corner = np.empty(3, dtype=np.int64)
+    for axis, (size, patch) in enumerate(zip(shape, patch_size, strict=True)):
+        low, high = min(0, size - patch), max(0, size - patch)
+        if target is None:
+            corner[axis] = rng.integers(low, high + 1)
+        else:
+            jitter = rng.integers(-(patch // 4), patch // 4 + 1)
+            corner[axis] = np.clip(target[axis] - patch // 2 + jitter, low, high)
+    return corner
+
+
+def crop(array: np.ndarray, corner: np.ndarray, patch_size: tuple[int, ...], fill: float) -> np.ndarray:
+    """Cut a patch out of the last three axes; what lies outside the volume becomes ``fill``."""
+    shape = array.shape[-3:]
+    start, stop = np.maximum(corner, 0), np.minimum(corner + patch_size, shape)
+    inside = array[(..., *(slice(a, b) for a, b in zip(start, stop, strict=True)))]
+    if inside.shape[-3:] == tuple(patch_size):
+        return inside.copy()
+    patch = np.full((*array.shape[:-3], *patch_size), fill, dtype=array.dtype)
+    at = start - corner
+    patch[(..., *(slice(a, a + n) for a, n in zip(at, inside.shape[-3:], strict=True)))] = inside
+    return patch
+
+
+def random_affine(rng: np.random.Generator, options: AugmentOptions) -> np.ndarray:
+    """Matrix (3, 3) of a random rotation and isotropic scale in voxel space."""
+    angles = np.deg2rad(rng.uniform(-options.max_angle, options.max_angle, 3))
+    matrix = np.eye(3)
+    for axis, angle in enumerate(angles):
+        turn = np.eye(3)
+        first, second = (index for index in range(3) if index != axis)
+        turn[[first, second], [first, second]] = np.cos(angle)
+        turn[first, second], turn[second, first] = -np.sin(angle), np.sin(angle)
+        matrix = matrix @ turn
+    return matrix * np.exp(rng.uniform(-options.max_scale, options.max_scale))
+
+
+def affine_crop(
+    array: np.ndarray, matrix: np.ndarray, corner: np.ndarray, patch_size: tuple[int, ...], *, order: int, fill: float
+) -> np.ndarray:
+    """Sample a patch of array (..., X, Y, Z) through ``matrix`` about the patch's centre."""
+    half = (np.asarray(patch_size) - 1) / 2
+    offset = corner + half - matrix @ half
+    flat = array.reshape(-1, *array.shape[-3:])
+    sampled = [
+        ndimage.affine_transform(channel, matrix, offset, tuple(patch_size), order=order, mode="constant", cval=fill)
+        for channel in flat
+    ]
+    return np.stack(sampled).reshape(*array.shape[:-3], *patch_size)
+
+
+def mirror_and_turn(
+    arrays: list[np.ndarray], rng: np.random.Generator, options: AugmentOptions
+) -> list[np.ndarray]:
+    """The same random mirroring and quarter turns for all arrays (..., X, Y, Z)."""
+    axes = tuple(axis - 3 for axis in options.flip_axes if rng.random() < 0.5)
+    turns = int(rng.integers(4)) if options.rotate90 and options.patch_size[0] == options.patch_size[1] else 0
+    result = []
+    for array in arrays:
+        changed = np.flip(array, axes) if axes else array
+        changed = np.rot90(changed, turns, axes=(-3, -2)) if turns else changed
+        result.append(np.ascontiguousarray(changed))
+    return result
+
+
+def change_intensity(image: np.ndarray, rng: np.random.Generator, *, strong: bool) -> np.ndarray:
+    """Random contrast, brightness, gamma, blur and noise for a z-scored image (C, X, Y, Z); mild or strong.
+
+    The mild form changes about one patch in two, slightly; the strong form nearly every patch, so that the view of an
+    unlabelled patch differs from its weak one in everything but anatomy (weak-to-strong consistency: FixMatch,
+    Sohn et al. 2020, arXiv:2001.07685).
+    """
+    chance, size = (0.8, 1.0) if strong else (0.2, 0.5)
+    image = image.astype(np.float32, copy=True)
+    if rng.random() < chance:
+        image *= np.float32(1.0 + size * rng.uniform(-0.4, 0.4))
+    if rng.random() < chance:
+        image += np.float32(size * rng.uniform(-0.4, 0.4))
+    if rng.random() < chance:
+        image = apply_gamma(image, float(np.exp(size * rng.uniform(-0.6, 0.6))))
+    if rng.random() < 0.5 * chance:
+        sigma = size * rng.uniform(0.3, 1.1)
+        image = np.stack([ndimage.gaussian_filter(channel, sigma, truncate=3.0) for channel in image])
+    if rng.random() < chance:
+        noise = rng.standard_normal(image.shape, dtype=np.float32)
+        image += np.float32(size * rng.uniform(0.0, 0.25)) * noise
+    return image
+
+
+def apply_gamma(image: np.ndarray, gamma: float) -> np.ndarray:
+    """``x ** gamma`` on the image (C, X, Y, Z) rescaled to 0..1, put back to its own range; a constant is kept."""
+    low, high = float(image.min()), float(image.max())
+    if high - low < 1e-6:
+        return image
+    scaled = (image - low) / (high - low)
+    return (scaled**gamma * (high - low) + low).astype(np.float32)

@@ -1,0 +1,114 @@
+"""From a configuration to objects: source, splits, preprocessing, network and method, the same way for every job."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from dataloaders.base import SOURCES, CaseSource
+from dataloaders.preprocess import Preprocess
+from dataloaders.transforms import AugmentOptions
+from myutils.config import RunConfig, required
+from myutils.inference import InferenceOptions
+from myutils.methods.base import METHODS, Method
+from networks.base import NETWORKS, SegmentationNetwork
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a checkpoint must know about its data to be used without them."""
+
+    num_classes: int
+    in_channels: int
+    class_names: tuple[str, ...]
+    modality: str
+    flip_axes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, source: CaseSource) -> DataFacts:
+        """The facts of a source."""
+        return cls(
+            source.num_classes,
+            source.in_channels,
+            tuple(source.class_names),
+            source.modality,
+            tuple(source.flip_axes),
+        )
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, object]) -> DataFacts:
+        """Rebuild from ``dataclasses.asdict`` that went through a checkpoint."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})  # type: ignore[arg-type]
+
+
+def build_source(config: RunConfig) -> CaseSource:
+    """The case source that ``--dataset_name`` and ``--dataset_path`` name."""
+    return SOURCES.get(config.dataset_name).from_options(config.source_options())
+
+
+def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
+    """Fill every setting that was left to the data set, and check what depends on it.
+
+    Raises:
+        ValueError: If the model, the method or a size does not fit.
+    """
+    for registry, name in ((NETWORKS, config.model), (METHODS, config.method)):
+        registry.get(name)  # type: ignore[attr-defined]
+    defaults = source.defaults
+    labelnum = config.labelnum if config.labelnum is not None else defaults.labelnum
+    prototypes = config.use_contrastive_prototype
+    return dataclasses.replace(
+        config,
+        labelnum=labelnum,
+        patch_size=config.patch_size or defaults.patch_size,
+        max_iteration=config.max_iteration or defaults.max_iteration,
+        modality=config.modality or source.modality,
+        flip_axes=config.flip_axes if config.flip_axes is not None else tuple(source.flip_axes),
+        baseline=config.baseline if config.baseline is not None else config.dataset_name == "demo",
+        use_contrastive_prototype=(
+            prototypes if prototypes is not None else METHODS.get(config.method).prototypes_by_default
+        ),
+        exp=config.exp or f"{config.dataset_name}_{config.method}_{labelnum}labels_seed{config.seed}",
+    )
+
+
+def build_preprocess(config: RunConfig) -> Preprocess:
+    """Intensity normalisation and resampling of a resolved configuration."""
+    return Preprocess(required(config.modality, "modality"), config.spacing, config.interpolation)
+
+
+def build_augmentation(config: RunConfig) -> AugmentOptions:
+    """Random changes of a resolved configuration."""
+    return AugmentOptions(
+        patch_size=required(config.patch_size, "patch_size"),
+        flip_axes=required(config.flip_axes, "flip_axes"),
+        rotate90=config.rotate90,
+        foreground_share=config.foreground_share,
+        affine_share=0.3 if config.augment else 0.0,
+        intensity=config.augment,
+    )
+
+
+def build_inference(config: RunConfig, amp: str) -> InferenceOptions:
+    """Sliding-window settings of a resolved configuration; ``amp`` is resolved for the device."""
+    flips = required(config.flip_axes, "flip_axes") if config.tta_flips else ()
+    return InferenceOptions(
+        patch_size=required(config.patch_size, "patch_size"), overlap=config.overlap, flips=flips, amp=amp
+    )
+
+
+def build_network(config: RunConfig, facts: DataFacts) -> SegmentationNetwork:
+    """The network, freshly initialised from torch's global generator."""
+    network = NETWORKS.get(config.model)(facts.in_channels, facts.num_classes)
+    patch = required(config.patch_size, "patch_size")
+    if any(size < step for size, step in zip(patch, network.stride, strict=True)):
+        raise ValueError(
+            f"--patch_size {' '.join(map(str, patch))}: {config.model} divides each axis by "
+            f"{network.stride[0]}; every value must be at least that"
+        )
+    return network
+
+
+def build_method(config: RunConfig, facts: DataFacts) -> Method:
+    """The method with its student; call after seeding."""
+    return METHODS.get(config.method)(build_network(config, facts), config)

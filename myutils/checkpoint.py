@@ -1,0 +1,144 @@
+"""Checkpoints: everything of a run in one file, written whole or not at all, read without running code from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataloaders.preprocess import Preprocess
+from dataloaders.splits import TrainingSplit
+from myutils.build import DataFacts, build_method, build_preprocess
+from myutils.config import RunConfig
+from networks.base import SegmentationNetwork
+
+FORMAT = 1
+
+
+@dataclass
+class RunState:
+    """What a checkpoint holds beside weights: enough to resume, to evaluate and to predict.
+
+    Attributes:
+        config: The resolved configuration.
+        facts: Classes, channels and names of the data.
+        split: Training cases.
+        step: Steps done.
+        best_dice: Best validation Dice so far, 0..1; -1 before the first validation.
+    """
+
+    config: RunConfig
+    facts: DataFacts
+    split: TrainingSplit
+    step: int = 0
+    best_dice: float = -1.0
+
+
+@dataclass(frozen=True)
+class InferenceBundle:
+    """A network ready to segment, with what it needs to know."""
+
+    network: SegmentationNetwork
+    config: RunConfig
+    preprocess: Preprocess
+    facts: DataFacts
+    split: TrainingSplit
+    step: int
+
+    @property
+    def num_classes(self) -> int:
+        """Classes with the background."""
+        return self.facts.num_classes
+
+    @property
+    def in_channels(self) -> int:
+        """Image channels."""
+        return self.facts.in_channels
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name per class."""
+        return self.facts.class_names
+
+    @property
+    def flip_axes(self) -> tuple[int, ...]:
+        """Axes of plausible mirroring, as trained."""
+        return self.config.flip_axes or ()
+
+
+def write_checkpoint(path: Path, state: RunState, tensors: dict[str, Any]) -> None:
+    """Write to a temporary file beside ``path``, flush it to the disk, and rename it.
+
+    Args:
+        path: Target; an older file there stays intact until the rename.
+        state: The run's state.
+        tensors: ``state_dict()`` of method, optimizer and scaler by name.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written; the older file is kept.
+    """
+    content = {
+        "format": FORMAT,
+        "config": state.config.to_dict(),
+        "facts": {key: _listed(value) for key, value in dataclasses.asdict(state.facts).items()},
+        "split": state.split.to_dict(),
+        "step": state.step,
+        "best_dice": state.best_dice,
+        **tensors,
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        kept = f"; the checkpoint of before is still at {path}" if path.exists() else ""
+        raise OSError(f"cannot write {path}: {error}; free space or choose another --output_dir{kept}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _listed(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def read_checkpoint(path: Path, device: torch.device) -> tuple[RunState, dict[str, Any]]:
+    """Read a checkpoint; returns its state and the tensors by name.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged or not a checkpoint of this project.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}; pass the path of a last.pt or best.pt")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {error})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is no checkpoint of this project, or of another version (format {FORMAT} expected)")
+    state = RunState(
+        config=RunConfig.from_dict(content.pop("config")),
+        facts=DataFacts.from_dict(content.pop("facts")),
+        split=TrainingSplit.from_dict(content.pop("split")),
+        step=content.pop("step"),
+        best_dice=content.pop("best_dice"),
+    )
+    return state, content
+
+
+def load_for_inference(path: Path, device: torch.device) -> InferenceBundle:
+    """Rebuild the network that a checkpoint's method segments with, in evaluation mode on ``device``."""
+    state, tensors = read_checkpoint(Path(path), device)
+    method = build_method(state.config, state.facts)
+    method.load_state_dict(tensors["method"])
+    network = method.inference_network().to(device).eval()
+    return InferenceBundle(
+        network, state.config, build_preprocess(state.config), state.facts, state.split, state.step
+    )

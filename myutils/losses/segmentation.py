@@ -1,0 +1,61 @@
+"""Dice + cross-entropy for true labels and for gated pseudo-labels; gradients reach the logits only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_SMOOTH = 1e-5
+
+
+def one_hot_labels(labels: Tensor, num_classes: int) -> Tensor:
+    """Class ids (B, X, Y, Z) as float32 indicators (B, K, X, Y, Z)."""
+    indicators = labels.new_zeros((labels.shape[0], num_classes, *labels.shape[1:]), dtype=torch.float32)
+    return indicators.scatter_(1, labels.unsqueeze(1), 1.0)
+
+
+def soft_dice_loss(probs: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+    """1 - Dice, pooled over the batch, averaged over the foreground classes that occur in labels or mask.
+
+    A class that is absent from the whole batch takes no part: its Dice would be 0 / 0, and 1 - 0 would push down
+    a class that this batch says nothing about; cross-entropy punishes false positives there.
+
+    Args:
+        probs: Class probabilities (B, K, X, Y, Z), float32.
+        labels: Class ids (B, X, Y, Z), int64.
+        mask: Weights (B, X, Y, Z) in 0..1; None for all ones.
+
+    Source: Milletari et al. 2016, arXiv:1606.04797 (unsquared denominator as in nnU-Net).
+    """
+    truth = one_hot_labels(labels, probs.shape[1])
+    if mask is not None:
+        weight = mask.unsqueeze(1)
+        probs, truth = probs * weight, truth * weight
+    axes = (0, 2, 3, 4)
+    overlap = (probs * truth).sum(axes)[1:]  # (K - 1,)
+    size = probs.sum(axes)[1:] + truth.sum(axes)[1:]
+    present = (truth.sum(axes)[1:] > 0).float()
+    dice = (2 * overlap + _SMOOTH) / (size + _SMOOTH)
+    return ((1 - dice) * present).sum() / present.sum().clamp(min=1)
+
+
+def dice_ce_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean of soft Dice loss and cross-entropy, in float32.
+
+    Args:
+        logits: (B, K, X, Y, Z), any floating type.
+        labels: True or pseudo class ids (B, X, Y, Z), int64.
+        mask: Reliability (B, X, Y, Z) in 0..1 of pseudo-labels; cross-entropy is averaged over all voxels, reliable or
+            not, so that few reliable voxels weigh little (FixMatch, Sohn et al. 2020, arXiv:2001.07685).
+
+    Returns:
+        A scalar on the graph, 0 for an empty batch.
+    """
+    if logits.shape[0] == 0:
+        return 0.0 * logits.float().sum()
+    log_probs = functional.log_softmax(logits.float(), dim=1)
+    cross_entropy = functional.nll_loss(log_probs, labels, reduction="none")  # (B, X, Y, Z)
+    if mask is not None:
+        cross_entropy = cross_entropy * mask
+    return 0.5 * (cross_entropy.mean() + soft_dice_loss(log_probs.exp(), labels, mask))

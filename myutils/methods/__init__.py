@@ -1,0 +1,1 @@
+"""Training methods, one file each; the trainer never asks which one it runs."""

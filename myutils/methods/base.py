@@ -1,0 +1,124 @@
+"""The method contract: a module that turns a batch into weighted loss terms, once a step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dataloaders.patches import Batch
+from myutils.config import RunConfig, required
+from myutils.prototype_term import PrototypeTerm
+from myutils.registry import Registry
+from myutils.schedules import fraction_rampup, sigmoid_rampup
+from networks.base import SegmentationNetwork
+
+
+@dataclass
+class LossTerm:
+    """A raw loss and the weight with which it enters the total."""
+
+    value: Tensor
+    weight: float
+
+
+@dataclass
+class StepOutput:
+    """What a method returns: loss terms by name, scalars to log, and label maps to show.
+
+    Attributes:
+        terms: Weighted losses.
+        scalars: Zero-dimensional tensors to log, without gradient.
+        pseudo_labels: Pseudo-labels (Bu, X, Y, Z) of the weak views, for pictures; None where there are none.
+        logits_l: Logits (Bl, K, X, Y, Z) of the labelled patches, detached, for pictures and the training Dice.
+    """
+
+    terms: dict[str, LossTerm]
+    scalars: dict[str, Tensor] = field(default_factory=dict)
+    pseudo_labels: Tensor | None = None
+    logits_l: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """The loss to minimise; the only place where weight times value happens."""
+        values = [term.weight * term.value for term in self.terms.values()]
+        return torch.stack(values).sum()
+
+
+class Method(nn.Module, ABC):
+    """Student, teacher, heads and memory of one training method.
+
+    Attributes:
+        uses_unlabeled: Whether steps hold unlabelled patches; if not, all patches of a step are labelled.
+        prototypes_by_default: Whether the prototype term is on when no flag says so.
+    """
+
+    uses_unlabeled: bool = True
+    prototypes_by_default: bool = False
+
+    def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:
+        super().__init__()
+        self.student = network
+        self.config = config
+        self.rampup = fraction_rampup(config.consistency_rampup, required(config.max_iteration, "max_iteration"))
+        wanted = config.use_contrastive_prototype
+        use_prototypes = self.prototypes_by_default if wanted is None else wanted
+        self.prototypes = PrototypeTerm(network, config) if use_prototypes else None
+
+    @abstractmethod
+    def forward(self, batch: Batch, step: int) -> StepOutput:
+        """Loss terms of one batch at ``step``."""
+
+    @abstractmethod
+    def inference_network(self) -> SegmentationNetwork:
+        """The network that segments after training."""
+
+    def after_step(self, step: int) -> None:
+        """Called after each optimizer step."""
+        if self.prototypes is not None:
+            self.prototypes.after_step(step)
+
+    def ramp(self, step: int) -> float:
+        """Ramp-up factor of everything that rests on the model's own predictions."""
+        return sigmoid_rampup(step, self.rampup)
+
+    def prototype_loss_terms(self, losses: dict[str, Tensor], step: int) -> dict[str, LossTerm]:
+        """The prototype term's raw parts with their ramped weights."""
+        config, ramp = self.config, self.ramp(step)
+        return {
+            "contrastive_loss": LossTerm(losses["contrastive_loss"], ramp * config.contrastive_weight),
+            "intra_loss": LossTerm(losses["intra_loss"], ramp * config.intra_weight),
+            "inter_loss": LossTerm(losses["inter_loss"], ramp * config.inter_weight),
+        }
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Everything trainable in one list; the selectors learn at a tenth of the rate.
+
+        ``lr_scale`` is kept in each group, so that a schedule can set the rates.
+        """
+        selectors = [] if self.prototypes is None else self.prototypes.selector_parameters()
+        slow = {id(parameter) for parameter in selectors}
+        fast = [p for p in self.parameters() if p.requires_grad and id(p) not in slow]
+        groups: list[dict[str, Any]] = [{"params": fast, "lr": lr, "lr_scale": 1.0}]
+        if selectors:
+            groups.append({"params": selectors, "lr": 0.1 * lr, "lr_scale": 0.1})
+        return groups
+
+
+METHODS: Registry[type[Method]] = Registry("method", "myutils.methods")
+
+
+@torch.no_grad()
+def batch_dice(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean hard Dice (scalar) over the foreground classes that occur in labels (B, X, Y, Z); logits (B, K, X, Y, Z)."""
+    prediction = logits.argmax(1)
+    scores, present = [], []
+    for class_id in range(1, logits.shape[1]):
+        ours, truth = prediction == class_id, labels == class_id
+        size = ours.sum() + truth.sum()
+        scores.append(2.0 * (ours & truth).sum() / size.clamp(min=1))
+        present.append(truth.any())
+    mask = torch.stack(present).float()
+    return (torch.stack(scores) * mask).sum() / mask.sum().clamp(min=1)

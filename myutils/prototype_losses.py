@@ -1,0 +1,147 @@
+"""Class-to-class losses between voxel features and the prototype memory.
+
+Contract: float32 or float64 in, raw scalars out, on the graph also where no class takes part; no loop over voxels
+and no wait for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from myutils.prototype_memory import unit_vectors
+
+_SMALLEST_SQUARE = 1e-12
+
+
+def build_selector(feature_dim: int) -> nn.Sequential:
+    """Network from a vector (N, E) to the logit of its score (N, 1).
+
+    Note: The published selectors normalise with BatchNorm, which fails for a single voxel and differs between ranks;
+    LayerNorm looks at one vector at a time.
+    """
+    return nn.Sequential(
+        nn.Linear(feature_dim, feature_dim),
+        nn.LayerNorm(feature_dim),
+        nn.LeakyReLU(0.2),
+        nn.Linear(feature_dim, 1),
+    )
+
+
+def _score(selector: nn.Module, vectors: Tensor) -> Tensor:
+    """Logits (N,) in the type of ``vectors`` (N, E); the selector runs in the type of its own parameters."""
+    own_type = next(selector.parameters()).dtype
+    return selector(vectors.to(own_type)).squeeze(-1).to(vectors.dtype)
+
+
+def own_class_logits(selectors: nn.ModuleList, vectors: Tensor, class_labels: Tensor) -> Tensor:
+    """Logit of each vector (N, E) under the selector of its own class (N,); 0 for ids outside 0..K-1.
+
+    On the CPU each selector sees its class only. Elsewhere that would make the host wait for the class sizes, so
+    every selector sees every vector and the others' answers are masked.
+    """
+    logits = vectors.new_zeros(vectors.shape[0])  # (N,)
+    for class_id, selector in enumerate(selectors):
+        member = class_labels == class_id  # (N,)
+        if vectors.device.type == "cpu":
+            rows = member.nonzero().squeeze(1)
+            logits = logits.index_copy(0, rows, _score(selector, vectors[rows]))
+        else:
+            logits = _score(selector, vectors).where(member, logits)
+    return logits
+
+
+def memory_logits(selectors: nn.ModuleList, memory: Tensor) -> Tensor:
+    """Logits (K, M) of the memory (K, M, E) under each class's memory selector."""
+    return torch.stack([_score(selector, rows) for selector, rows in zip(selectors, memory, strict=True)])
+
+
+def score_weights(logits: Tensor, member: Tensor) -> Tensor:
+    """Scores sigmoid(logit) divided by their sum over the last axis: the published mean-1 weights, divided by their number.
+
+    Computed as the softmax of log-sigmoid, which is the same and cannot divide by zero.
+
+    Args:
+        logits: (K, N), or broadcastable to it.
+        member: Which entries take part (K, N), bool.
+
+    Returns:
+        Weights (K, N) that sum to 1 over the members; zeros in a row without any.
+    """
+    lowest = torch.finfo(logits.dtype).min
+    return functional.logsigmoid(logits).where(member, lowest).softmax(dim=1) * member
+
+
+def class_membership(class_labels: Tensor, num_classes: int) -> Tensor:
+    """Rows of voxels per class (K, N), bool, of class ids (N,); ids outside 0..K-1 belong to none."""
+    return class_labels == torch.arange(num_classes, device=class_labels.device)[:, None]
+
+
+def mean_over(values: Tensor, taking_part: Tensor) -> Tensor:
+    """Mean of the values where ``taking_part`` (same shape, bool); 0 on the graph where nothing does."""
+    return (values * taking_part).sum() / taking_part.sum().clamp(min=1)
+
+
+def class_to_class_loss(
+    features: Tensor, feature_weights: Tensor, memory: Tensor, memory_weights: Tensor, taking_part: Tensor
+) -> Tensor:
+    """Mean over classes of the weighted mean of 1 - cosine over all pairs of a feature and a memory vector.
+
+    With unit vectors f, m and weights w, v that each sum to 1, the mean over the N x M pairs is
+    ``sum_ij w_i v_j (1 - <f_i, m_j>) = 1 - <sum_i w_i f_i, sum_j v_j m_j>``: linear in N + M.
+
+    Args:
+        features: (N, E).
+        feature_weights: (K, N), rows sum to 1 or are zero.
+        memory: (K, M, E).
+        memory_weights: (K, M), rows sum to 1 or are zero.
+        taking_part: Classes (K,) with both features and memory, bool.
+    """
+    feature_means = feature_weights @ unit_vectors(features)  # (K, E)
+    memory_means = (memory_weights[..., None] * unit_vectors(memory)).sum(dim=1)  # (K, E)
+    return mean_over(1.0 - (feature_means * memory_means).sum(dim=1), taking_part)
+
+
+def intra_class_loss(
+    features: Tensor, class_labels: Tensor, prototypes: Tensor, member: Tensor, filled: Tensor
+) -> Tensor:
+    """Spread of each class around its prototype: the mean over classes of the mean of (1 - cosine)^2.
+
+    The contrastive term is linear in every feature, and so it sees a class only through its weighted mean. The
+    square here pulls the voxels far from the prototype hardest, leaves the near ones alone, and knows no selector
+    weights, so that a selector cannot excuse a far voxel.
+
+    Args:
+        features: (N, E).
+        class_labels: Class ids (N,).
+        prototypes: Unit vectors (K, E), constants.
+        member: (K, N), bool.
+        filled: Classes with a prototype (K,), bool.
+    """
+    own = prototypes[class_labels.clamp(0, prototypes.shape[0] - 1)]  # (N, E)
+    spread = (1.0 - (unit_vectors(features) * own).sum(dim=1)).square()  # (N,)
+    counts = member.sum(dim=1)  # (K,)
+    return mean_over(member.to(spread) @ spread / counts.clamp(min=1), filled & (counts > 0))
+
+
+def inter_class_loss(features: Tensor, member: Tensor, margin: float) -> Tensor:
+    """Push class means apart: the mean over pairs of classes present of relu(margin - distance)^2.
+
+    The means are those of the unit features, themselves scaled to length 1, and the distance is Euclidean, in
+    [0, 2]; margin 1 is an angle of 60 degrees. Zero for fewer than two classes. Means that coincide exactly offer
+    no direction to part in and get no gradient.
+
+    Args:
+        features: (N, E).
+        member: (K, N), bool.
+        margin: Distance beyond which a pair is left alone.
+    """
+    counts = member.sum(dim=1)  # (K,)
+    unit = unit_vectors(features)
+    means = unit_vectors((member.to(unit) @ unit) / counts.clamp(min=1)[:, None])  # (K, E)
+    squares = (means[:, None] - means[None]).square().sum(dim=2)  # (K, K)
+    distances = squares.clamp(min=_SMALLEST_SQUARE).sqrt()
+    present = counts > 0
+    pairs = torch.triu(present[:, None] & present[None], diagonal=1)  # (K, K)
+    return mean_over(functional.relu(margin - distances).square(), pairs)

@@ -1,0 +1,111 @@
+"""Where a run is written down: TensorBoard, ``metrics.jsonl``, the progress bar's line, and pictures."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from dataloaders.patches import Batch
+from myutils.methods.base import StepOutput
+
+
+class RunLog:
+    """Writer of one run; silent on ranks other than 0.
+
+    Args:
+        folder: The run's folder.
+        first_step: Steps done before; entries beyond it, left by a run that was killed, are dropped.
+        enabled: Whether this rank writes.
+    """
+
+    def __init__(self, folder: Path, first_step: int = 0, *, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._path = folder / "metrics.jsonl"
+        if not enabled:
+            return
+        _drop_after(self._path, first_step)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Add one line to ``metrics.jsonl`` and one point per value to TensorBoard."""
+        if not self.enabled:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **{key: round(value, 6) for key, value in values.items()}}) + "\n")
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def pictures(self, step: int, batch: Batch, output: StepOutput) -> None:
+        """Middle slices of the first labelled and unlabelled patch: image, label, prediction, pseudo-label."""
+        if not self.enabled or output.logits_l is None:
+            return
+        classes = output.logits_l.shape[1]
+        rows = [batch.image_l[0, 0], batch.label_l[0] / (classes - 1), output.logits_l[0].argmax(0) / (classes - 1)]
+        self._writer.add_image("labeled/image_label_prediction", _panel(rows), step)
+        if output.pseudo_labels is not None and len(batch.image_u):
+            rows = [batch.image_u[0, 0], batch.image_u_strong[0, 0], output.pseudo_labels[0] / (classes - 1)]
+            self._writer.add_image("unlabeled/weak_strong_pseudo", _panel(rows), step)
+
+    def close(self) -> None:
+        """Flush everything to the disk."""
+        if self.enabled:
+            self._writer.close()
+
+
+def step_scalars(output: StepOutput, lr: float) -> dict[str, Tensor | float]:
+    """Names and values of one step as they appear in the log: each loss raw, its weight, and what the method adds."""
+    values: dict[str, Tensor | float] = {"Loss/total": output.total().detach()}
+    prototype_parts = []
+    for name, term in output.terms.items():
+        values[f"Loss/{name}"] = term.value.detach()
+        values[f"Weight/{name}"] = term.weight
+        if name in ("contrastive_loss", "intra_loss", "inter_loss"):
+            prototype_parts.append(term.weight * term.value.detach())
+    if prototype_parts:
+        values["Loss/total_prototype_loss"] = torch.stack(prototype_parts).sum()
+    values |= {f"Train/{name}": value for name, value in output.scalars.items()}
+    values["Train/lr"] = lr
+    return values
+
+
+def _panel(volumes: list[Tensor]) -> Tensor:
+    """Middle X-Y slices of volumes (X, Y, Z) side by side, each in 0..1: (1, Y, columns)."""
+    slices = []
+    for volume in volumes:
+        plane = volume[..., volume.shape[-1] // 2].detach().float().cpu()
+        low, high = (0.0, 1.0) if plane.min() >= 0 and plane.max() <= 1 else (plane.min(), plane.max())
+        slices.append(((plane - low) / max(float(high - low), 1e-6)).T.flip(0))
+    return torch.cat(slices, dim=1).unsqueeze(0)
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if _step_of(line) <= step]
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # the last line of a killed run may be cut short
+        return float("inf")
+
+
+def read_metrics(folder: Path, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one scalar in a run's ``metrics.jsonl``; empty lists where it never occurs."""
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = [(entry["step"], entry[name]) for entry in entries if name in entry]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def setup_logging(*, is_main: bool) -> None:
+    """Log to the terminal on rank 0, only warnings elsewhere."""
+    level = logging.INFO if is_main else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", force=True)
