@@ -1,0 +1,89 @@
+"""The end of a run: scores of the test cases, files, one picture, and the table beside the baseline's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from dataloaders.base import CaseSource
+from myutils.build import build_inference
+from myutils.checkpoint import load_for_inference
+from myutils.distributed import resolve_amp
+from myutils.evaluation import CaseResult, evaluate_cases, summarise, write_cases_csv, write_summary_json
+from myutils.overlay import OverlayCase, save_overlay
+from myutils.run_log import read_metrics
+
+logger = logging.getLogger(__name__)
+
+_SHOWN_CASES = 3
+
+
+def result_checkpoint(folder: Path) -> Path:
+    """The checkpoint that counts: ``best.pt`` where validation chose one, else ``last.pt``."""
+    best = folder / "best.pt"
+    return best if best.exists() else folder / "last.pt"
+
+
+def evaluate_run(
+    folder: Path, source: CaseSource, case_ids: Sequence[str], device: torch.device
+) -> tuple[list[CaseResult], dict[str, Any]]:
+    """Score the run's checkpoint on ``case_ids``; writes ``test/cases.csv``, ``summary.json`` and predictions.
+
+    Returns:
+        Results per case and their summary.
+    """
+    checkpoint = result_checkpoint(folder)
+    bundle = load_for_inference(checkpoint, device)
+    results = evaluate_cases(
+        bundle.network,
+        source,
+        case_ids,
+        bundle.preprocess,
+        build_inference(bundle.config, resolve_amp(bundle.config.amp, device)),
+        device,
+        keep_largest=bundle.config.largest_component,
+        save_dir=folder / "test" / "predictions",
+    )
+    summary = summarise(results, bundle.class_names)
+    summary |= {"checkpoint": checkpoint.name, "step": bundle.step, "split_digest": bundle.split.digest}
+    write_cases_csv(folder / "test" / "cases.csv", results, bundle.class_names)
+    write_summary_json(folder / "test" / "summary.json", summary)
+    return results, summary
+
+
+def draw_run(
+    path: Path,
+    source: CaseSource,
+    runs: dict[str, Path],
+    results: dict[str, list[CaseResult]],
+    class_names: Sequence[str],
+) -> None:
+    """One picture of a few test cases: image, truth, each run's prediction with its Dice, and the loss curves.
+
+    Args:
+        path: PNG to write.
+        source: For images and labels.
+        runs: Folder of each run by the name to show.
+        results: Scores of each run by the same names, cases in the same order.
+        class_names: Names of all classes.
+    """
+    cases = []
+    first = next(iter(results.values()))
+    for index in np.unique(np.linspace(0, len(first) - 1, _SHOWN_CASES).round().astype(int)):
+        case_id = first[index].case_id
+        volume = source.load(case_id, with_label=True)
+        maps, notes = {"truth": volume.label}, {}
+        for name, folder in runs.items():
+            stored = nib.load(folder / "test" / "predictions" / f"{case_id}.nii.gz")
+            maps[name] = np.asarray(stored.dataobj).astype(np.uint8)
+            dice = np.mean([metrics.dice for metrics in results[name][index].metrics.values()])
+            notes[name] = f"Dice {100 * dice:.1f} %"
+        cases.append(OverlayCase(case_id, volume.image[0], maps, volume.spacing, notes))
+    curves = {name: read_metrics(folder, "Loss/supervised") for name, folder in runs.items()}
+    save_overlay(path, cases, class_names=class_names, loss_curves=curves)

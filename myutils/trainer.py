@@ -1,0 +1,259 @@
+"""The only training loop: any method, any source, on one device or many, resumable at every step."""
+
+from __future__ import annotations
+
+import logging
+import random
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dataloaders.base import CaseSource
+from dataloaders.patches import Batch, CaseCache, PatchDataset, collate
+from dataloaders.samplers import StepPlan, StepSampler
+from myutils import build
+from myutils.checkpoint import RunState, read_checkpoint, write_checkpoint
+from myutils.config import required
+from myutils.distributed import RankInfo, any_rank, autocast, barrier, mean_over_ranks, resolve_amp
+from myutils.evaluation import evaluate_cases, summarise
+from myutils.methods.base import StepOutput, batch_dice
+from myutils.run_log import RunLog, step_scalars
+from myutils.schedules import poly_lr
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss became NaN or infinite; the weights of before the step are kept."""
+
+
+class TrainingInterrupted(Exception):  # noqa: N818 - not an error: the user asked for it
+    """Ctrl-C or SIGTERM; the state has been saved."""
+
+
+class Trainer:
+    """One run: builds everything from a state, trains to ``max_iteration``, writes checkpoints and logs.
+
+    Args:
+        state: Resolved configuration, data facts and split; its step is 0 for a new run.
+        source: Where the cases come from.
+        folder: The run's folder.
+        ranks: This process among all.
+        device: Where it computes.
+    """
+
+    def __init__(
+        self, state: RunState, source: CaseSource, folder: Path, ranks: RankInfo, device: torch.device
+    ) -> None:
+        self.state, self.source, self.folder, self.ranks, self.device = state, source, folder, ranks, device
+        config = state.config
+        self.max_iteration: int = required(config.max_iteration, "max_iteration")
+        self.amp = resolve_amp(config.amp, device)
+        self.preprocess = build.build_preprocess(config)
+        seed_everything(config.seed, deterministic=config.deterministic)
+        self.method = build.build_method(config, state.facts).to(device)
+        self.optimizer = torch.optim.SGD(
+            self.method.parameter_groups(config.base_lr), momentum=0.9, nesterov=True, weight_decay=config.weight_decay
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
+        self.interrupted = False
+
+    @classmethod
+    def resume(cls, source: CaseSource, folder: Path, ranks: RankInfo, device: torch.device) -> Trainer:
+        """Rebuild the run of ``folder`` from its ``last.pt``; errors as in ``read_checkpoint``."""
+        state, tensors = read_checkpoint(folder / "last.pt", device)
+        trainer = cls(state, source, folder, ranks, device)
+        trainer.method.load_state_dict(tensors["method"])
+        trainer.optimizer.load_state_dict(tensors["optimizer"])
+        trainer.scaler.load_state_dict(tensors["scaler"])
+        return trainer
+
+    def fit(self) -> RunState:
+        """Train from the state's step to the end.
+
+        Raises:
+            NonFiniteLossError: Names the step, the terms and the cases.
+            TrainingInterrupted: After Ctrl-C; the state is saved.
+        """
+        config, first = self.state.config, self.state.step
+        log = RunLog(self.folder, first, enabled=self.ranks.is_main)
+        network: nn.Module = self.method
+        if self.ranks.world_size > 1:
+            ids = [self.device] if self.device.type == "cuda" else None
+            # Every buffer is either equal on all ranks by construction (the memory gathers) or never used.
+            network = DistributedDataParallel(self.method, device_ids=ids, broadcast_buffers=False)
+        bar = tqdm(
+            total=self.max_iteration,
+            initial=first,
+            desc=config.method,
+            unit="step",
+            disable=not self.ranks.is_main,
+            mininterval=0.5,
+        )
+        started = time.perf_counter()
+        try:
+            with stop_signals(self):
+                for step, batch in enumerate(self._loader(first), start=first):
+                    output = self.train_step(network, batch.to(self.device), step)
+                    self.state.step = done = step + 1
+                    bar.update()
+                    if done % config.log_every == 0 or done == self.max_iteration:
+                        seconds, started = time.perf_counter() - started, time.perf_counter()
+                        bar.set_postfix(self._log_step(log, batch, output, done, seconds / config.log_every))
+                    if done % config.image_every == 0:
+                        log.pictures(done, batch, output)
+                    stop = self._stop_now(done)
+                    if stop or done % config.save_every == 0 or done == self.max_iteration:
+                        self._validate_and_save(log, done, validate=not stop)
+                    if stop and done < self.max_iteration:
+                        raise TrainingInterrupted
+        finally:
+            bar.close()
+            log.close()
+        return self.state
+
+    def train_step(self, network: nn.Module, batch: Batch, step: int) -> StepOutput:
+        """Forward, backward, optimizer and teacher; a pure function of the weights and (seed, step, rank)."""
+        config = self.state.config
+        torch.manual_seed(hash((config.seed, step, self.ranks.rank)) % 2**63)
+        network.train()
+        lr = poly_lr(config.base_lr, step, self.max_iteration)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.amp, self.device):
+            output: StepOutput = network(batch, step)
+        total = output.total()
+        if not torch.isfinite(total):
+            raise NonFiniteLossError(self._describe_non_finite(output, batch, step))
+        self.scaler.scale(total).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.method.parameters(), config.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.method.after_step(step)
+        return output
+
+    def _loader(self, first: int) -> Iterator[Batch]:
+        config, split = self.state.config, self.state.split
+        labeled_bs = config.labeled_bs if self.method.uses_unlabeled else config.batch_size
+        plan = StepPlan(split.labeled, split.unlabeled, config.batch_size, labeled_bs, config.seed)
+        sampler = StepSampler(
+            plan,
+            first_step=first,
+            max_iteration=self.max_iteration,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+        )
+        dataset = PatchDataset(CaseCache(self.source, self.preprocess), build.build_augmentation(config))
+        return iter(
+            DataLoader(
+                dataset,
+                batch_sampler=sampler,  # type: ignore[arg-type]
+                num_workers=config.num_workers,
+                collate_fn=collate,
+                pin_memory=self.device.type == "cuda",
+                generator=torch.Generator().manual_seed(config.seed),
+            )
+        )
+
+    def _log_step(
+        self, log: RunLog, batch: Batch, output: StepOutput, done: int, seconds_per_step: float
+    ) -> dict[str, str]:
+        values = step_scalars(output, self.optimizer.param_groups[0]["lr"])
+        if output.logits_l is not None:
+            values["Train/dice"] = batch_dice(output.logits_l, batch.label_l.to(self.device))
+        values["Train/seconds_per_step"] = seconds_per_step
+        if self.method.prototypes is not None:
+            values["Memory/fill"] = float(self.method.prototypes.manager.get_memory_info()["fill"])
+        tensors = torch.stack([torch.as_tensor(value, dtype=torch.float32).cpu() for value in values.values()])
+        numbers = mean_over_ranks(tensors.to(self.device)).tolist()
+        named = dict(zip(values, numbers, strict=True))
+        log.scalars(done, named)
+        shown = {"loss": named["Loss/total"], "dice": named.get("Train/dice")}
+        return {name: f"{value:.3f}" for name, value in shown.items() if value is not None}
+
+    def _validate_and_save(self, log: RunLog, done: int, *, validate: bool) -> None:
+        names = ["last.pt"]
+        if validate and self.state.split.val and self.ranks.is_main:
+            score = self._validation_dice()
+            log.scalars(done, {"Validation/dice": score})
+            if score > self.state.best_dice:
+                self.state.best_dice = score
+                names.append("best.pt")
+        if self.ranks.is_main:
+            tensors: dict[str, Any] = {
+                "method": self.method.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+            }
+            for name in names:
+                write_checkpoint(self.folder / name, self.state, tensors)
+        barrier()
+
+    def _validation_dice(self) -> float:
+        results = evaluate_cases(
+            self.method.inference_network(),
+            self.source,
+            self.state.split.val,
+            self.preprocess,
+            build.build_inference(self.state.config, self.amp),
+            self.device,
+            progress=False,
+        )
+        return float(summarise(results, self.state.facts.class_names)["mean"]["dice"]["mean"])
+
+    def _stop_now(self, done: int) -> bool:
+        """Whether any rank was asked to stop; with several ranks they confer only at logging steps."""
+        if self.ranks.world_size == 1:
+            return self.interrupted
+        return done % self.state.config.log_every == 0 and any_rank(self.interrupted, self.device)
+
+    def _describe_non_finite(self, output: StepOutput, batch: Batch, step: int) -> str:
+        bad = [name for name, term in output.terms.items() if not torch.isfinite(term.value)]
+        last = self.folder / "last.pt"
+        kept = f"; the last good checkpoint is {last}" if last.exists() else ""
+        return (
+            f"step {step}: loss term {', '.join(bad)} is not finite; cases: {', '.join(batch.cases_l + batch.cases_u)}. "
+            f"Look at these images, lower --base_lr or use --amp no{kept}"
+        )
+
+
+@contextmanager
+def stop_signals(trainer: Trainer) -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM into a request to stop after the step; a second Ctrl-C stops at once."""
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if trainer.interrupted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        trainer.interrupted = True
+
+    try:
+        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # signals can be caught in the main thread only
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def seed_everything(seed: int, *, deterministic: bool) -> None:
+    """Seed Python, NumPy and torch; ``deterministic`` also asks for deterministic kernels where there are any."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - third-party code may draw from it
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.backends.cudnn.benchmark = not deterministic
