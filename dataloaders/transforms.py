@@ -66,12 +66,13 @@ def crop(array: np.ndarray, corner: np.ndarray, patch_size: tuple[int, ...], fil
     """Cut a patch out of the last three axes; what lies outside the volume becomes ``fill``."""
     shape = array.shape[-3:]
     start, stop = np.maximum(corner, 0), np.minimum(corner + patch_size, shape)
-    inside = array[(..., *(slice(a, b) for a, b in zip(start, stop, strict=True)))]
+    x, y, z = (slice(a, b) for a, b in zip(start, stop, strict=True))
+    inside = array[..., x, y, z]
     if inside.shape[-3:] == tuple(patch_size):
         return inside.copy()
     patch = np.full((*array.shape[:-3], *patch_size), fill, dtype=array.dtype)
-    at = start - corner
-    patch[(..., *(slice(a, a + n) for a, n in zip(at, inside.shape[-3:], strict=True)))] = inside
+    x, y, z = (slice(a, a + n) for a, n in zip(start - corner, inside.shape[-3:], strict=True))
+    patch[..., x, y, z] = inside
     return patch
 
 
@@ -102,9 +103,7 @@ def affine_crop(
     return np.stack(sampled).reshape(*array.shape[:-3], *patch_size)
 
 
-def mirror_and_turn(
-    arrays: list[np.ndarray], rng: np.random.Generator, options: AugmentOptions
-) -> list[np.ndarray]:
+def mirror_and_turn(arrays: list[np.ndarray], rng: np.random.Generator, options: AugmentOptions) -> list[np.ndarray]:
     """The same random mirroring and quarter turns for all arrays (..., X, Y, Z)."""
     axes = tuple(axis - 3 for axis in options.flip_axes if rng.random() < 0.5)
     turns = int(rng.integers(4)) if options.rotate90 and options.patch_size[0] == options.patch_size[1] else 0

@@ -53,7 +53,7 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
         ValueError: If the model, the method or a size does not fit.
     """
     for registry, name in ((NETWORKS, config.model), (METHODS, config.method)):
-        registry.get(name)  # type: ignore[attr-defined]
+        registry.get(name)
     defaults = source.defaults
     labelnum = config.labelnum if config.labelnum is not None else defaults.labelnum
     prototypes = config.use_contrastive_prototype

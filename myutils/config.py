@@ -25,11 +25,11 @@ class RunConfig:
 
     dataset_name: str = option("demo", help="data format: demo, LA, decathlon, nifti, dicom", group=DATA)
     dataset_path: Path | None = option(None, help="folder of the data set; not needed for demo", group=DATA)
-    cache_dir: Path = option(
-        Path.home() / ".cache" / "cov_dfp_3d", help="folder for data made once (demo)", group=DATA
-    )
+    cache_dir: Path = option(Path.home() / ".cache" / "cov_dfp_3d", help="folder for data made once (demo)", group=DATA)
     labelnum: int | None = option(None, help="labelled training cases, >= 1, validation cases included", group=DATA)
-    val_num: int = option(0, help="labelled cases held out to choose best.pt; 0: the last checkpoint counts", group=DATA)
+    val_num: int = option(
+        0, help="labelled cases held out to choose best.pt; 0: the last checkpoint counts", group=DATA
+    )
     train_list: Path | None = option(None, help="text file: training case ids, the first labelnum labelled", group=DATA)
     labeled_list: Path | None = option(None, help="text file: labelled case ids", group=DATA)
     val_list: Path | None = option(None, help="text file: validation case ids", group=DATA)
@@ -47,8 +47,8 @@ class RunConfig:
         None, help="steps of the sigmoid ramp-up of the unlabelled losses; else 30 % of the training", group=METHOD
     )
     ema_decay: float = option(0.99, help="decay of the teacher's moving average after warm-up, 0..1", group=METHOD)
-    confidence_threshold: float = option(0.8, help="least probability of a pseudo-label that counts", group=METHOD)
-    cutmix: bool = option(True, help="paste boxes between the strong views of unlabelled patches", group=METHOD)
+    confidence_threshold: float = option(0.8, help="least probability of a pseudo-label that counts, 0..1", group=METHOD)
+    copy_paste: bool = option(True, help="paste labelled boxes into unlabelled patches", group=METHOD)
 
     use_contrastive_prototype: bool | None = option(
         None, help="the prototype term, for any method; else on for mean_teacher", group=PROTOTYPES
@@ -88,7 +88,10 @@ class RunConfig:
     seed: int = option(0, help="decides splits, weights and every random draw, >= 0", group=RUN)
     gpu: int | None = option(None, help="number of the CUDA device; without one the CPU is used", group=RUN)
     amp: str = option(
-        "auto", help="autocast; auto: bf16 where the device is fast at it", group=RUN, choices=("auto", "no", "bf16", "fp16")
+        "auto",
+        help="autocast; auto: bf16 where the device is fast at it",
+        group=RUN,
+        choices=("auto", "no", "bf16", "fp16"),
     )
     deterministic: bool = option(True, help="only deterministic kernels, on CUDA too", group=RUN)
     num_workers: int = option(0, help="processes that prepare batches, >= 0; 0: the training process", group=RUN)
@@ -171,7 +174,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "consistency": (0, float("inf")),
     "consistency_rampup": (0, float("inf")),
     "ema_decay": (0, 1),
-    "confidence_threshold": (0, 1),
+    "confidence_threshold": (0, 0.9999),
     "contrastive_weight": (0, float("inf")),
     "intra_weight": (0, float("inf")),
     "inter_weight": (0, float("inf")),

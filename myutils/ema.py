@@ -26,7 +26,8 @@ def update_teacher(teacher: nn.Module, student: nn.Module, decay: float) -> None
     one has batch normalisation, its running statistics are averages already, and averaging them again only delays
     them behind the weights (SSL4MIS issue 77 is about teachers whose buffers were never synchronised).
     """
-    ours, theirs = list(teacher.parameters()), [parameter.detach() for parameter in student.parameters()]
+    ours = [parameter.detach() for parameter in teacher.parameters()]
+    theirs = [parameter.detach() for parameter in student.parameters()]
     if ours:
         torch._foreach_lerp_(ours, theirs, 1.0 - decay)
     for buffer, source in zip(teacher.buffers(), student.buffers(), strict=True):

@@ -50,6 +50,11 @@ class PrototypeTerm(nn.Module):
         pair = [selector for selector in self.manager.get_selectors() if selector is not None]
         return list(chain.from_iterable(selector.parameters() for selector in pair))
 
+    def memory_fill(self) -> float:
+        """Share of memory slots in use, 0..1; waits for the device."""
+        count = self.manager.memory_count
+        return float(count.float().mean()) / self.config.elements_per_class
+
     def refills_at(self, step: int) -> bool:
         """Whether the memory takes new features at ``step`` (every ``--memory_interval`` steps)."""
         return step % self.config.memory_interval == 0
@@ -75,36 +80,35 @@ class PrototypeTerm(nn.Module):
             student,
             filled_by,
             positions,
-            positions,
             classes=classes,
             own_features=teacher is None,
             update=self.refills_at(step),
         )
 
     def unlabeled_losses(
-        self, student: SegmentationOutput, teacher: SegmentationOutput, sources: Tensor | None
+        self, student: SegmentationOutput, teacher: SegmentationOutput, sources: Tensor | None, labeled: int
     ) -> dict[str, Tensor]:
         """Raw losses of unlabelled voxels under the teacher's confident pseudo-labels.
 
         Args:
             student: Student outputs of the strong views, on the graph.
             teacher: Teacher outputs of the weak views.
-            sources: For each voxel (Bu, X, Y, Z) of the strong views the flat index of its voxel in the weak views
-                (``cutmix_sources``); None where they are the same.
+            sources: For each voxel (Bu, X, Y, Z) of the strong views the flat index of its source in the whole batch,
+                the ``labeled`` labelled patches first; None where each is its own. Pasted labelled voxels take no part.
+            labeled: Number of labelled patches.
         """
         pseudo = gated_pseudo_labels(teacher.logits, self.config.confidence_threshold, IGNORE)
         if sources is not None:
-            pseudo = pseudo.reshape(-1)[sources]
+            pasted = sources < labeled * pseudo[0].numel()
+            pseudo = pseudo.masked_fill(pasted, IGNORE)
         positions, _ = self.manager.sample_positions(pseudo)
-        origins = positions if sources is None else sources.reshape(-1)[positions]
-        return self._losses(student, teacher, positions, origins, classes=None, own_features=False, update=True)
+        return self._losses(student, teacher, positions, classes=None, own_features=False, update=True)
 
     def _losses(
         self,
         student: SegmentationOutput,
         filled_by: SegmentationOutput,
         positions: Tensor,
-        origins: Tensor,
         *,
         classes: Tensor | None,
         own_features: bool,
@@ -115,11 +119,11 @@ class PrototypeTerm(nn.Module):
             memory_features = projected.detach()
             if not own_features:
                 with torch.no_grad():
-                    memory_features = self.teacher_projection(pick_voxels(filled_by.features, origins).float())
+                    memory_features = self.teacher_projection(pick_voxels(filled_by.features, positions).float())
             config = self.config
             _, losses = self.manager.update_and_compute_loss(
                 self.prediction(projected),
-                pick_voxels(filled_by.logits.detach(), origins).float(),
+                pick_voxels(filled_by.logits.detach(), positions).float(),
                 labels=classes,
                 is_labeled=classes is not None,
                 contrastive_weight=config.contrastive_weight,
@@ -129,4 +133,3 @@ class PrototypeTerm(nn.Module):
                 update=update,
             )
         return losses
-

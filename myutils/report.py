@@ -78,9 +78,10 @@ def draw_run(
     for index in np.unique(np.linspace(0, len(first) - 1, _SHOWN_CASES).round().astype(int)):
         case_id = first[index].case_id
         volume = source.load(case_id, with_label=True)
-        maps, notes = {"truth": volume.label}, {}
+        maps = {"truth": np.asarray(volume.label)}
+        notes = {}
         for name, folder in runs.items():
-            stored = nib.load(folder / "test" / "predictions" / f"{case_id}.nii.gz")
+            stored: Any = nib.load(folder / "test" / "predictions" / f"{case_id}.nii.gz")
             maps[name] = np.asarray(stored.dataobj).astype(np.uint8)
             dice = np.mean([metrics.dice for metrics in results[name][index].metrics.values()])
             notes[name] = f"Dice {100 * dice:.1f} %"

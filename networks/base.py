@@ -64,8 +64,8 @@ class SegmentationNetwork(nn.Module, ABC):
         before = [gap // 2 for gap in missing]
         padding = [side for gap, low in zip(missing[::-1], before[::-1], strict=True) for side in (low, gap - low)]
         logits, features = self.forward_padded(functional.pad(images, padding))
-        inner = (..., *(slice(low, low + n) for low, n in zip(before, size, strict=True)))
-        return SegmentationOutput(logits[inner], features[inner])
+        x, y, z = (slice(low, low + n) for low, n in zip(before, size, strict=True))
+        return SegmentationOutput(logits[..., x, y, z], features[..., x, y, z])
 
 
 NETWORKS: Registry[type[SegmentationNetwork]] = Registry("model", "networks")

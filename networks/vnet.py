@@ -50,14 +50,12 @@ class VNet(SegmentationNetwork):
         for level, (width, count) in enumerate(zip(widths, _CONVOLUTIONS, strict=True)):
             self.encoder.append(_stage(in_channels if level == 0 else width, width, count))
             if level + 1 < len(widths):
-                step = nn.Conv3d(width, 2 * width, kernel_size=2, stride=2)
-                self.down.append(_resample(step, 2 * width))
+                self.down.append(_resample(nn.Conv3d(width, 2 * width, kernel_size=2, stride=2), 2 * width))
         self.up = nn.ModuleList()
         self.decoder = nn.ModuleList()
         for level in range(len(widths) - 2, -1, -1):
             width = widths[level]
-            step = nn.ConvTranspose3d(2 * width, width, kernel_size=2, stride=2)
-            self.up.append(_resample(step, width))
+            self.up.append(_resample(nn.ConvTranspose3d(2 * width, width, kernel_size=2, stride=2), width))
             self.decoder.append(_stage(width, width, _CONVOLUTIONS[level]))
         self.bottleneck_dropout = nn.Dropout3d(dropout)
         self.feature_dropout = nn.Dropout3d(dropout)

@@ -1,7 +1,7 @@
 """Mean teacher with gated pseudo-labels: the teacher labels weak views, the student learns them on strong ones.
 
 Sources: Tarvainen & Valpola 2017, arXiv:1703.01780 (the averaged teacher); Sohn et al. 2020, arXiv:2001.07685
-(weak-to-strong pseudo-labels above a confidence); French et al. 2020, arXiv:1906.01916 (CutMix for segmentation).
+(weak-to-strong pseudo-labels above a confidence); Bai et al. 2023, arXiv:2305.00673 (pasting labelled boxes).
 """
 
 from __future__ import annotations
@@ -33,30 +33,40 @@ def pseudo_labels(logits: Tensor) -> PseudoLabels:
     return PseudoLabels(labels, confidence)
 
 
-def cutmix_sources(images: Tensor) -> Tensor:
-    """For each voxel of a batch (B, C, X, Y, Z), the flat index (B, X, Y, Z) of the voxel that takes its place.
+def mixing_sources(labeled: int, shape: torch.Size, device: torch.device) -> Tensor:
+    """For each voxel of the unlabelled patches, the flat index of the voxel that takes its place in the mixed patch.
 
-    One random box, a quarter to a half of the volume, is taken from the previous sample of the batch, the same box for
-    all samples; a batch of one is left as it is.
+    Labelled and unlabelled patches are numbered in one batch, labelled first. Each unlabelled patch gets one random
+    box, a quarter to a half of its volume, from a labelled patch at the same place: in the box the student learns true
+    labels within the unlabelled image, the mix that BCP found to carry most (Bai et al. 2023, arXiv:2305.00673).
+
+    Args:
+        labeled: Number Bl of labelled patches.
+        shape: (Bu, X, Y, Z) of the unlabelled patches.
+        device: Where the indices are used.
+
+    Returns:
+        Indices (Bu, X, Y, Z), int64, in 0..(Bl + Bu) * X * Y * Z - 1.
     """
-    batch, _, *size = images.shape
-    voxels = torch.arange(batch * size[0] * size[1] * size[2], device=images.device).reshape(batch, *size)
-    if batch < 2:
-        return voxels
-    share = (0.25 + 0.25 * torch.rand(()).item()) ** (1 / 3)
-    box = [max(1, round(share * n)) for n in size]
-    start = [int(torch.randint(0, n - side + 1, ())) for n, side in zip(size, box, strict=True)]
-    inner = (slice(None), *(slice(a, a + side) for a, side in zip(start, box, strict=True)))
-    mixed = voxels.clone()
-    mixed[inner] = voxels.roll(1, 0)[inner]
-    return mixed
+    batch, *size = shape
+    voxels = torch.arange(size[0] * size[1] * size[2], device=device).reshape(size)
+    first_of = torch.arange(labeled, labeled + batch, device=device) * voxels.numel()
+    sources = voxels + first_of.reshape(-1, 1, 1, 1)  # (Bu, X, Y, Z): every voxel is its own source
+    for index in range(batch):
+        share = float(0.25 + 0.25 * torch.rand(())) ** (1 / 3)
+        sides = [max(1, round(share * n)) for n in size]
+        start = [int(torch.randint(0, n - side + 1, ())) for n, side in zip(size, sides, strict=True)]
+        x, y, z = (slice(a, a + side) for a, side in zip(start, sides, strict=True))
+        partner = int(torch.randint(0, labeled, ()))
+        sources[index, x, y, z] = voxels[x, y, z] + partner * voxels.numel()
+    return sources
 
 
-def gather_voxels(values: Tensor, sources: Tensor) -> Tensor:
-    """Values (B, X, Y, Z) or images (B, C, X, Y, Z) with every voxel taken from its source (B, X, Y, Z)."""
+def take_voxels(values: Tensor, sources: Tensor) -> Tensor:
+    """Values (B, X, Y, Z) or images (B, C, X, Y, Z) of the whole batch, taken at ``sources`` (Bu, X, Y, Z)."""
     if values.ndim == sources.ndim:
         return values.reshape(-1)[sources]
-    return torch.stack([gather_voxels(values[:, channel], sources) for channel in range(values.shape[1])], dim=1)
+    return torch.stack([take_voxels(values[:, channel], sources) for channel in range(values.shape[1])], dim=1)
 
 
 @METHODS.register("mean_teacher")
@@ -85,27 +95,34 @@ class MeanTeacher(Method):
         refill = self.prototypes is not None and self.prototypes.refills_at(step)
         teacher_l, teacher_u = self._teach(batch, with_labeled=refill)
         pseudo = pseudo_labels(teacher_u.logits)
-        strong, sources = batch.image_u_strong, None
-        if self.config.cutmix:
-            sources = cutmix_sources(strong)
-            strong = gather_voxels(strong, sources)
+        strong, target, sources = self._mix(batch, pseudo)
         student = self.student(torch.cat([batch.image_l, strong]))
         student_l = SegmentationOutput(student.logits[:labeled], student.features[:labeled])
         student_u = SegmentationOutput(student.logits[labeled:], student.features[labeled:])
-        target = pseudo if sources is None else PseudoLabels(*(gather_voxels(part, sources) for part in pseudo))
         gate = target.confidence > self.config.confidence_threshold
+        consistency = dice_ce_loss(student_u.logits, target.labels, gate.float())
         terms = {
             "supervised": LossTerm(dice_ce_loss(student_l.logits, batch.label_l), 1.0),
-            "consistency": LossTerm(
-                dice_ce_loss(student_u.logits, target.labels, gate.float()), self.ramp(step) * self.config.consistency
-            ),
+            "consistency": LossTerm(consistency, self.ramp(step) * self.config.consistency),
         }
         if self.prototypes is not None:
             losses = self.prototypes.labeled_losses(student_l, batch.label_l, teacher=teacher_l, step=step)
-            unlabeled = self.prototypes.unlabeled_losses(student_u, teacher_u, sources)
+            unlabeled = self.prototypes.unlabeled_losses(student_u, teacher_u, sources, labeled)
             terms |= self.prototype_loss_terms({name: losses[name] + unlabeled[name] for name in losses}, step)
         scalars = {"confidence": pseudo.confidence.mean(), "gate_share": gate.float().mean()}
         return StepOutput(terms, scalars, pseudo.labels, student_l.logits.detach())
+
+    def _mix(self, batch: Batch, pseudo: PseudoLabels) -> tuple[Tensor, PseudoLabels, Tensor | None]:
+        """Strong views with boxes of labelled patches, their targets, and where each voxel came from."""
+        if not self.config.copy_paste or not len(batch.image_u):
+            return batch.image_u_strong, pseudo, None
+        sources = mixing_sources(len(batch.image_l), pseudo.labels.shape, batch.image_u.device)
+        certain = torch.ones_like(batch.label_l, dtype=pseudo.confidence.dtype)
+        target = PseudoLabels(
+            take_voxels(torch.cat([batch.label_l, pseudo.labels]), sources),
+            take_voxels(torch.cat([certain, pseudo.confidence]), sources),
+        )
+        return take_voxels(torch.cat([batch.image_l, batch.image_u_strong]), sources), target, sources
 
     @torch.no_grad()
     def _teach(self, batch: Batch, *, with_labeled: bool) -> tuple[SegmentationOutput | None, SegmentationOutput]:
@@ -114,7 +131,9 @@ class MeanTeacher(Method):
             return None, self.teacher(batch.image_u)
         count = len(batch.image_l)
         both = self.teacher(torch.cat([batch.image_l, batch.image_u]))
-        return SegmentationOutput(*(part[:count] for part in both)), SegmentationOutput(*(part[count:] for part in both))
+        return SegmentationOutput(*(part[:count] for part in both)), SegmentationOutput(
+            *(part[count:] for part in both)
+        )
 
     def after_step(self, step: int) -> None:
         """Move the teacher toward the student."""

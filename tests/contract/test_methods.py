@@ -1,0 +1,98 @@
+"""Every registered method keeps the contract, with and without the prototype term."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import BallSource
+from helpers_runs import random_batch, small_config
+
+from myutils.build import DataFacts, build_method
+from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
+
+CASES = [(name, prototypes) for name in METHODS.names() for prototypes in (False, True)]
+
+
+def make(name: str, prototypes: bool, **changes: object) -> Method:
+    torch.manual_seed(0)
+    source = BallSource()
+    config = small_config(
+        source, method=name, use_contrastive_prototype=prototypes, use_learned_selector=True, **changes
+    )
+    return build_method(config, DataFacts.of(source))
+
+
+def step(method: Method, number: int = 3) -> StepOutput:
+    method.train()
+    batch = random_batch() if method.uses_unlabeled else random_batch(labeled=4, unlabeled=0)
+    return method(batch, number)
+
+
+@pytest.mark.parametrize(("name", "prototypes"), CASES)
+def test_method_sends_every_weighted_term_into_the_student_only(name: str, prototypes: bool) -> None:
+    method = make(name, prototypes, confidence_threshold=0.0)
+    step(method, 0)  # fills the memory
+    output = step(method)
+    for term_name, term in output.terms.items():
+        method.zero_grad(set_to_none=True)
+        term.value.backward(retain_graph=True)
+        reached = [p for p in method.student.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+        assert reached, f"{term_name} does not move the student"
+    frozen = [key for key, p in method.named_parameters() if not p.requires_grad and p.grad is not None]
+    assert frozen == []
+
+
+@pytest.mark.parametrize(("name", "prototypes"), CASES)
+def test_method_optimizes_everything_trainable_once_and_selectors_slowly(name: str, prototypes: bool) -> None:
+    method = make(name, prototypes)
+    groups = method.parameter_groups(0.1)
+    listed = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {id(parameter) for parameter in method.parameters() if parameter.requires_grad}
+    assert len(groups) == (2 if prototypes else 1)
+    if prototypes:
+        assert groups[1]["lr"] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(("name", "prototypes"), CASES)
+def test_method_uses_every_trainable_parameter_in_every_step(name: str, prototypes: bool) -> None:
+    method = make(name, prototypes, confidence_threshold=0.9999)  # nothing passes the gate: heads must stay attached
+    for number in range(2):
+        method.zero_grad(set_to_none=True)
+        step(method, number).total().backward()
+        missing = [key for key, p in method.named_parameters() if p.requires_grad and p.grad is None]
+        assert missing == []
+
+
+@pytest.mark.parametrize(("name", "prototypes"), CASES)
+def test_method_state_round_trip_gives_the_same_loss(name: str, prototypes: bool) -> None:
+    first, second = make(name, prototypes), make(name, prototypes)
+    step(first, 0)
+    first.after_step(0)
+    second.load_state_dict(first.state_dict())
+    losses = []
+    for method in (first, second):
+        torch.manual_seed(7)
+        losses.append(step(method, 1).total().item())
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_method_runs_multi_channel(name: str) -> None:
+    source = BallSource(channels=2)
+    config = small_config(source, method=name)
+    method = build_method(config, DataFacts.of(source))
+    uses = method.uses_unlabeled
+    output = method(random_batch(2 if uses else 4, 2 if uses else 0, channels=2), 0)
+    assert torch.isfinite(output.total())
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_method_inference_network_needs_no_gradient_graph_of_the_teacher(name: str) -> None:
+    method = make(name, False)
+    assert method.inference_network()(torch.randn(1, 1, 16, 16, 16)).logits.shape == (1, 3, 16, 16, 16)
+
+
+def test_step_output_applies_each_weight_once() -> None:
+    output = StepOutput({"a": LossTerm(torch.tensor(2.0), 0.1), "b": LossTerm(torch.tensor(3.0), 1.0)})
+    assert output.total().item() == pytest.approx(3.2)

@@ -1,0 +1,57 @@
+"""Shared by tests: resolved configurations, trainers and batches on the small simulated data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataloaders.base import CaseSource
+from dataloaders.patches import Batch
+from dataloaders.splits import make_training_split
+from myutils.build import DataFacts, resolve_config
+from myutils.checkpoint import RunState
+from myutils.config import RunConfig
+from myutils.distributed import RankInfo
+from myutils.trainer import Trainer
+
+
+def small_config(source: CaseSource, **changes: Any) -> RunConfig:
+    """A resolved configuration that trains in about a second."""
+    settings = {
+        "dataset_name": "decathlon",
+        "labelnum": 2,
+        "max_iteration": 4,
+        "patch_size": (16, 16, 16),
+        "amp": "no",
+        "embedding_dim": 8,
+        "elements_per_class": 4,
+        "prototype_samples": 64,
+        "log_every": 2,
+        "save_every": 100,
+        "consistency_rampup": 2,
+        "confidence_threshold": 0.4,
+    }
+    return resolve_config(RunConfig(**(settings | changes)), source)
+
+
+def small_trainer(source: CaseSource, folder: Path, **changes: Any) -> Trainer:
+    """A trainer of ``small_config``, its folder made."""
+    config = small_config(source, **changes)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = RunState(config, DataFacts.of(source), make_training_split(source, config.split_request()))
+    return Trainer(state, source, folder, RankInfo(), torch.device("cpu"))
+
+
+def random_batch(labeled: int = 2, unlabeled: int = 2, channels: int = 1, classes: int = 3, size: int = 16) -> Batch:
+    """A batch of noise with random labels, from torch's global generator."""
+    shape = (size, size, size)
+    return Batch(
+        image_l=torch.randn(labeled, channels, *shape),
+        label_l=torch.randint(0, classes, (labeled, *shape)),
+        image_u=torch.randn(unlabeled, channels, *shape),
+        image_u_strong=torch.randn(unlabeled, channels, *shape),
+        cases_l=tuple(f"l{index}" for index in range(labeled)),
+        cases_u=tuple(f"u{index}" for index in range(unlabeled)),
+    )

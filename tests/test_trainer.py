@@ -1,0 +1,189 @@
+"""The training loop: resuming, purity of a step, non-finite losses, interruption, logs, validation."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BallSource
+from helpers_runs import random_batch, small_trainer
+
+from dataloaders.base import Volume
+from myutils.distributed import RankInfo
+from myutils.trainer import NonFiniteLossError, Trainer, TrainingInterrupted
+
+CPU = torch.device("cpu")
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in trainer.method.state_dict().items()}
+
+
+def assert_same_weights(first: Trainer, second: Trainer) -> None:
+    ours, theirs = weights(first), weights(second)
+    different = [key for key in ours if not torch.equal(ours[key], theirs[key])]
+    assert different == []
+
+
+@pytest.mark.parametrize("method", ["mean_teacher", "supervised"])
+def test_trainer_resumes_bit_identically(tmp_path: Path, method: str) -> None:
+    changes = {"method": method, "use_learned_selector": True, "use_contrastive_prototype": True, "max_iteration": 6}
+    whole = small_trainer(BallSource(), tmp_path / "whole", **changes)
+    whole.fit()
+
+    broken = small_trainer(BallSource(), tmp_path / "broken", save_every=3, **changes)
+    original = broken.train_step
+
+    def kill_at_four(*args: object) -> object:
+        if broken.state.step == 4:
+            raise RuntimeError("killed")
+        return original(*args)
+
+    broken.train_step = kill_at_four  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="killed"):
+        broken.fit()
+    torch.randn(100)  # the world's random state moves on
+    resumed = Trainer.resume(BallSource(), tmp_path / "broken", RankInfo(), CPU)
+    assert resumed.state.step == 3
+    resumed.fit()
+    assert_same_weights(whole, resumed)
+    momentum = [s["momentum_buffer"] for s in whole.optimizer.state.values()]
+    assert all(
+        torch.equal(a, b["momentum_buffer"]) for a, b in zip(momentum, resumed.optimizer.state.values(), strict=True)
+    )
+
+
+def test_trainer_gives_the_same_weights_for_any_number_of_workers(tmp_path: Path) -> None:
+    alone = small_trainer(BallSource(), tmp_path / "a", num_workers=0)
+    helped = small_trainer(BallSource(), tmp_path / "b", num_workers=2)
+    alone.fit()
+    helped.fit()
+    assert_same_weights(alone, helped)
+
+
+def test_trainer_depends_on_the_seed(tmp_path: Path) -> None:
+    first = small_trainer(BallSource(), tmp_path / "a", seed=0)
+    second = small_trainer(BallSource(), tmp_path / "b", seed=1)
+    first.fit()
+    second.fit()
+    assert not torch.equal(first.method.student.classifier.weight, second.method.student.classifier.weight)
+
+
+def test_trainer_never_reads_labels_of_unlabelled_cases(tmp_path: Path) -> None:
+    source = BallSource()
+    trainer = small_trainer(source, tmp_path, max_iteration=8)
+    source.label_reads.clear()
+    trainer.fit()
+    assert set(source.label_reads) == set(trainer.state.split.labeled)
+    assert len(trainer.state.split.unlabeled) > 2
+
+
+def test_trainer_stops_at_a_non_finite_loss_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    trainer = small_trainer(BallSource(), tmp_path, save_every=1, max_iteration=5)
+    original = trainer.method.forward
+
+    def spoil(batch: object, step: int) -> object:
+        output = original(batch, step)
+        if step == 2:
+            output.terms["consistency"].value = output.terms["consistency"].value * float("nan")
+        return output
+
+    trainer.method.forward = spoil  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteLossError, match=r"step 2: loss term consistency .* cases: ball\d\d, .*last\.pt"):
+        trainer.fit()
+    kept = Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU)
+    assert kept.state.step == 2
+    assert all(torch.isfinite(value).all() for value in kept.method.state_dict().values())
+
+
+def test_trainer_saves_on_ctrl_c(tmp_path: Path) -> None:
+    trainer = small_trainer(BallSource(), tmp_path, max_iteration=50)
+    original = trainer.train_step
+
+    def press(*args: object) -> object:
+        if trainer.state.step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    trainer.train_step = press  # type: ignore[method-assign]
+    with pytest.raises(TrainingInterrupted):
+        trainer.fit()
+    assert Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU).state.step == 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_trainer_validates_on_held_out_labelled_cases_and_keeps_the_best(tmp_path: Path) -> None:
+    trainer = small_trainer(BallSource(), tmp_path, labelnum=4, val_num=1, save_every=2)
+    assert len(trainer.state.split.labeled) == 3 and len(trainer.state.split.val) == 1
+    trainer.fit()
+    assert (tmp_path / "best.pt").exists() and 0 <= trainer.state.best_dice <= 1
+    assert Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU).state.best_dice == trainer.state.best_dice
+
+
+def test_trainer_without_validation_writes_no_best(tmp_path: Path) -> None:
+    small_trainer(BallSource(), tmp_path).fit()
+    assert (tmp_path / "last.pt").exists() and not (tmp_path / "best.pt").exists()
+
+
+def test_trainer_logs_every_part_with_its_weight(tmp_path: Path) -> None:
+    small_trainer(BallSource(), tmp_path, use_contrastive_prototype=True, image_every=2).fit()
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [2, 4]
+    expected = {"Loss/contrastive_loss", "Loss/intra_loss", "Loss/inter_loss", "Loss/total_prototype_loss"}
+    expected |= {"Loss/supervised", "Loss/consistency", "Weight/consistency", "Train/lr", "Train/dice"}
+    expected |= {"Memory/fill", "Train/confidence", "Train/gate_share"}
+    assert expected <= set(entries[-1])
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    parts = sum(entries[-1][f"Loss/{n}"] * entries[-1][f"Weight/{n}"] for n in ("contrastive_loss", "intra_loss"))
+    parts += entries[-1]["Loss/inter_loss"] * entries[-1]["Weight/inter_loss"]
+    assert entries[-1]["Loss/total_prototype_loss"] == pytest.approx(parts, abs=1e-4)
+
+
+def test_trainer_drops_log_entries_beyond_the_checkpoint(tmp_path: Path) -> None:
+    trainer = small_trainer(BallSource(), tmp_path, save_every=2, max_iteration=4)
+    trainer.fit()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "Loss/total": 1.0}\n{"step": 10, "Lo')
+    Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU).fit()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 4]
+
+
+def test_trainer_trains_selectors_and_fills_the_memory(tmp_path: Path) -> None:
+    trainer = small_trainer(
+        BallSource(), tmp_path, use_learned_selector=True, use_contrastive_prototype=True, confidence_threshold=0.0
+    )
+    before = weights(trainer)
+    trainer.fit()
+    after = weights(trainer)
+    moved = {key for key in before if "selector" in key and not torch.equal(before[key], after[key])}
+    assert any("feature" in key for key in moved) and any("memory" in key for key in moved)
+    assert trainer.method.prototypes is not None and trainer.method.prototypes.memory_fill() > 0
+
+
+def test_trainer_bf16_step_is_finite(tmp_path: Path) -> None:
+    trainer = small_trainer(BallSource(), tmp_path, amp="bf16")
+    output = trainer.train_step(trainer.method, random_batch(), 0)
+    assert torch.isfinite(output.total()) and output.total().dtype == torch.float32
+
+
+def test_trainer_refuses_fp16_on_the_cpu(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--amp fp16: needs a CUDA device"):
+        small_trainer(BallSource(), tmp_path, amp="fp16")
+
+
+class NanSource(BallSource):
+    """One case holds NaN voxels."""
+
+    def load(self, case_id: str, *, with_label: bool) -> Volume:
+        volume = super().load(case_id, with_label=with_label)
+        volume.image[0, 0, 0, 0] = float("nan")
+        return volume
+
+
+def test_trainer_names_a_case_with_nan_voxels(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"ball\d\d"):
+        small_trainer(NanSource(), tmp_path).fit()
