@@ -35,20 +35,24 @@ def _score(selector: nn.Module, vectors: Tensor) -> Tensor:
     return selector(vectors.to(own_type)).squeeze(-1).to(vectors.dtype)
 
 
-def own_class_logits(selectors: nn.ModuleList, vectors: Tensor, class_labels: Tensor) -> Tensor:
+def own_class_logits(
+    selectors: nn.ModuleList, vectors: Tensor, class_labels: Tensor, masked: bool | None = None
+) -> Tensor:
     """Logit of each vector (N, E) under the selector of its own class (N,); 0 for ids outside 0..K-1.
 
     On the CPU each selector sees its class only. Elsewhere that would make the host wait for the class sizes, so
-    every selector sees every vector and the others' answers are masked.
+    every selector sees every vector and the others' answers are masked; ``masked`` forces either way.
     """
+    if masked is None:
+        masked = vectors.device.type != "cpu"
     logits = vectors.new_zeros(vectors.shape[0])  # (N,)
     for class_id, selector in enumerate(selectors):
         member = class_labels == class_id  # (N,)
-        if vectors.device.type == "cpu":
+        if masked:
+            logits = _score(selector, vectors).where(member, logits)
+        else:
             rows = member.nonzero().squeeze(1)
             logits = logits.index_copy(0, rows, _score(selector, vectors[rows]))
-        else:
-            logits = _score(selector, vectors).where(member, logits)
     return logits
 
 
@@ -58,7 +62,7 @@ def memory_logits(selectors: nn.ModuleList, memory: Tensor) -> Tensor:
 
 
 def score_weights(logits: Tensor, member: Tensor) -> Tensor:
-    """Scores sigmoid(logit) divided by their sum over the last axis: the published mean-1 weights, divided by their number.
+    """Scores sigmoid(logit) divided by their sum over the last axis: mean-1 weights, divided by their number.
 
     Computed as the softmax of log-sigmoid, which is the same and cannot divide by zero.
 
@@ -84,7 +88,7 @@ def mean_over(values: Tensor, taking_part: Tensor) -> Tensor:
 
 
 def class_to_class_loss(
-    features: Tensor, feature_weights: Tensor, memory: Tensor, memory_weights: Tensor, taking_part: Tensor
+    units: Tensor, feature_weights: Tensor, memory: Tensor, memory_weights: Tensor, taking_part: Tensor
 ) -> Tensor:
     """Mean over classes of the weighted mean of 1 - cosine over all pairs of a feature and a memory vector.
 
@@ -92,20 +96,18 @@ def class_to_class_loss(
     ``sum_ij w_i v_j (1 - <f_i, m_j>) = 1 - <sum_i w_i f_i, sum_j v_j m_j>``: linear in N + M.
 
     Args:
-        features: (N, E).
+        units: Features of length 1 (N, E).
         feature_weights: (K, N), rows sum to 1 or are zero.
         memory: (K, M, E).
         memory_weights: (K, M), rows sum to 1 or are zero.
         taking_part: Classes (K,) with both features and memory, bool.
     """
-    feature_means = feature_weights @ unit_vectors(features)  # (K, E)
+    feature_means = feature_weights @ units  # (K, E)
     memory_means = (memory_weights[..., None] * unit_vectors(memory)).sum(dim=1)  # (K, E)
     return mean_over(1.0 - (feature_means * memory_means).sum(dim=1), taking_part)
 
 
-def intra_class_loss(
-    features: Tensor, class_labels: Tensor, prototypes: Tensor, member: Tensor, filled: Tensor
-) -> Tensor:
+def intra_class_loss(units: Tensor, class_labels: Tensor, prototypes: Tensor, member: Tensor, filled: Tensor) -> Tensor:
     """Spread of each class around its prototype: the mean over classes of the mean of (1 - cosine)^2.
 
     The contrastive term is linear in every feature, and so it sees a class only through its weighted mean. The
@@ -113,19 +115,19 @@ def intra_class_loss(
     weights, so that a selector cannot excuse a far voxel.
 
     Args:
-        features: (N, E).
+        units: Features of length 1 (N, E).
         class_labels: Class ids (N,).
         prototypes: Unit vectors (K, E), constants.
         member: (K, N), bool.
         filled: Classes with a prototype (K,), bool.
     """
     own = prototypes[class_labels.clamp(0, prototypes.shape[0] - 1)]  # (N, E)
-    spread = (1.0 - (unit_vectors(features) * own).sum(dim=1)).square()  # (N,)
+    spread = (1.0 - (units * own).sum(dim=1)).square()  # (N,)
     counts = member.sum(dim=1)  # (K,)
     return mean_over(member.to(spread) @ spread / counts.clamp(min=1), filled & (counts > 0))
 
 
-def inter_class_loss(features: Tensor, member: Tensor, margin: float) -> Tensor:
+def inter_class_loss(units: Tensor, member: Tensor, margin: float) -> Tensor:
     """Push class means apart: the mean over pairs of classes present of relu(margin - distance)^2.
 
     The means are those of the unit features, themselves scaled to length 1, and the distance is Euclidean, in
@@ -133,13 +135,12 @@ def inter_class_loss(features: Tensor, member: Tensor, margin: float) -> Tensor:
     no direction to part in and get no gradient.
 
     Args:
-        features: (N, E).
+        units: Features of length 1 (N, E).
         member: (K, N), bool.
         margin: Distance beyond which a pair is left alone.
     """
     counts = member.sum(dim=1)  # (K,)
-    unit = unit_vectors(features)
-    means = unit_vectors((member.to(unit) @ unit) / counts.clamp(min=1)[:, None])  # (K, E)
+    means = unit_vectors((member.to(units) @ units) / counts.clamp(min=1)[:, None])  # (K, E)
     squares = (means[:, None] - means[None]).square().sum(dim=2)  # (K, K)
     distances = squares.clamp(min=_SMALLEST_SQUARE).sqrt()
     present = counts > 0

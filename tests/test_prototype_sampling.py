@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from prototype_cases import make_manager
+from prototype_cases import E, K, fill, make_manager, sure_logits
+
+from myutils.prototype_losses import own_class_logits
+from myutils.prototype_sampling import sample_per_class
 
 
 @pytest.fixture(autouse=True)
@@ -36,3 +39,40 @@ def test_sampling_follows_the_global_seed() -> None:
         torch.manual_seed(seed)
         draws.append(manager.sample_positions(labels)[0])
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_sampling_nothing_gives_nothing() -> None:
+    for labels in (torch.zeros(0, dtype=torch.int64), torch.full((50,), -1), torch.full((2, 3, 3, 3), -1)):
+        positions, classes = make_manager(samples_per_class=4).sample_positions(labels)
+        assert positions.shape == classes.shape == (0,) and positions.dtype == torch.int64
+
+
+def test_fixed_size_sampling_pads_with_ignored_slots() -> None:
+    labels = torch.tensor([2, 0, -1, 0, 0, 0, -1, 2])
+    positions, classes = sample_per_class(labels, K, 3, -1, fixed_size=True)
+    assert positions.shape == (9,) and classes.tolist() == [0, 0, 0, -1, -1, -1, 2, 2, -1]
+    drawn = classes >= 0
+    assert torch.equal(labels[positions[drawn]], classes[drawn]) and len(set(positions[drawn].tolist())) == 5
+    assert sample_per_class(torch.full((4,), -1), K, 3, -1, fixed_size=True)[1].tolist() == [-1] * 9
+
+
+def test_padded_slots_change_neither_loss_nor_memory() -> None:
+    labels = torch.tensor([2, 0, -1, 0, 2])
+    positions, padded = sample_per_class(labels, K, 3, -1, fixed_size=True)
+    features, outcomes = torch.randn(5, E), []
+    manager = fill(make_manager(use_learned_selector=True))
+    for rows, classes in ((positions, padded), (positions[padded >= 0], padded[padded >= 0])):
+        copy = make_manager(use_learned_selector=True)
+        copy.load_state_dict(manager.state_dict())
+        loss, _ = copy.update_and_compute_loss(features[rows], sure_logits(labels[rows]), classes)
+        outcomes.append((loss, copy.memory))
+    torch.testing.assert_close(outcomes[0], outcomes[1])
+
+
+def test_masked_and_gathered_selector_logits_agree() -> None:
+    selectors, _ = make_manager(use_learned_selector=True).get_selectors()
+    assert selectors is not None
+    vectors, labels = torch.randn(9, E), torch.tensor([0, 1, 2, -1, 1, 1, 0, 5, 2])
+    gathered, masked = (own_class_logits(selectors, vectors, labels, masked=way) for way in (False, True))
+    torch.testing.assert_close(gathered, masked)
+    assert masked[3] == masked[7] == 0

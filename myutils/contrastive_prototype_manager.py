@@ -1,0 +1,300 @@
+"""ContrastivePrototypeManager: a memory of prototype vectors per class and the losses that use it.
+
+Contract: memory, counts and selectors move with ``.to()``, are part of ``state_dict()`` and agree across ranks.
+Only ``get_memory_info`` and ``explain_non_finite`` make the host wait for an accelerator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from myutils import prototype_checks as checks
+from myutils import prototype_losses as losses
+from myutils.prototype_memory import (
+    RANKINGS,
+    PrototypeMemory,
+    best_per_class,
+    flatten_classes,
+    merge_ranks,
+    non_finite_message,
+    unit_vectors,
+)
+from myutils.prototype_sampling import gated_pseudo_labels, pick_voxels, require_class_ids, sample_per_class
+
+
+class _Voxels(NamedTuple):
+    """Sampled voxels: features (S, E) for the loss and for the memory, labels, confidences, may they be stored (S,)."""
+
+    features: Tensor
+    memory_features: Tensor
+    class_labels: Tensor
+    confidences: Tensor
+    eligible: Tensor
+
+
+class ContrastivePrototypeManager(PrototypeMemory):
+    """Pulls voxel features to stored features of their class, and class means apart.
+
+    The design follows the class-wise memory of Alonso et al. 2021 (arXiv:2104.13415) and SS-Net (Wu et al. 2022,
+    arXiv:2203.01324): up to M vectors per class, replaced online by the best of each batch, and optional learned
+    selectors that weigh features and memory.
+
+    Args:
+        num_classes: Number of classes K, the background included.
+        feature_dim: Width E of the features.
+        elements_per_class: Memory slots M of each class.
+        use_learned_selector: Build a feature selector and a memory selector per class; off means equal weights.
+        confidence_threshold: Probability in [0, 1) above which a voxel is trusted.
+        ranking: Which vectors a full memory keeps. ``highest`` (default) and ``lowest`` go by the selector's score,
+            or by confidence without selectors; ``confidence`` always by the highest confidence; ``random`` by chance.
+        samples_per_class: Voxels drawn per class and batch, background included.
+        overwrite_with_unlabeled: Let pseudo-labelled voxels replace a memory that came from labelled ones.
+        ignore_index: Label of voxels without a class, outside 0..K-1.
+        check_finite: Refuse non-finite features, naming the class. ``None`` looks on the CPU only: on an accelerator
+            each look makes the host wait, so call ``explain_non_finite`` there once a loss is not finite.
+
+    Note:
+        - The published code sorts scores in ascending order and keeps the first: the *lowest*. The selector is trained
+          by the loss itself, which rewards a low score for a voxel far from the memory; so the lowest are the
+          outliers, and ``highest`` keeps the vectors that represent their class.
+        - The memory is ranked by the feature selector, which is trained to tell typical features of the class; the
+          memory selector judges entries only in comparison with others already kept.
+        - The published memory weights are divided by themselves, so that all are 1; here they are normalised over
+          the memory axis, and the memory selector learns.
+        - Both selectors see vectors as they are, not normalised, and hold LayerNorm: the published BatchNorm fails
+          for one voxel and differs between ranks.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        feature_dim: int,
+        elements_per_class: int = 32,
+        use_learned_selector: bool = False,
+        confidence_threshold: float = 0.8,
+        *,
+        ranking: str = "highest",
+        samples_per_class: int = 2048,
+        overwrite_with_unlabeled: bool = False,
+        ignore_index: int = -1,
+        check_finite: bool | None = None,
+    ) -> None:
+        checks.require_at_least("num_classes", num_classes, 2)
+        checks.require_at_least("feature_dim", feature_dim, 2 if use_learned_selector else 1)
+        checks.require_at_least("elements_per_class", elements_per_class, 1)
+        checks.require_at_least("samples_per_class", samples_per_class, 1)
+        if not 0.0 <= confidence_threshold < 1.0:
+            raise ValueError(f"confidence_threshold {confidence_threshold}: pass a probability in [0, 1)")
+        if ranking not in RANKINGS:
+            raise ValueError(f"ranking {ranking!r}: pass one of {', '.join(RANKINGS)}")
+        if 0 <= ignore_index < num_classes:
+            raise ValueError(f"ignore_index {ignore_index} is a class id; pass a value outside 0..{num_classes - 1}")
+        super().__init__(num_classes, feature_dim, elements_per_class)
+        self.use_learned_selector = use_learned_selector
+        self.confidence_threshold = confidence_threshold
+        self.ranking = ranking
+        self.samples_per_class = samples_per_class
+        self.overwrite_with_unlabeled = overwrite_with_unlabeled
+        self.ignore_index = ignore_index
+        self.check_finite = check_finite
+        self.feature_selectors: nn.ModuleList | None = None
+        self.memory_selectors: nn.ModuleList | None = None
+        if use_learned_selector:
+            self.feature_selectors = nn.ModuleList(losses.build_selector(feature_dim) for _ in range(num_classes))
+            self.memory_selectors = nn.ModuleList(losses.build_selector(feature_dim) for _ in range(num_classes))
+
+    def get_selectors(self) -> tuple[nn.ModuleList, nn.ModuleList] | tuple[None, None]:
+        """Feature selectors and memory selectors, K each, or ``(None, None)``; they exist from the start."""
+        if self.feature_selectors is None or self.memory_selectors is None:
+            return None, None
+        return self.feature_selectors, self.memory_selectors
+
+    def sample_positions(self, class_labels: Tensor, samples_per_class: int | None = None) -> tuple[Tensor, Tensor]:
+        """Draw voxels to compare, so that a caller can run its heads on these alone.
+
+        Args:
+            class_labels: Class ids (B, X, Y, Z) or (N,), integers; ``ignore_index`` marks voxels not to draw.
+            samples_per_class: Largest number of voxels of one class; default as constructed.
+
+        Returns:
+            Flat positions (S,) and their labels (S,), uniform within each class, without replacement. On an
+            accelerator S is fixed, and unused slots hold label ``ignore_index``, which every loss here leaves out.
+        """
+        quota = self.samples_per_class if samples_per_class is None else samples_per_class
+        checks.require_at_least("samples_per_class", quota, 1)
+        return sample_per_class(class_labels, self.num_classes, quota, self.ignore_index)
+
+    @torch.no_grad()
+    def update_memory(
+        self, features: Mapping[int, Tensor], confidences: Mapping[int, Tensor] | None = None, from_labeled: bool = True
+    ) -> None:
+        """Replace the memory of each class named by its best-ranked vectors; other classes are kept.
+
+        With several ranks this is a collective call: every rank calls it equally often, with an empty mapping if it
+        has nothing, and all end with the same memory, the best of all ranks' vectors.
+
+        Args:
+            features: Class id to vectors (n, E); n = 0 keeps what is there.
+            confidences: Class id to confidences (n,). Classes without any are ranked in the given order.
+            from_labeled: ``False`` marks pseudo-labelled vectors, which do not replace labelled ones unless the
+                manager was built with ``overwrite_with_unlabeled``.
+
+        Raises:
+            ValueError: On class ids outside 0..K-1, wrong shapes, or non-finite vectors.
+        """
+        confidences = confidences or {}
+        checks.require_mappings(features, confidences, self.num_classes, self.feature_dim)
+        merged, labels, ranks = flatten_classes(features, confidences, self.ranking != "lowest", self.memory)
+        merged = self._known_rows(merged, labels)
+        candidates, keys = self._candidates(merged, labels, ranks)
+        self.write(candidates, keys, self.writable(from_labeled, self.overwrite_with_unlabeled), from_labeled)
+
+    def contrastive_class_to_class_learned_memory(self, features: Tensor, class_labels: Tensor) -> Tensor:
+        """Weighted mean of 1 - cosine between the features of a class and its memory, averaged over classes.
+
+        Weights are sigmoid(selector(vector)) rescaled to mean 1 over the class's features and over its memory;
+        without selectors all are 1. A class takes part if it has both features and memory.
+
+        Args:
+            features: (N, E); the gradient goes here and to the selectors, not through the scores to the features.
+            class_labels: Class ids (N,), ``ignore_index`` for rows to leave out.
+
+        Returns:
+            Scalar in [0, 2]; 0, still on the graph, if no class takes part.
+
+        Raises:
+            ValueError: On wrong shapes; on the CPU also on unknown class ids or non-finite features.
+        """
+        checks.require_rows(features, class_labels, self.feature_dim)
+        require_class_ids(class_labels, self.num_classes, self.ignore_index)
+        with torch.autocast(features.device.type, enabled=False):
+            vectors = self._known_rows(features, class_labels)
+            member = losses.class_membership(class_labels, self.num_classes)  # (K, N)
+            return self._contrastive(vectors, unit_vectors(vectors), class_labels, member)
+
+    def update_and_compute_loss(
+        self,
+        features: Tensor,
+        predictions: Tensor,
+        labels: Tensor | None = None,
+        is_labeled: bool = True,
+        contrastive_weight: float = 1.0,
+        intra_weight: float = 0.1,
+        inter_weight: float = 0.1,
+        margin: float = 1.0,
+        memory_features: Tensor | None = None,
+        update: bool = True,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compare a batch with the memory as it stood before, then store the batch's best voxels.
+
+        Labelled voxels enter the loss with their label; those predicted correctly and above the confidence
+        threshold may be stored. Unlabelled voxels enter both with their predicted class, if above the threshold.
+        A class whose memory is empty is filled from this batch first. About ``samples_per_class`` voxels per class
+        are drawn, features of no other voxel are read; (N, E) input of up to K times that many rows is taken whole.
+        With several ranks this is a collective call, unless ``update`` is off.
+
+        Args:
+            features: (B, E, X, Y, Z) or (N, E).
+            predictions: Logits (B, K, X, Y, Z) or (N, K); no gradient flows into them.
+            labels: Class ids (B, X, Y, Z) or (N,) if ``is_labeled``, else ``None``.
+            is_labeled: Whether the batch comes with labels.
+            contrastive_weight: Weight of the contrastive term in the returned loss.
+            intra_weight: Weight of the pull to the class prototype.
+            inter_weight: Weight of the push between class means.
+            margin: Distance at which ``inter`` leaves two class means alone, in (0, 2].
+            memory_features: What is stored, shaped like ``features``, such as the teacher's; default ``features``.
+            update: ``False`` leaves the memory as it is, empty classes included.
+
+        Returns:
+            The weighted sum, and a dict of ``contrastive_loss``, ``intra_loss``, ``inter_loss`` (without weights)
+            and ``total_prototype_loss`` (the weighted sum), all scalars on the graph.
+
+        Raises:
+            ValueError: On wrong shapes, weights or margin; on the CPU also on unknown class ids or non-finite features.
+        """
+        weights = {"contrastive_loss": contrastive_weight, "intra_loss": intra_weight, "inter_loss": inter_weight}
+        checks.require_loss_settings(weights, margin)
+        checks.require_label_source(labels, is_labeled)
+        checks.require_batch(features, predictions, labels, memory_features, (self.feature_dim, self.num_classes))
+        with torch.autocast(features.device.type, enabled=False):
+            voxels = self._draw(features, predictions, labels, memory_features)
+            if update:
+                stored = voxels.class_labels.masked_fill(~voxels.eligible, self.ignore_index)
+                candidates, keys = self._candidates(voxels.memory_features, stored, voxels.confidences)
+                allowed = self.writable(is_labeled, self.overwrite_with_unlabeled)
+                self.write(candidates, keys, allowed & (self.memory_count == 0), is_labeled)
+            member = losses.class_membership(voxels.class_labels, self.num_classes)  # (K, S)
+            units = unit_vectors(voxels.features)  # (S, E)
+            prototypes, filled = self.prototypes()
+            parts = {
+                "contrastive_loss": self._contrastive(voxels.features, units, voxels.class_labels, member),
+                "intra_loss": losses.intra_class_loss(units, voxels.class_labels, prototypes, member, filled),
+                "inter_loss": losses.inter_class_loss(units, member, margin),
+            }
+            total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+            if update:
+                self.write(candidates, keys, allowed, is_labeled)
+        return total, {**parts, "total_prototype_loss": total}
+
+    def explain_non_finite(self, features: Tensor, class_labels: Tensor) -> str | None:
+        """Name the classes (N,) whose features (N, E) hold NaN or infinity, or ``None``; for error handling."""
+        return non_finite_message(features, class_labels)
+
+    def _known_rows(self, features: Tensor, class_labels: Tensor) -> Tensor:
+        """Features (N, E) as float32, zero where the voxel has no class; refuses non-finite ones where it may look."""
+        vectors = features.to(self.compute_dtype())
+        known = (class_labels >= 0) & (class_labels < self.num_classes)
+        on_host = features.device.type == "cpu"
+        if not (on_host and known.all()):
+            vectors = vectors.where(known[:, None], 0.0)
+        looks = on_host if self.check_finite is None else self.check_finite
+        message = non_finite_message(vectors, class_labels) if looks else None
+        if message:
+            raise ValueError(message)
+        return vectors
+
+    @torch.no_grad()
+    def _candidates(self, vectors: Tensor, class_labels: Tensor, confidences: Tensor) -> tuple[Tensor, Tensor]:
+        """Best M vectors per class over all ranks (K, M, E) and their keys (K, M), from (N, E), (N,), (N,)."""
+        keys = confidences
+        if self.ranking == "random":
+            keys = torch.rand_like(confidences)
+        elif self.feature_selectors is not None and self.ranking != "confidence":
+            keys = losses.own_class_logits(self.feature_selectors, vectors, class_labels)
+        keys = -keys if self.ranking == "lowest" else keys
+        return merge_ranks(*best_per_class(vectors, class_labels, keys, self.memory.shape))
+
+    def _contrastive(self, vectors: Tensor, units: Tensor, class_labels: Tensor, member: Tensor) -> Tensor:
+        memory, used = self.snapshot()
+        feature_logits, memory_logits = vectors.new_zeros(vectors.shape[0]), memory.new_zeros(used.shape)
+        if self.feature_selectors is not None and self.memory_selectors is not None:
+            feature_logits = losses.own_class_logits(self.feature_selectors, vectors.detach(), class_labels)
+            memory_logits = losses.memory_logits(self.memory_selectors, memory)
+        feature_weights = losses.score_weights(feature_logits, member)  # (K, N)
+        memory_weights = losses.score_weights(memory_logits, used)  # (K, M)
+        taking_part = member.any(dim=1) & (self.memory_count > 0)
+        return losses.class_to_class_loss(units, feature_weights, memory, memory_weights, taking_part)
+
+    def _draw(
+        self, features: Tensor, predictions: Tensor, labels: Tensor | None, memory_features: Tensor | None
+    ) -> _Voxels:
+        """Sample voxels of each class by label, or by gated pseudo-label where ``labels`` is ``None``."""
+        gate = (self.confidence_threshold, self.ignore_index)
+        class_labels = gated_pseudo_labels(predictions, *gate) if labels is None else labels
+        if features.ndim > 2 or len(features) > self.num_classes * self.samples_per_class:
+            positions, class_labels = self.sample_positions(class_labels)
+            features, predictions = pick_voxels(features, positions), pick_voxels(predictions, positions)
+            memory_features = None if memory_features is None else pick_voxels(memory_features, positions)
+        else:
+            require_class_ids(class_labels, self.num_classes, self.ignore_index)
+            class_labels = class_labels.long()
+        vectors = self._known_rows(features, class_labels)  # (S, E)
+        stored = vectors if memory_features is None else self._known_rows(memory_features, class_labels)
+        probs = predictions.detach().float().softmax(dim=1)  # (S, K)
+        confidences, predicted = probs.max(dim=1)
+        eligible = (confidences > self.confidence_threshold) & (predicted == class_labels)
+        return _Voxels(vectors, stored.detach(), class_labels, confidences.to(vectors.dtype), eligible)

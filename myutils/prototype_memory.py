@@ -1,0 +1,193 @@
+"""Prototype memory: the best-ranked vectors of each class, equal on every rank, and how candidates are ranked.
+
+Contract: what goes in is detached; a write replaces a class's vectors or leaves them alone, never mixes old and new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+RANKINGS = ("highest", "lowest", "random", "confidence")
+_EMPTY = float("-inf")
+_SMALLEST_NORM = 1e-6
+
+
+def unit_vectors(vectors: Tensor) -> Tensor:
+    """L2-normalise the last axis; vectors shorter than 1e-6 become zero, with a zero gradient instead of a huge one."""
+    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    usable = norms > _SMALLEST_NORM
+    return vectors * norms.where(usable, 1.0).reciprocal().where(usable, 0.0)
+
+
+def non_finite_message(features: Tensor, class_labels: Tensor) -> str | None:
+    """Name the classes with NaN or infinite vectors, or ``None``. Waits for the device: for error handling.
+
+    Args:
+        features: (N, E).
+        class_labels: Class ids (N,).
+    """
+    if torch.isfinite(features.detach().sum()):
+        return None  # the common case in one pass; a sum that overflows is looked at below
+    bad = ~torch.isfinite(features.detach()).all(dim=1)  # (N,)
+    if not bad.any():
+        return None
+    parts = [
+        f"class {class_id}: {int((bad & (class_labels == class_id)).sum())} of {int((class_labels == class_id).sum())}"
+        for class_id in sorted(set(class_labels[bad].tolist()))
+    ]
+    return (
+        f"features are not finite ({', '.join(parts)} vectors have NaN or infinity); "
+        "lower the learning rate or turn fp16 autocast off"
+    )
+
+
+@torch.no_grad()
+def best_per_class(vectors: Tensor, class_labels: Tensor, keys: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """The M vectors with the highest keys of each class, without a wait for the device.
+
+    Args:
+        vectors: (N, E).
+        class_labels: Class ids (N,); ids outside 0..K-1 are left out.
+        keys: Rank of each vector (N,), higher is better; ``-inf`` is left out.
+        shape: The memory's shape (K, M, E).
+
+    Returns:
+        Candidates (K, M, E) and their keys (K, M), ``-inf`` in unused slots.
+    """
+    num_classes, slots, _ = shape
+    member = class_labels == torch.arange(num_classes, device=class_labels.device)[:, None]  # (K, N)
+    ranked = keys.where(member, _EMPTY)  # (K, N)
+    best, rows = ranked.topk(min(slots, ranked.shape[1]), dim=1)  # (K, <= M)
+    candidates = vectors.new_zeros(shape)
+    candidates[:, : rows.shape[1]] = vectors[rows]
+    padded = keys.new_full((num_classes, slots), _EMPTY)
+    padded[:, : rows.shape[1]] = best
+    return candidates, padded
+
+
+def flatten_classes(
+    features: Mapping[int, Tensor], confidences: Mapping[int, Tensor], falling: bool, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Vectors (N, E), class ids (N,) and confidences (N,) of a mapping, on the device of ``like`` (K, M, E).
+
+    Classes without confidences get falling numbers in the given order, or rising ones.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    empty = like.new_zeros(0, dtype=dtype)
+    rows, ids, ranks = [like.new_zeros(0, like.shape[2], dtype=dtype)], [empty.long()], [empty]
+    for class_id, vectors in features.items():
+        order = torch.arange(vectors.shape[0], device=like.device)
+        given = confidences.get(class_id, -order if falling else order)
+        rows.append(vectors.to(like.device, dtype))
+        ids.append(torch.full_like(order, class_id))
+        ranks.append(given.to(like.device, dtype))
+    return torch.cat(rows), torch.cat(ids), torch.cat(ranks)
+
+
+@torch.no_grad()
+def merge_ranks(candidates: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Select the best M candidates per class among all ranks; every rank ends with the same ones.
+
+    One all-gather of fixed size, whatever each rank found: every rank must call this equally often. The keys
+    travel too, so that random ranking agrees as well.
+
+    Args:
+        candidates: (K, M, E).
+        keys: (K, M), ``-inf`` in unused slots.
+
+    Returns:
+        As the arguments, sorted by falling key.
+    """
+    slots = keys.shape[1]
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        packed = torch.cat([candidates, keys.to(candidates)[..., None]], dim=2).contiguous()  # (K, M, E + 1)
+        gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, packed)
+        everything = torch.cat(gathered, dim=1)  # (K, world * M, E + 1)
+        candidates, keys = everything[..., :-1], everything[..., -1]
+    keys, order = keys.sort(dim=1, descending=True, stable=True)
+    keys, order = keys[:, :slots], order[:, :slots]
+    return candidates.gather(1, order[..., None].expand(-1, -1, candidates.shape[2])), keys
+
+
+class PrototypeMemory(nn.Module):
+    """Buffers of up to M vectors for each of K classes.
+
+    Attributes:
+        memory: Vectors (K, M, E) as given (not normalised), filled from slot 0; zeros beyond ``memory_count``.
+        memory_count: Filled slots (K,), int64.
+        memory_from_labeled: Whether the class was last written from labelled voxels (K,), bool.
+    """
+
+    memory: Tensor
+    memory_count: Tensor
+    memory_from_labeled: Tensor
+
+    def __init__(self, num_classes: int, feature_dim: int, elements_per_class: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.feature_dim = feature_dim
+        self.elements_per_class = elements_per_class
+        self.register_buffer("memory", torch.zeros(num_classes, elements_per_class, feature_dim))
+        self.register_buffer("memory_count", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("memory_from_labeled", torch.zeros(num_classes, dtype=torch.bool))
+
+    def compute_dtype(self) -> torch.dtype:
+        """Type of all arithmetic: float32, or float64 after ``.double()``; never half precision."""
+        return torch.promote_types(self.memory.dtype, torch.float32)
+
+    def snapshot(self) -> tuple[Tensor, Tensor]:
+        """Copy of the memory (K, M, E), so that a later write leaves a loss's graph alone, and used slots (K, M)."""
+        slots = torch.arange(self.elements_per_class, device=self.memory.device)
+        return self.memory.to(self.compute_dtype(), copy=True), slots < self.memory_count[:, None]
+
+    def writable(self, from_labeled: bool, overwrite: bool) -> Tensor:
+        """Classes (K,) that such voxels may replace: pseudo-labelled ones leave labelled memory alone."""
+        if from_labeled or overwrite:
+            return torch.ones_like(self.memory_from_labeled)
+        return ~self.memory_from_labeled
+
+    @torch.no_grad()
+    def write(self, candidates: Tensor, keys: Tensor, allowed: Tensor, from_labeled: bool) -> None:
+        """Replace the allowed classes (K,) that have candidates (K, M, E) with a key (K, M) above ``-inf``."""
+        used = keys > _EMPTY  # (K, M), falling keys: used slots come first
+        replaced = allowed & used.any(dim=1)  # (K,)
+        fresh = candidates.where(used[..., None], 0.0).to(self.memory)
+        self.memory.copy_(fresh.where(replaced[:, None, None], self.memory))
+        self.memory_count.copy_(used.sum(dim=1).where(replaced, self.memory_count))
+        source = torch.full_like(self.memory_from_labeled, from_labeled)
+        self.memory_from_labeled.copy_(source.where(replaced, self.memory_from_labeled))
+
+    def prototypes(self) -> tuple[Tensor, Tensor]:
+        """Unit-length mean direction of each class's memory (K, E), zero where empty, and filled classes (K,)."""
+        vectors, used = self.snapshot()
+        sums = (unit_vectors(vectors) * used[..., None]).sum(dim=1)  # (K, E)
+        return unit_vectors(sums / self.memory_count.clamp(min=1)[:, None]), self.memory_count > 0
+
+    @torch.no_grad()
+    def get_memory_info(self) -> dict[str, object]:
+        """State of the memory in Python numbers, for the log; waits for the device, so not for every step.
+
+        Returns:
+            ``count`` and ``from_labeled`` per class, ``filled_classes``, ``fill`` (share of slots in use),
+            ``mean_norm`` per class (0 where empty), and ``mean_prototype_similarity``: the mean cosine between the
+            prototypes of filled classes (0 with fewer than two; 1 means that they collapsed).
+        """
+        vectors, used = self.snapshot()
+        norms = (vectors.norm(dim=2) * used).sum(dim=1) / self.memory_count.clamp(min=1)  # (K,)
+        prototypes, filled = self.prototypes()
+        kept = prototypes[filled]
+        pairs = torch.triu(kept @ kept.T, diagonal=1).sum() / max(len(kept) * (len(kept) - 1) // 2, 1)
+        return {
+            "count": self.memory_count.tolist(),
+            "from_labeled": self.memory_from_labeled.tolist(),
+            "filled_classes": int(filled.sum()),
+            "fill": float(used.float().mean()),
+            "mean_norm": norms.tolist(),
+            "mean_prototype_similarity": float(pairs),
+            "elements_per_class": self.elements_per_class,
+        }
