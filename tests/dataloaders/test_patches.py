@@ -1,0 +1,183 @@
+"""Patches: crops, views, seeds, the step plan and the cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import BallSource
+
+from dataloaders.patches import CaseCache, PatchDataset, collate
+from dataloaders.preprocess import Preprocess
+from dataloaders.samplers import SampleKey, StepPlan, StepSampler
+from dataloaders.transforms import (
+    AugmentOptions,
+    affine_crop,
+    apply_gamma,
+    change_intensity,
+    choose_center,
+    crop,
+    mirror_and_turn,
+    random_affine,
+)
+
+PATCH = (8, 8, 8)
+
+
+def test_choose_center_reaches_every_offset_and_no_other() -> None:
+    rng = np.random.default_rng(0)
+    corners = np.stack([choose_center((10, 8, 6), PATCH, rng) for _ in range(300)])
+    assert set(corners[:, 0]) == {0, 1, 2}  # the last offset included
+    assert set(corners[:, 1]) == {0}
+    assert set(corners[:, 2]) == {-2, -1, 0}  # a small volume lies anywhere in the patch
+
+
+def test_choose_center_holds_the_target() -> None:
+    rng = np.random.default_rng(0)
+    target = np.array([19, 0, 10])
+    for _ in range(50):
+        corner = choose_center((20, 20, 20), PATCH, rng, target)
+        assert (corner <= target).all() and (target < corner + 8).all() and (corner >= 0).all()
+
+
+def test_crop_pads_outside_with_the_fill_value() -> None:
+    array = np.arange(8.0).reshape(1, 2, 2, 2)
+    patch = crop(array, np.array([-1, 0, 0]), (3, 2, 3), fill=-5)
+    assert patch.shape == (1, 3, 2, 3)
+    assert (patch[0, 0] == -5).all() and (patch[0, :, :, 2] == -5).all()
+    assert np.array_equal(patch[0, 1:, :, :2], array[0])
+
+
+def test_affine_crop_by_identity_is_a_crop() -> None:
+    array = np.random.default_rng(0).normal(size=(2, 9, 9, 9)).astype(np.float32)
+    corner = np.array([1, 0, -2])
+    expected = crop(array, corner, PATCH, fill=0)
+    assert np.allclose(affine_crop(array, np.eye(3), corner, PATCH, order=1, fill=0), expected, atol=1e-6)
+
+
+def test_affine_crop_by_a_shift_of_scale_keeps_the_centre() -> None:
+    array = np.zeros((9, 9, 9))
+    array[4, 4, 4] = 1
+    grown = affine_crop(array, np.eye(3) * 0.5, np.zeros(3, dtype=int), (9, 9, 9), order=1, fill=0)
+    assert grown[4, 4, 4] == 1 and grown[3, 4, 4] == pytest.approx(0.5)
+
+
+def test_random_affine_is_a_rotation_times_a_scale() -> None:
+    options = AugmentOptions(PATCH, max_scale=0.1)
+    matrix = random_affine(np.random.default_rng(3), options)
+    scale = np.cbrt(np.linalg.det(matrix))
+    assert np.exp(-0.1) <= scale <= np.exp(0.1)
+    assert np.allclose(matrix @ matrix.T, scale**2 * np.eye(3))
+
+
+def test_mirror_and_turn_treats_image_and_label_alike_and_keeps_forbidden_axes() -> None:
+    label = np.arange(512).reshape(PATCH)
+    options = AugmentOptions(PATCH, flip_axes=(0,), rotate90=False)
+    seen = set()
+    for seed in range(20):
+        image, turned = mirror_and_turn([label[None], label], np.random.default_rng(seed), options)
+        assert np.array_equal(image[0], turned)
+        seen.add(turned.tobytes())
+    assert seen == {label.tobytes(), np.ascontiguousarray(label[::-1]).tobytes()}
+
+
+def test_change_intensity_strong_differs_more_than_mild_and_keeps_the_input() -> None:
+    image = np.random.default_rng(0).normal(size=(1, *PATCH)).astype(np.float32)
+    before = image.copy()
+    gaps = {}
+    for strong in (False, True):
+        changed = [change_intensity(image, np.random.default_rng(seed), strong=strong) for seed in range(40)]
+        assert all(c.dtype == np.float32 and c.shape == image.shape for c in changed)
+        gaps[strong] = np.mean([np.abs(c - image).mean() for c in changed])
+    assert np.array_equal(image, before)
+    assert gaps[True] > 2 * gaps[False]
+
+
+def test_apply_gamma_by_hand() -> None:
+    image = np.array([0.0, 1.0, 4.0], dtype=np.float32).reshape(1, 3, 1, 1)
+    assert apply_gamma(image, 2.0).ravel().tolist() == pytest.approx([0.0, 0.25, 4.0])
+    assert np.array_equal(apply_gamma(np.ones((1, 2, 2, 2), np.float32), 2.0), np.ones((1, 2, 2, 2)))
+
+
+def dataset(source: BallSource, **changes: object) -> PatchDataset:
+    return PatchDataset(CaseCache(source, Preprocess("mr")), AugmentOptions(PATCH, **changes))
+
+
+def test_dataset_gives_the_same_patch_for_the_same_key() -> None:
+    key = SampleKey("ball00", True, 11)
+    first, second = dataset(BallSource())[key], dataset(BallSource())[key]
+    assert torch.equal(first["image"], second["image"]) and torch.equal(first["label"], second["label"])
+    other = dataset(BallSource())[SampleKey("ball00", True, 12)]
+    assert not torch.equal(first["image"], other["image"])
+
+
+def test_dataset_views_share_their_geometry() -> None:
+    sample = dataset(BallSource(), intensity=False)[SampleKey("ball00", False, 3)]
+    assert torch.equal(sample["image"], sample["strong"])
+    varied = dataset(BallSource())[SampleKey("ball00", False, 3)]
+    assert torch.equal(varied["image"], sample["image"]) and not torch.equal(varied["strong"], sample["strong"])
+
+
+def test_dataset_never_reads_the_label_of_an_unlabelled_key() -> None:
+    source = BallSource()
+    sample = dataset(source)[SampleKey("ball01", False, 3)]
+    assert source.label_reads == [] and "label" not in sample
+
+
+def test_dataset_oversamples_foreground() -> None:
+    source = BallSource(size=(40, 40, 40))
+    share = {}
+    for foreground_share in (0.0, 1.0):
+        made = dataset(source, foreground_share=foreground_share)
+        hits = [bool((made[SampleKey("ball00", True, seed)]["label"] > 0).any()) for seed in range(40)]
+        share[foreground_share] = np.mean(hits)
+    assert share[1.0] == 1.0 and share[0.0] < 0.9
+
+
+def test_collate_puts_labelled_patches_first_and_carries_no_other_label() -> None:
+    made = dataset(BallSource())
+    batch = collate([made[SampleKey("ball00", True, 0)], made[SampleKey("ball07", False, 1)]])
+    assert batch.image_l.shape == (1, 1, *PATCH) and batch.label_l.shape == (1, *PATCH)
+    assert batch.image_u.shape == batch.image_u_strong.shape == (1, 1, *PATCH)
+    assert batch.cases_l == ("ball00",) and batch.cases_u == ("ball07",)
+    assert not hasattr(batch, "label_u")
+
+
+def test_cache_holds_at_most_its_limit() -> None:
+    source = BallSource()
+    cache = CaseCache(source, Preprocess("mr"), limit_bytes=60_000)  # two images of 23 kB
+    for case_id in source.case_ids()[:5]:
+        cache.get(case_id, with_label=False)
+    assert len(cache._cases) == 2
+    assert cache.get("ball04", with_label=False) is cache.get("ball04", with_label=False)
+
+
+PLAN = StepPlan(labeled=["a", "b", "c"], unlabeled=["u", "v", "w", "x", "y"], batch_size=4, labeled_bs=2, seed=5)
+
+
+def test_step_plan_is_a_function_of_seed_and_step() -> None:
+    again = StepPlan(PLAN.labeled, PLAN.unlabeled, 4, 2, seed=5)
+    assert PLAN.keys(17) == again.keys(17)
+    assert PLAN.keys(17) != StepPlan(PLAN.labeled, PLAN.unlabeled, 4, 2, seed=6).keys(17)
+    assert len({key.seed for step in range(50) for key in PLAN.keys(step)}) == 200
+
+
+def test_step_plan_sees_every_case_equally_often() -> None:
+    keys = [key for step in range(15) for key in PLAN.keys(step)]
+    labeled = [key.case_id for key in keys if key.labeled]
+    unlabeled = [key.case_id for key in keys if not key.labeled]
+    assert {case: labeled.count(case) for case in PLAN.labeled} == dict.fromkeys(PLAN.labeled, 10)
+    assert {case: unlabeled.count(case) for case in PLAN.unlabeled} == dict.fromkeys(PLAN.unlabeled, 6)
+
+
+def test_step_sampler_shares_the_same_step_between_ranks() -> None:
+    whole = list(StepSampler(PLAN, first_step=3, max_iteration=6))
+    parts = [list(StepSampler(PLAN, first_step=3, max_iteration=6, rank=r, world_size=2)) for r in (0, 1)]
+    for step, keys in enumerate(whole):
+        assert sorted(keys) == sorted(parts[0][step] + parts[1][step])
+        assert [key.labeled for key in parts[0][step]] == [True, False]
+
+
+def test_step_sampler_refuses_an_uneven_share() -> None:
+    with pytest.raises(ValueError, match="--labeled_bs 2 and 2 unlabelled patches cannot be shared by 3 processes"):
+        StepSampler(PLAN, first_step=0, max_iteration=1, world_size=3)

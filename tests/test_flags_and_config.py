@@ -1,0 +1,111 @@
+"""Flags: names, grouped help, hints for typos, and values refused before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from conftest import BallSource
+from helpers_runs import small_config
+
+from myutils.build import DataFacts, build_network, resolve_config
+from myutils.config import RunConfig
+from myutils.flags import SuggestingParser, add_flags, given_flags
+
+PROMISED = """dataset_name dataset_path exp model method max_iteration batch_size labeled_bs base_lr labelnum seed gpu
+deterministic patch_size embedding_dim consistency consistency_rampup ema_decay confidence_threshold
+use_contrastive_prototype contrastive_weight intra_weight inter_weight elements_per_class use_learned_selector amp
+num_workers val_num resume output_dir evaluate train_list labeled_list val_list test_list modality spacing"""
+
+
+def parser() -> SuggestingParser:
+    made = SuggestingParser(prog="train")
+    add_flags(made, RunConfig)
+    return made
+
+
+def test_every_promised_flag_exists_and_is_explained() -> None:
+    text = parser().format_help()
+    for name in PROMISED.split():
+        assert f"--{name}" in text
+    for field in dataclasses.fields(RunConfig):
+        assert field.metadata["help"] and field.metadata["group"]
+    assert "prototypes:" in text and "default: 0.99" in text
+
+
+def test_only_given_flags_are_returned_with_their_types() -> None:
+    given = given_flags(parser(), "--patch_size 8 16 32 --labelnum 4 --no-evaluate --resume --dataset_path x".split())
+    assert given == {
+        "patch_size": (8, 16, 32),
+        "labelnum": 4,
+        "evaluate": False,
+        "resume": True,
+        "dataset_path": Path("x"),
+    }
+
+
+def test_every_boolean_has_its_no_form() -> None:
+    for field in dataclasses.fields(RunConfig):
+        if "bool" in str(field.type):
+            assert given_flags(parser(), [f"--no-{field.name}"]) == {field.name: False}
+            assert given_flags(parser(), [f"--{field.name}"]) == {field.name: True}
+
+
+def test_a_typo_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        given_flags(parser(), ["--labelnun", "4"])
+    assert stop.value.code == 2
+    assert "did you mean --labelnum?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labeled_bs": 4, "batch_size": 4}, "--labeled_bs 4: must be below --batch_size 4"),
+        ({"labelnum": 0}, "--labelnum 0: must be at least 1"),
+        ({"ema_decay": 1.5}, r"--ema_decay 1.5: must be in 0\.\.1"),
+        ({"patch_size": (16, 0, 16)}, "--patch_size 16 0 16: every value must be above 0"),
+        ({"spacing": (1.0, -1.0, 1.0)}, "--spacing 1.0 -1.0 1.0"),
+        ({"base_lr": 0.0}, "--base_lr 0.0"),
+        ({"base_lr": float("nan")}, "--base_lr nan"),
+        ({"flip_axes": (3,)}, "--flip_axes 3: axes are 0, 1 and 2"),
+        ({"exp": "a/b"}, "a plain folder name"),
+        ({"num_classes": 1}, "--num_classes 1"),
+        ({"overlap": 1.0}, "--overlap 1.0"),
+    ],
+)
+def test_impossible_values_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**changes)
+
+
+def test_config_survives_json() -> None:
+    config = RunConfig(patch_size=(8, 8, 8), dataset_path=Path("/data"), spacing=(1.0, 1.0, 2.5), flip_axes=())
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_config_of_another_version_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown settings \\['colour'\\]"):
+        RunConfig.from_dict({"colour": "red"})
+
+
+def test_resolved_config_takes_the_data_sets_defaults() -> None:
+    config = resolve_config(RunConfig(dataset_name="decathlon"), BallSource())
+    assert (config.patch_size, config.max_iteration, config.labelnum) == ((16, 16, 16), 4, 2)
+    assert config.use_contrastive_prototype is True and config.baseline is False
+    assert config.exp == "decathlon_mean_teacher_2labels_seed0"
+    assert resolve_config(RunConfig(method="supervised"), BallSource()).use_contrastive_prototype is False
+
+
+def test_unknown_method_gets_a_hint() -> None:
+    with pytest.raises(ValueError, match="did you mean 'mean_teacher'"):
+        resolve_config(RunConfig(method="meen_teacher"), BallSource())
+
+
+def test_patch_below_the_networks_stride_is_refused() -> None:
+    source = BallSource()
+    config = small_config(source, patch_size=(4, 16, 16))
+    with pytest.raises(ValueError, match="--patch_size 4 16 16: unet_3d divides each axis by 8"):
+        build_network(config, DataFacts.of(source))

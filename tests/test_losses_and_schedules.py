@@ -1,0 +1,111 @@
+"""Losses, ramps and the moving average against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from myutils.ema import make_teacher, update_teacher
+from myutils.losses.segmentation import dice_ce_loss, one_hot_labels, soft_dice_loss
+from myutils.methods.base import batch_dice
+from myutils.schedules import ema_decay_at, fraction_rampup, poly_lr, sigmoid_rampup
+
+
+def volume(values: list[float]) -> torch.Tensor:
+    return torch.tensor(values).reshape(1, 1, 1, -1)
+
+
+def test_one_hot_labels() -> None:
+    hot = one_hot_labels(volume([0, 2]).long(), 3)
+    assert hot[0, :, 0, 0].T.tolist() == [[1, 0, 0], [0, 0, 1]]
+
+
+def test_soft_dice_loss_by_hand() -> None:
+    foreground = volume([0.8, 0.4])
+    probs = torch.stack([1 - foreground, foreground], dim=1)  # (1, 2, 1, 1, 2)
+    expected = 1 - 2 * 0.8 / (0.8 + 0.4 + 1)
+    assert soft_dice_loss(probs, volume([1, 0]).long()).item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_soft_dice_loss_masked_voxels_do_not_count() -> None:
+    foreground = volume([0.8, 0.4])
+    probs = torch.stack([1 - foreground, foreground], dim=1)
+    loss = soft_dice_loss(probs, volume([1, 0]).long(), volume([1.0, 0.0]))
+    assert loss.item() == pytest.approx(1 - 2 * 0.8 / (0.8 + 1), abs=1e-4)
+
+
+def test_soft_dice_loss_leaves_out_absent_classes() -> None:
+    probs = torch.full((1, 3, 1, 1, 2), 1 / 3)
+    with_one = soft_dice_loss(probs, volume([1, 1]).long())
+    assert with_one.item() == pytest.approx(1 - 2 * (2 / 3) / (2 / 3 + 2), abs=1e-4)
+    assert soft_dice_loss(probs, volume([0, 0]).long()).item() == 0
+
+
+def test_dice_ce_loss_is_the_mean_of_both() -> None:
+    logits = torch.zeros(1, 2, 1, 1, 2, requires_grad=True)
+    labels = volume([1, 0]).long()
+    expected = 0.5 * (math.log(2) + 1 - 2 * 0.5 / (1 + 1))
+    loss = dice_ce_loss(logits, labels)
+    assert loss.item() == pytest.approx(expected, abs=1e-4)
+    loss.backward()
+    assert logits.grad.abs().sum() > 0
+
+
+def test_dice_ce_loss_averages_cross_entropy_over_unreliable_voxels_too() -> None:
+    logits = torch.zeros(1, 2, 1, 1, 2)
+    loss = dice_ce_loss(logits, volume([0, 0]).long(), volume([1.0, 0.0]))
+    assert loss.item() == pytest.approx(0.5 * math.log(2) / 2, abs=1e-5)
+
+
+def test_dice_ce_loss_of_nothing_stays_on_the_graph() -> None:
+    logits = torch.zeros(0, 2, 4, 4, 4, requires_grad=True)
+    loss = dice_ce_loss(logits, torch.zeros(0, 4, 4, 4, dtype=torch.int64))
+    assert loss.item() == 0 and loss.requires_grad
+
+
+def test_dice_ce_loss_of_half_precision_is_float32() -> None:
+    loss = dice_ce_loss(torch.randn(1, 2, 4, 4, 4).bfloat16(), torch.ones(1, 4, 4, 4, dtype=torch.int64))
+    assert loss.dtype == torch.float32
+
+
+def test_batch_dice_by_hand() -> None:
+    logits = one_hot_labels(volume([1, 1, 0, 2]).long(), 3)
+    assert batch_dice(logits, volume([1, 0, 0, 2]).long()).item() == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_poly_lr_by_hand() -> None:
+    assert poly_lr(0.1, 0, 100) == 0.1
+    assert poly_lr(0.1, 50, 100) == pytest.approx(0.1 * 0.5**0.9)
+    assert poly_lr(0.1, 100, 100) == 0
+
+
+def test_sigmoid_rampup_by_hand() -> None:
+    assert sigmoid_rampup(0, 10) == pytest.approx(math.exp(-5))
+    assert sigmoid_rampup(5, 10) == pytest.approx(math.exp(-5 / 4))
+    assert sigmoid_rampup(10, 10) == sigmoid_rampup(99, 10) == 1
+    assert sigmoid_rampup(0, 0) == 1
+
+
+def test_fraction_rampup() -> None:
+    assert fraction_rampup(None, 1000) == 300
+    assert fraction_rampup(0, 1000) == 0
+
+
+def test_teacher_starts_as_a_plain_average_and_then_forgets() -> None:
+    assert ema_decay_at(0, 0.99) == 0
+    assert ema_decay_at(1, 0.99) == 0.5
+    assert ema_decay_at(10**6, 0.99) == 0.99
+
+
+def test_update_teacher_by_hand() -> None:
+    student = nn.BatchNorm1d(1)
+    teacher = make_teacher(student)
+    nn.init.constant_(student.weight, 3.0)
+    student.running_mean.fill_(5.0)
+    update_teacher(teacher, student, 0.9)
+    assert teacher.weight.item() == pytest.approx(0.9 * 1 + 0.1 * 3)
+    assert teacher.running_mean.item() == 5  # buffers are copied
+    assert not teacher.weight.requires_grad and not teacher.training
