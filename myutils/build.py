@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+import torch
+
 from dataloaders.base import SOURCES, CaseSource
 from dataloaders.preprocess import Preprocess
 from dataloaders.transforms import AugmentOptions
@@ -12,6 +14,10 @@ from myutils.config import RunConfig, required
 from myutils.inference import InferenceOptions
 from myutils.methods.base import METHODS, Method
 from networks.base import NETWORKS, SegmentationNetwork
+
+
+# Learning rate and weight decay per optimizer, chosen on validation cases of LA and hippocampus (docs/results.md).
+OPTIMIZER_DEFAULTS = {"adamw": (0.003, 0.01), "sgd": (0.1, 1e-4)}
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
     for registry, name in ((NETWORKS, config.model), (METHODS, config.method)):
         registry.get(name)
     defaults = source.defaults
+    base_lr, weight_decay = OPTIMIZER_DEFAULTS[config.optimizer]
     labelnum = config.labelnum if config.labelnum is not None else defaults.labelnum
     prototypes = config.use_contrastive_prototype
     return dataclasses.replace(
@@ -62,6 +69,8 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
         labelnum=labelnum,
         patch_size=config.patch_size or defaults.patch_size,
         max_iteration=config.max_iteration or defaults.max_iteration,
+        base_lr=config.base_lr if config.base_lr is not None else base_lr,
+        weight_decay=config.weight_decay if config.weight_decay is not None else weight_decay,
         modality=config.modality or source.modality,
         flip_axes=config.flip_axes if config.flip_axes is not None else tuple(source.flip_axes),
         baseline=config.baseline if config.baseline is not None else config.dataset_name == "demo",
@@ -107,6 +116,15 @@ def build_network(config: RunConfig, facts: DataFacts) -> SegmentationNetwork:
             f"{network.stride[0]}; every value must be at least that"
         )
     return network
+
+
+def build_optimizer(config: RunConfig, method: Method) -> torch.optim.Optimizer:
+    """One optimizer for everything trainable; the selectors are a group of their own."""
+    groups = method.parameter_groups(required(config.base_lr, "base_lr"))
+    decay = required(config.weight_decay, "weight_decay")
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=decay)
+    return torch.optim.AdamW(groups, weight_decay=decay)
 
 
 def build_method(config: RunConfig, facts: DataFacts) -> Method:

@@ -139,6 +139,4 @@ def load_for_inference(path: Path, device: torch.device) -> InferenceBundle:
     method = build_method(state.config, state.facts)
     method.load_state_dict(tensors["method"])
     network = method.inference_network().to(device).eval()
-    return InferenceBundle(
-        network, state.config, build_preprocess(state.config), state.facts, state.split, state.step
-    )
+    return InferenceBundle(network, state.config, build_preprocess(state.config), state.facts, state.split, state.step)

@@ -47,7 +47,9 @@ class RunConfig:
         None, help="steps of the sigmoid ramp-up of the unlabelled losses; else 30 % of the training", group=METHOD
     )
     ema_decay: float = option(0.99, help="decay of the teacher's moving average after warm-up, 0..1", group=METHOD)
-    confidence_threshold: float = option(0.8, help="least probability of a pseudo-label that counts, 0..1", group=METHOD)
+    confidence_threshold: float = option(
+        0.8, help="least probability of a pseudo-label that counts, 0..1", group=METHOD
+    )
     copy_paste: bool = option(True, help="paste labelled boxes into unlabelled patches", group=METHOD)
 
     use_contrastive_prototype: bool | None = option(
@@ -71,8 +73,11 @@ class RunConfig:
     max_iteration: int | None = option(None, help="training steps, >= 1", group=OPTIMISATION)
     batch_size: int = option(4, help="patches per step, over all ranks", group=OPTIMISATION)
     labeled_bs: int = option(2, help="of these labelled, 1..batch_size - 1", group=OPTIMISATION)
-    base_lr: float = option(0.02, help="first learning rate, > 0, decays as (1 - t/T)^0.9", group=OPTIMISATION)
-    weight_decay: float = option(1e-4, help="of the optimizer, >= 0", group=OPTIMISATION)
+    optimizer: str = option("adamw", help="adamw or sgd (Nesterov, 0.9)", group=OPTIMISATION, choices=("adamw", "sgd"))
+    base_lr: float | None = option(
+        None, help="first learning rate, > 0, decays as (1 - t/T)^0.9; else 0.003 adamw, 0.1 sgd", group=OPTIMISATION
+    )
+    weight_decay: float | None = option(None, help=">= 0; else 0.01 adamw, 1e-4 sgd", group=OPTIMISATION)
     grad_clip: float = option(5.0, help="largest gradient norm, > 0", group=OPTIMISATION)
     patch_size: Triple | None = option(None, help="voxels of a training patch and a window", group=OPTIMISATION)
 

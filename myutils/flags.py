@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 
-def option(default: Any, *, help: str, group: str = "options", choices: Sequence[str] | None = None) -> Any:  # noqa: A002
+def option(default: Any, *, help: str, group: str = "options", choices: Sequence[str] | None = None) -> Any:
     """A dataclass field that becomes ``--name``; ``help`` states the meaning and the unit."""
     return dataclasses.field(default=default, metadata={"help": help, "group": group, "choices": choices})
 

@@ -64,9 +64,7 @@ class Trainer:
         self.preprocess = build.build_preprocess(config)
         seed_everything(config.seed, deterministic=config.deterministic)
         self.method = build.build_method(config, state.facts).to(device)
-        self.optimizer = torch.optim.SGD(
-            self.method.parameter_groups(config.base_lr), momentum=0.9, nesterov=True, weight_decay=config.weight_decay
-        )
+        self.optimizer = build.build_optimizer(config, self.method)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
         self.interrupted = False
         self._clock = 0.0
@@ -108,7 +106,7 @@ class Trainer:
         config = self.state.config
         torch.manual_seed(hash((config.seed, step, self.ranks.rank)) % 2**63)
         network.train()
-        lr = poly_lr(config.base_lr, step, self.max_iteration)
+        lr = poly_lr(required(config.base_lr, "base_lr"), step, self.max_iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.optimizer.zero_grad(set_to_none=True)

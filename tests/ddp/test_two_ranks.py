@@ -1,0 +1,63 @@
+"""Two gloo processes: equal weights and memory after a step, and the same job through ``torchrun``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BallSource
+from helpers_runs import small_config
+
+from dataloaders.splits import make_training_split
+from myutils.build import DataFacts
+from myutils.checkpoint import RunState
+from myutils.distributed import RankInfo
+from myutils.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def train_rank(rank: int, folder: str) -> None:
+    """One of two ranks; writes its whole state to the folder."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    source = BallSource()
+    config = small_config(
+        source,
+        use_contrastive_prototype=True,
+        use_learned_selector=True,
+        confidence_threshold=0.0,
+        max_iteration=3,
+        memory_interval=1,
+    )
+    state = RunState(config, DataFacts.of(source), make_training_split(source, config.split_request()))
+    trainer = Trainer(state, source, Path(folder), RankInfo(rank, 2, rank), torch.device("cpu"))
+    trainer.fit()
+    torch.save(trainer.method.state_dict(), Path(folder) / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_hold_equal_weights_and_memory(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_rank, args=(str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+    counts = first["prototypes.manager.memory_count"]
+    assert counts.sum() > 0
+    assert (tmp_path / "last.pt").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_trains_the_demo(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611"]
+    command += [str(ROOT / "train_cov_dfp_3d.py"), "--max_iteration", "2", "--log_every", "1", "--patch_size"]
+    command += ["16", "16", "16", "--no-baseline", "--no-evaluate", "--output_dir", str(tmp_path), "--exp", "two"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=170)
+    assert result.returncode == 0, result.stderr[-2000:]
+    lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
