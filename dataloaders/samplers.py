@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
+from myutils.seeding import derive_seed
+
 LABELED, UNLABELED = 0, 1
 
 
@@ -52,7 +54,7 @@ class StepPlan:
             position = step * per_step + (slot if is_labeled else slot - self.labeled_bs)
             tag = LABELED if is_labeled else UNLABELED
             order = _permutation(self.seed, tag, position // len(pool), len(pool))
-            seed = int(np.random.SeedSequence([self.seed, tag, position]).generate_state(1, np.uint64)[0])
+            seed = derive_seed(self.seed, tag, position)
             keys.append(SampleKey(pool[order[position % len(pool)]], is_labeled, seed))
         return keys
 

@@ -1,0 +1,1 @@
+"""Measurements of speed and accuracy; each is a script that prints medians, ratios and versions."""
