@@ -148,4 +148,20 @@ def lookup_case(case_id: str, table: dict[str, Path], root: Path) -> Path:
     if case_id in table:
         return table[case_id]
     known = ", ".join(list(table)[:3])
-    raise FileNotFoundError(f"case {case_id!r} is not in {root} ({len(table)} cases: {known}, ...); check the list file")
+    raise FileNotFoundError(
+        f"case {case_id!r} is not in {root} ({len(table)} cases: {known}, ...); check the list file"
+    )
+
+
+def require_root(root: Path | None, kind: str) -> Path:
+    """The data folder, or an error that says which flag gives it.
+
+    Raises:
+        ValueError: If no folder was given.
+        FileNotFoundError: If the folder does not exist.
+    """
+    if root is None:
+        raise ValueError(f"data set {kind!r} reads files: pass its folder as --dataset_path")
+    if not root.is_dir():
+        raise FileNotFoundError(f"--dataset_path {root}: there is no such folder; pass the folder of the data set")
+    return root

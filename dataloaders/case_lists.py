@@ -1,0 +1,50 @@
+"""List files: one case id per line, as the field's ``train.list`` and ``test.list``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+
+
+def strip_nifti_suffix(name: str) -> str:
+    """The name without a trailing ``.nii.gz`` or ``.nii``."""
+    for suffix in NIFTI_SUFFIXES:
+        if name.endswith(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
+def read_case_list(path: Path) -> tuple[str, ...]:
+    """Read case ids in file order; blank lines, ``#`` comments, CRLF and a NIfTI suffix are tolerated.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not text, holds no id, or holds one twice.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"list file {path} does not exist; give a text file with one case id per line")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"list file {path} is not UTF-8 text; write one case id per line") from error
+    ids = [strip_nifti_suffix(text) for line in lines if (text := line.split("#", 1)[0].strip())]
+    if not ids:
+        raise ValueError(f"list file {path} holds no case id; write one id per line")
+    reject_duplicates(ids, str(path))
+    return tuple(ids)
+
+
+def reject_duplicates(ids: Sequence[str], where: str) -> None:
+    """Raise a ValueError that names the ids which ``where`` holds more than once."""
+    twice = [case_id for case_id, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise ValueError(f"{where} holds {some(twice)} more than once; remove the repeats")
+
+
+def some(ids: Sequence[str], limit: int = 5) -> str:
+    """Up to ``limit`` ids for a message, and how many more there are."""
+    more = f" and {len(ids) - limit} more" if len(ids) > limit else ""
+    return ", ".join(repr(case_id) for case_id in ids[:limit]) + more

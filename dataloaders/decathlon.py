@@ -1,0 +1,186 @@
+"""Medical Segmentation Decathlon and nnU-Net raw folders: a ``dataset.json`` and NIfTI files.
+
+Source: Simpson et al. 2019 (MSD), arXiv:1902.09063; Isensee et al. 2021 (nnU-Net), doi:10.1038/s41592-020-01008-z.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataloaders.base import (
+    SOURCES,
+    CaseSource,
+    SourceOptions,
+    TrainingDefaults,
+    Volume,
+    lookup_case,
+    require_root,
+)
+from dataloaders.case_lists import NIFTI_SUFFIXES, strip_nifti_suffix
+from dataloaders.class_names import (
+    choose_modality,
+    fit_class_names,
+    names_from_labels,
+    read_dataset_json,
+    stated_modality,
+)
+from dataloaders.geometry import GRID_TOLERANCE, nifti_channels, read_label, read_nifti
+
+CHANNEL_SUFFIX = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
+CaseTable = dict[str, tuple[tuple[Path, ...], Path | None]]  # id -> (channel files, label file)
+
+
+@SOURCES.register("decathlon")
+class DecathlonFolder(CaseSource):
+    """Cases of ``training`` (MSD) or of ``imagesTr/`` and ``labelsTr/`` (nnU-Net raw v2, ``<id>_0000.nii.gz``).
+
+    A case without a label file is unlabelled. The images of ``test`` or ``imagesTs/`` come with no labels: they are
+    unlabelled cases too, after the training ones. 4D images and files per channel are multi-channel.
+
+    Args:
+        root: Folder of ``dataset.json``.
+        num_classes: Classes with the background, at least those that ``labels`` names; None to take these.
+        modality: "mr" or "ct"; None to take ``modality`` or ``channel_names``.
+    """
+
+    defaults = TrainingDefaults(labelnum=4)
+
+    def __init__(self, root: Path, *, num_classes: int | None = None, modality: str | None = None) -> None:
+        self.root = root
+        description = root / "dataset.json"
+        content = read_dataset_json(description)
+        stated = names_from_labels(content["labels"], str(description)) if "labels" in content else None
+        self.class_names = fit_class_names(stated, num_classes, str(description))
+        self.num_classes = len(self.class_names)
+        self.modality = choose_modality(modality, stated_modality(content))
+        self._cases = training_cases(root, content)
+        if not self._cases:
+            raise FileNotFoundError(f"{root}: neither 'training' in dataset.json nor imagesTr/ names a NIfTI image")
+        for case_id, images in unlabeled_images(root, content).items():
+            self._cases.setdefault(case_id, (images, None))
+        images, _ = next(iter(self._cases.values()))
+        self.in_channels = sum(nifti_channels(path) for path in images)
+
+    @classmethod
+    def from_options(cls, options: SourceOptions) -> DecathlonFolder:
+        """Build from ``--dataset_path``, ``--num_classes`` and ``--modality``."""
+        root = require_root(options.root, "decathlon")
+        return cls(root, num_classes=options.num_classes, modality=options.modality)
+
+    def case_ids(self) -> list[str]:
+        """Training cases in the order of ``dataset.json``, then the unlabelled test images."""
+        return list(self._cases)
+
+    def labeled_ids(self) -> list[str]:
+        """Cases whose label file exists."""
+        return [case_id for case_id, (_, label) in self._cases.items() if label is not None]
+
+    def load(self, case_id: str, *, with_label: bool) -> Volume:
+        """Read one case; the label file is not opened unless asked for."""
+        lookup_case(case_id, {known: images[0] for known, (images, _) in self._cases.items()}, self.root)
+        paths, label_path = self._cases[case_id]
+        parts = [read_nifti(path) for path in paths]
+        image, affine, spacing = parts[0]
+        for path, (other, other_affine, _) in zip(paths[1:], parts[1:], strict=True):
+            if other.shape[1:] != image.shape[1:] or np.abs(other_affine - affine).max() > GRID_TOLERANCE * min(
+                spacing
+            ):
+                raise ValueError(f"case {case_id}: {path} is not on the grid of {paths[0]}; resample it")
+        image = np.concatenate([part[0] for part in parts])  # (C, X, Y, Z)
+        if image.shape[0] != self.in_channels:
+            raise ValueError(f"case {case_id}: {image.shape[0]} channels, the first case has {self.in_channels}")
+        label = None
+        if with_label:
+            if label_path is None:
+                raise FileNotFoundError(f"case {case_id} of {self.root} has no label file; it is an unlabelled case")
+            label = read_label(label_path, case_id, image=image, affine=affine, num_classes=self.num_classes)
+        return Volume(case_id, image, label, affine, spacing)
+
+
+def training_cases(root: Path, content: dict[str, Any]) -> CaseTable:
+    """Cases by id from ``training``, else ``dataset``, else the folders; a label that is not there is None.
+
+    Raises:
+        FileNotFoundError: If an image that dataset.json names does not exist.
+        ValueError: If an entry has no image, or an id comes twice.
+    """
+    if not content.get("training") and not content.get("dataset"):
+        grouped = group_channels(root / "imagesTr", content)
+        ending = content.get("file_ending", ".nii.gz")
+        return {case: (files, _existing(root / "labelsTr" / f"{case}{ending}")) for case, files in grouped.items()}
+    cases: CaseTable = {}
+    for case_id, images, label in _entries(content):
+        files = _image_files(root, images)
+        name = case_id or strip_nifti_suffix(Path(images[0]).name)
+        if name in cases:
+            raise ValueError(f"{root / 'dataset.json'} lists case {name!r} twice; remove one entry")
+        cases[name] = (files, _existing(root / label) if label else None)
+    return cases
+
+
+def unlabeled_images(root: Path, content: dict[str, Any]) -> dict[str, tuple[Path, ...]]:
+    """Images without labels by id: those of ``test``, else of ``imagesTs/``."""
+    listed = content.get("test")
+    if not listed:
+        return group_channels(root / "imagesTs", content)
+    names = [item["image"] if isinstance(item, dict) else item for item in listed]
+    return {strip_nifti_suffix(Path(name).name): _image_files(root, [name]) for name in names}
+
+
+def group_channels(folder: Path, content: dict[str, Any]) -> dict[str, tuple[Path, ...]]:
+    """Files of a folder by case; empty if there is no folder.
+
+    Where every case has a ``_0000`` file, as nnU-Net demands, ``_0000``, ``_0001`` ... are the channels of one case;
+    else each file is a case.
+
+    Raises:
+        ValueError: If ``file_ending`` is no NIfTI suffix.
+    """
+    ending = content.get("file_ending", ".nii.gz")
+    if ending not in NIFTI_SUFFIXES:
+        raise ValueError(f"{folder.parent / 'dataset.json'}: file_ending {ending!r}; convert the images to .nii.gz")
+    files = [path for path in sorted(folder.glob(f"*{ending}")) if not path.name.startswith(".")]  # macOS's ._ copies
+    grouped: dict[str, list[Path]] = {}
+    for path in files:
+        match = CHANNEL_SUFFIX.match(strip_nifti_suffix(path.name))
+        grouped.setdefault(match["case"] if match else "", []).append(path)
+    if any(not paths[0].name.endswith(f"_0000{ending}") for paths in grouped.values()):
+        return {strip_nifti_suffix(path.name): (path,) for path in files}
+    return {case_id: tuple(paths) for case_id, paths in grouped.items()}
+
+
+def _entries(content: dict[str, Any]) -> list[tuple[str | None, list[str], str | None]]:
+    """(id or None, image paths, label path or None) of ``training`` (MSD) or ``dataset`` (nnU-Net v2)."""
+    listed = content.get("training") or content["dataset"]
+    named = listed.items() if isinstance(listed, dict) else ((None, item) for item in listed)
+    entries: list[tuple[str | None, list[str], str | None]] = []
+    for case_id, item in named:
+        item = {"image": item} if isinstance(item, str) else item
+        images = item.get("images") or item.get("image") if isinstance(item, dict) else None
+        if not images:
+            raise ValueError(
+                f"dataset.json: training entry {item!r} has no 'image'; write {{'image': ..., 'label': ...}}"
+            )
+        entries.append((case_id, [images] if isinstance(images, str) else list(images), item.get("label")))
+    return entries
+
+
+def _image_files(root: Path, images: list[str]) -> tuple[Path, ...]:
+    """The files of an entry; ``a.nii.gz`` stands for ``a_0000.nii.gz``, ... where nnU-Net split the channels."""
+    files = [root / image for image in images]
+    if len(files) == 1 and not files[0].is_file():
+        stem = strip_nifti_suffix(files[0].name)
+        ending = files[0].name[len(stem) :]
+        files = sorted(files[0].parent.glob(f"{stem}_[0-9][0-9][0-9][0-9]{ending}")) or files
+    missing = [path for path in files if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]} is listed in {root / 'dataset.json'} but does not exist; copy it there")
+    return tuple(files)
+
+
+def _existing(path: Path) -> Path | None:
+    return path if path.is_file() else None

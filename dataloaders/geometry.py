@@ -1,0 +1,186 @@
+"""Reading images with their geometry: NIfTI through nibabel, DICOM through SimpleITK, both as RAS+ millimetres."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import SimpleITK as sitk  # noqa: N813 - its usual name
+from nibabel.affines import voxel_sizes
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+from dataloaders.base import check_label
+
+logger = logging.getLogger(__name__)
+
+Spacing = tuple[float, float, float]
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+MILLIMETRES = {"meter": 1000.0, "micron": 0.001}
+GRID_TOLERANCE = 1e-3
+GAP_TOLERANCE = 0.1
+READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError)
+
+
+def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
+    """Read a NIfTI image.
+
+    A file with a fourth axis holds channels; NIfTI's vector form (X, Y, Z, 1, C) is read too. An affine stored in
+    metres or micrometres is converted to millimetres.
+
+    Returns:
+        Image (C, X, Y, Z) float32, affine (4, 4) float64 to RAS+ mm, spacing along X, Y, Z in mm.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is truncated, not a NIfTI image, not 3D or 4D, or its affine is not invertible.
+    """
+    image = _open_nifti(path)
+    try:
+        voxels = image.get_fdata(dtype=np.float32, caching="unchanged")
+    except (*READ_ERRORS, TypeError) as error:
+        raise ValueError(f"{path}: the voxels cannot be read ({error}); the file is damaged, copy it again") from error
+    affine = np.asarray(image.affine, dtype=np.float64).copy()
+    affine[:3] *= MILLIMETRES.get(image.header.get_xyzt_units()[0], 1.0)
+    return _channels_first(voxels, path), affine, affine_spacing(affine, str(path))
+
+
+def nifti_channels(path: Path) -> int:
+    """Number of channels C of a NIfTI file, from its header alone; errors as in ``read_nifti``."""
+    shape = _open_nifti(path).shape
+    return 1 if len(shape) == 3 else int(shape[-1])
+
+
+def _open_nifti(path: Path) -> nib.Nifti1Image:
+    """Open the header; the voxels are read later."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; check the data folder and the list files")
+    try:
+        image = nib.load(path)
+    except READ_ERRORS as error:
+        raise ValueError(f"{path}: not a readable NIfTI file ({error}); copy or export it again") from error
+    if not isinstance(image, nib.Nifti1Image):  # Nifti2Image is a subclass
+        raise ValueError(f"{path}: is {type(image).__name__}, not NIfTI; convert it to .nii.gz")
+    return image
+
+
+def _channels_first(voxels: np.ndarray, path: Path) -> np.ndarray:
+    """(X, Y, Z), (X, Y, Z, C) or (X, Y, Z, 1, C) to a contiguous (C, X, Y, Z)."""
+    if voxels.ndim == 5 and voxels.shape[3] == 1:
+        voxels = voxels[:, :, :, 0]  # (X, Y, Z, C)
+    if voxels.ndim == 3:
+        voxels = voxels[..., None]  # (X, Y, Z, 1)
+    if voxels.ndim != 4 or 0 in voxels.shape:
+        raise ValueError(f"{path}: shape {voxels.shape}; an image has 3 axes, or 4 with channels last, none empty")
+    return np.ascontiguousarray(np.moveaxis(voxels, -1, 0), dtype=np.float32)  # (C, X, Y, Z)
+
+
+def affine_spacing(affine: np.ndarray, where: str) -> Spacing:
+    """Voxel size in mm along each array axis of an affine (4, 4).
+
+    Raises:
+        ValueError: If the affine is not finite or not invertible; ``where`` names the file.
+    """
+    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
+        raise ValueError(f"{where}: the affine {affine.tolist()} is not invertible; repair the header")
+    sizes = voxel_sizes(affine)
+    return (float(sizes[0]), float(sizes[1]), float(sizes[2]))
+
+
+def read_label(path: Path, case_id: str, *, image: np.ndarray, affine: np.ndarray, num_classes: int) -> np.ndarray:
+    """Read a NIfTI label that lies on the grid of its image.
+
+    Args:
+        path: Label file.
+        case_id: Name of the case, for messages.
+        image: The case's image (C, X, Y, Z).
+        affine: The image's affine (4, 4).
+        num_classes: Classes with the background; every id is below it.
+
+    Returns:
+        Class ids (X, Y, Z), uint8.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If shape, affine or class ids do not fit.
+    """
+    voxels, label_affine, _ = read_nifti(path)
+    if voxels.shape[0] != 1:
+        raise ValueError(f"case {case_id}: label {path} has {voxels.shape[0]} channels; store one map of class ids")
+    label = check_label(voxels[0], image.shape[1:], num_classes, case_id)
+    gap = float(np.abs(label_affine - affine).max())
+    limit = GRID_TOLERANCE * float(voxel_sizes(affine).min())
+    if gap > limit:
+        raise ValueError(
+            f"case {case_id}: the affine of label {path} differs from the image's by {gap:.4g} mm, more than "
+            f"{limit:.2g} mm; resample the label onto the image grid, or copy the image's affine if only the header "
+            "is wrong"
+        )
+    return label
+
+
+def sitk_affine(image: sitk.Image) -> np.ndarray:
+    """Affine (4, 4) from the (X, Y, Z) index of a 3D SimpleITK image to RAS+ mm; ITK itself works in LPS."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    return LPS_TO_RAS @ affine
+
+
+def sitk_to_array(image: sitk.Image) -> np.ndarray:
+    """Voxels of a 3D SimpleITK image as (C, X, Y, Z), float32."""
+    voxels = sitk.GetArrayFromImage(image).astype(np.float32)  # (Z, Y, X) or (Z, Y, X, C)
+    if image.GetNumberOfComponentsPerPixel() == 1:
+        voxels = voxels[..., None]  # (Z, Y, X, 1)
+    return np.ascontiguousarray(voxels.transpose(3, 2, 1, 0))  # (C, X, Y, Z)
+
+
+def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
+    """Read the one DICOM series of a folder; GDCM orders the slices by position.
+
+    Returns:
+        Image (C, X, Y, Z) float32 after rescale slope and intercept, affine (4, 4) float64 to RAS+ mm, spacing in mm.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If the folder holds no series or several, or a file cannot be read.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder; a DICOM case is a folder with the files of one series")
+    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    if len(series) != 1:
+        found = f"{len(series)} DICOM series: {', '.join(series)}" if series else "no DICOM series"
+        raise ValueError(f"{folder} holds {found}; put the files of exactly one series into each case folder")
+    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
+    try:
+        image = sitk.ReadImage(files[0]) if len(files) == 1 else _read_slices(files, folder)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{folder}: the series cannot be read ({reason}); export it again") from error
+    if image.GetDimension() != 3:
+        raise ValueError(f"{folder}: the series has {image.GetDimension()} dimensions; export a 3D series")
+    affine = sitk_affine(image)
+    return sitk_to_array(image), affine, affine_spacing(affine, str(folder))
+
+
+def _read_slices(files: tuple[str, ...], folder: Path) -> sitk.Image:
+    """Stack ordered slices, and warn where their distances say that one is missing."""
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(files)
+    reader.MetaDataDictionaryArrayUpdateOn()
+    image = reader.Execute()
+    if not all(reader.HasMetaDataKey(k, "0020|0032") for k in range(len(files))):
+        return image
+    positions = np.array([reader.GetMetaData(k, "0020|0032").split("\\") for k in range(len(files))], dtype=float)
+    gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
+    if np.ptp(gaps) > GAP_TOLERANCE * np.median(gaps):
+        logger.warning(
+            "%s: slice distances run from %.4g to %.4g mm; a slice may be missing, distances in mm are not exact",
+            folder,
+            gaps.min(),
+            gaps.max(),
+        )
+    return image

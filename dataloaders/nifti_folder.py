@@ -1,0 +1,107 @@
+"""Plain NIfTI folders: ``images/`` and ``labels/`` matched by file name, a missing label means unlabelled."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from dataloaders.base import (
+    SOURCES,
+    CaseSource,
+    SourceOptions,
+    TrainingDefaults,
+    Volume,
+    lookup_case,
+    require_root,
+)
+from dataloaders.case_lists import NIFTI_SUFFIXES, some, strip_nifti_suffix
+from dataloaders.class_names import (
+    choose_modality,
+    fit_class_names,
+    read_dataset_json,
+    stated_class_names,
+    stated_modality,
+)
+from dataloaders.geometry import nifti_channels, read_label, read_nifti
+
+logger = logging.getLogger(__name__)
+
+
+def list_nifti(folder: Path) -> dict[str, Path]:
+    """NIfTI files of a folder by name without suffix, sorted; hidden files are left out.
+
+    Raises:
+        ValueError: If ``a.nii`` and ``a.nii.gz`` are both there.
+    """
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not path.name.endswith(NIFTI_SUFFIXES) or not path.is_file():
+            continue
+        case_id = strip_nifti_suffix(path.name)
+        if case_id in files:
+            raise ValueError(f"{folder} holds {files[case_id].name} and {path.name}; keep one file per case")
+        files[case_id] = path
+    return files
+
+
+@SOURCES.register("nifti")
+class NiftiFolder(CaseSource):
+    """Cases ``images/<id>.nii.gz`` (or .nii; 4D is multi-channel) with ``labels/<id>.nii.gz`` where there is one.
+
+    The number of classes is never read from labels, since training may not open those of unlabelled cases: it comes
+    from ``num_classes``, from ``labels`` in a ``dataset.json``, or from a ``classes.txt`` (a name per line, the
+    background first) in the root.
+
+    Args:
+        root: Folder with ``images/`` and, where there are labels, ``labels/``.
+        num_classes: Classes with the background; None to take the root's dataset.json or classes.txt.
+        modality: "mr" or "ct"; None for the dataset.json's, else "mr".
+    """
+
+    defaults = TrainingDefaults(labelnum=4)
+
+    def __init__(self, root: Path, *, num_classes: int | None = None, modality: str | None = None) -> None:
+        self.root = root
+        if not (root / "images").is_dir():
+            raise FileNotFoundError(f"{root} has no folder images/; put the scans there, one .nii.gz per case")
+        self._images = list_nifti(root / "images")
+        if not self._images:
+            raise FileNotFoundError(f"{root / 'images'} holds no .nii or .nii.gz file")
+        self._labels = list_nifti(root / "labels") if (root / "labels").is_dir() else {}
+        orphans = [case_id for case_id in self._labels if case_id not in self._images]
+        if orphans:
+            logger.warning("%s: labels without an image of the same name are left out: %s", root, some(orphans))
+        self.class_names = fit_class_names(stated_class_names(root), num_classes, str(root))
+        self.num_classes = len(self.class_names)
+        description = root / "dataset.json"
+        stated = stated_modality(read_dataset_json(description)) if description.is_file() else "mr"
+        self.modality = choose_modality(modality, stated)
+        self.in_channels = nifti_channels(next(iter(self._images.values())))
+
+    @classmethod
+    def from_options(cls, options: SourceOptions) -> NiftiFolder:
+        """Build from ``--dataset_path``, ``--num_classes`` and ``--modality``."""
+        root = require_root(options.root, "nifti")
+        return cls(root, num_classes=options.num_classes, modality=options.modality)
+
+    def case_ids(self) -> list[str]:
+        """The image names without suffix, sorted."""
+        return list(self._images)
+
+    def labeled_ids(self) -> list[str]:
+        """Cases with a label file of the same name."""
+        return [case_id for case_id in self._images if case_id in self._labels]
+
+    def load(self, case_id: str, *, with_label: bool) -> Volume:
+        """Read one case; the label file is not opened unless asked for."""
+        path = lookup_case(case_id, self._images, self.root)
+        image, affine, spacing = read_nifti(path)
+        if image.shape[0] != self.in_channels:
+            raise ValueError(f"case {case_id}: {path} has {image.shape[0]} channels, the first case {self.in_channels}")
+        label = None
+        if with_label:
+            if case_id not in self._labels:
+                raise FileNotFoundError(f"case {case_id}: no label of that name in {self.root / 'labels'}")
+            label_path = self._labels[case_id]
+            label = read_label(label_path, case_id, image=image, affine=affine, num_classes=self.num_classes)
+        return Volume(case_id, image, label, affine, spacing)

@@ -1,0 +1,173 @@
+"""Preprocessing that training, evaluation and prediction share: intensity normalisation and optional resampling."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from scipy import ndimage
+
+from dataloaders.base import Volume
+from dataloaders.class_names import MODALITIES
+
+SplineOrder = Literal[0, 1, 3]
+SPLINE_ORDER: dict[str, SplineOrder] = {"linear": 1, "cubic": 3}
+CT_PERCENTILES = (0.5, 99.5)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Normalise intensities and, where ``spacing`` is set, resample.
+
+    The resampled grid has exactly ``spacing``, the axes of the original and the same centre; its affine says so.
+
+    Note:
+        There is no low-pass filter before the image is sampled down, as in nnU-Net (doi:10.1038/s41592-020-01008-z).
+
+    Args:
+        modality: "mr" (z-score) or "ct" (percentile clip, then z-score).
+        spacing: Voxel size in mm to work at; None to keep each image's own.
+        interpolation: "linear" or "cubic", for the image; labels take the nearest voxel.
+
+    Raises:
+        ValueError: If a value is none of these.
+    """
+
+    modality: str
+    spacing: tuple[float, float, float] | None = None
+    interpolation: str = "linear"
+
+    def __post_init__(self) -> None:
+        if self.modality not in MODALITIES:
+            raise ValueError(f"modality {self.modality!r}: pass one of {', '.join(MODALITIES)}")
+        if self.interpolation not in SPLINE_ORDER:
+            raise ValueError(f"interpolation {self.interpolation!r}: pass one of {', '.join(SPLINE_ORDER)}")
+        if self.spacing is None:
+            return
+        if len(self.spacing) != 3 or not all(math.isfinite(size) and size > 0 for size in self.spacing):
+            raise ValueError(f"--spacing {self.spacing}: pass three positive numbers in mm")
+
+    def __call__(self, volume: Volume) -> Volume:
+        """Normalised float32 image, label on the same grid, and the new affine and spacing.
+
+        Raises:
+            ValueError: If the image has non-finite voxels.
+        """
+        bad = volume.image.size - int(np.isfinite(volume.image).sum())
+        if bad:
+            raise ValueError(f"case {volume.case_id}: {bad} voxels are NaN or infinite; repair or leave out this case")
+        image = np.stack([self._normalize(channel) for channel in volume.image])  # (C, X, Y, Z)
+        if self.spacing is None:
+            return replace(volume, image=image)
+        shape = image.shape[1:]
+        size = self._working_shape(volume)
+        order = SPLINE_ORDER[self.interpolation]
+        image = np.stack([resample(channel, size, self._ratio(volume), order=order) for channel in image])
+        label = volume.label
+        if label is not None:
+            label = resample(label, size, self._ratio(volume), order=0)
+        affine = resampled_affine(volume.affine, shape, size, self._ratio(volume))
+        return Volume(volume.case_id, image, label, affine, self.spacing)
+
+    def restore(self, probabilities: np.ndarray, original: Volume) -> np.ndarray:
+        """Bring class probabilities back onto the original grid, linearly.
+
+        Args:
+            probabilities: Class probabilities (K, X', Y', Z'), float32, on the grid that ``__call__`` gave.
+            original: The case before ``__call__``.
+
+        Returns:
+            Probabilities (K, X, Y, Z), float32, X, Y, Z those of the original image.
+
+        Raises:
+            ValueError: If the shape is not the one that ``__call__`` gives for this case.
+        """
+        shape = original.image.shape[1:]
+        expected = shape if self.spacing is None else self._working_shape(original)
+        if probabilities.ndim != 4 or probabilities.shape[1:] != tuple(expected):
+            raise ValueError(
+                f"case {original.case_id}: probabilities have shape {probabilities.shape}; "
+                f"expected (K, {', '.join(map(str, expected))})"
+            )
+        if self.spacing is None:
+            return probabilities.astype(np.float32, copy=False)
+        inverse = tuple(1 / ratio for ratio in self._ratio(original))
+        return np.stack(
+            [resample(p.astype(np.float32), shape, inverse, order=1) for p in probabilities]
+        )  # (K, X, Y, Z)
+
+    def _ratio(self, volume: Volume) -> tuple[float, ...]:
+        """Working voxel size over the volume's, per axis."""
+        wanted = self.spacing or volume.spacing
+        return tuple(new / old for new, old in zip(wanted, volume.spacing, strict=True))
+
+    def _working_shape(self, volume: Volume) -> tuple[int, ...]:
+        pairs = zip(volume.image.shape[1:], self._ratio(volume), strict=True)
+        return tuple(max(1, round(count / ratio)) for count, ratio in pairs)
+
+    def _normalize(self, channel: np.ndarray) -> np.ndarray:
+        """Normalise one channel (X, Y, Z) by its foreground."""
+        values = channel.astype(np.float64)
+        foreground = values[foreground_mask(values)]
+        if self.modality == "ct" and foreground.size:
+            low, high = np.percentile(foreground, CT_PERCENTILES)
+            values, foreground = np.clip(values, low, high), np.clip(foreground, low, high)
+        return z_score(values, foreground)
+
+
+def foreground_mask(channel: np.ndarray) -> np.ndarray:
+    """Voxels (X, Y, Z) that differ from the constant border value, bool.
+
+    The border is constant if all eight corners hold one value, as in a scan whose background is set to zero, padded
+    or masked. Else every voxel is foreground.
+    """
+    corners = channel[np.ix_(*[(0, -1)] * 3)]
+    if (corners == corners.flat[0]).all():
+        return channel != corners.flat[0]
+    return np.ones(channel.shape, dtype=bool)
+
+
+def z_score(values: np.ndarray, foreground: np.ndarray) -> np.ndarray:
+    """Subtract the foreground's mean and divide by its standard deviation, at every voxel; float32.
+
+    A foreground of one value (a mask, say) is replaced by all voxels; a constant image gives zeros.
+    """
+    if foreground.size == 0 or np.ptp(foreground) == 0:
+        foreground = values
+    deviation = float(foreground.std())
+    if np.ptp(foreground) == 0 or deviation == 0:
+        return np.zeros(values.shape, dtype=np.float32)
+    return ((values - foreground.mean()) / deviation).astype(np.float32)
+
+
+def resample(array: np.ndarray, size: tuple[int, ...], ratio: tuple[float, ...], *, order: SplineOrder) -> np.ndarray:
+    """Sample an array (X, Y, Z) on a grid with the same centre.
+
+    Args:
+        array: Values; the type is kept.
+        size: Voxels of the new grid per axis.
+        ratio: Voxel size of the new grid over that of the old one, per axis.
+        order: Spline order: 0 nearest, 1 linear, 3 cubic; the border value continues beyond the border.
+    """
+    if tuple(size) == array.shape and all(abs(step - 1) < 1e-9 for step in ratio):
+        return array.copy()
+    sampled = np.empty(size, dtype=array.dtype)
+    start = _first_voxel(array.shape, size, ratio)
+    ndimage.affine_transform(array, np.asarray(ratio), start, output=sampled, order=order, mode="nearest")
+    return sampled
+
+
+def resampled_affine(
+    affine: np.ndarray, old_size: tuple[int, ...], new_size: tuple[int, ...], ratio: tuple[float, ...]
+) -> np.ndarray:
+    """Affine (4, 4) of the grid on which ``resample`` samples."""
+    step = np.diag([*ratio, 1.0])
+    step[:3, 3] = _first_voxel(old_size, new_size, ratio)
+    return affine @ step
+
+
+def _first_voxel(old_size: tuple[int, ...], new_size: tuple[int, ...], ratio: tuple[float, ...]) -> np.ndarray:
+    """Where the new grid's first voxel lies, in old voxel indices, if both grids share their centre."""
+    return (np.array(old_size) - 1) / 2 - (np.array(new_size) - 1) / 2 * np.array(ratio)
