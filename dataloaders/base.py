@@ -73,7 +73,8 @@ class CaseSource(ABC):
         in_channels: Number of image channels C.
         class_names: One name per class, ``class_names[0]`` is the background.
         modality: "mr" or "ct"; decides how intensities are normalised.
-        flip_axes: Image axes (0, 1, 2) along which a mirrored case is a plausible case.
+        flip_axes: Image axes (0, 1, 2) along which a mirrored case is a plausible case; left-right unless a source knows
+            better, since no patient is upside down.
         defaults: Training settings that suit the data where the user gives none.
     """
 
@@ -81,7 +82,7 @@ class CaseSource(ABC):
     in_channels: int
     class_names: tuple[str, ...]
     modality: str = "mr"
-    flip_axes: tuple[int, ...] = (0, 1, 2)
+    flip_axes: tuple[int, ...] = (0,)
     defaults: TrainingDefaults = TrainingDefaults()
 
     @classmethod
