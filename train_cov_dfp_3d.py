@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,6 @@ from typing import Any
 
 import torch
 
-from dataloaders.base import CaseSource
 from dataloaders.splits import make_test_ids, make_training_split
 from myutils.build import DataFacts, build_source, resolve_config
 from myutils.checkpoint import RunState, read_checkpoint
@@ -36,57 +36,75 @@ from myutils.config import RunConfig
 from myutils.distributed import RankInfo, barrier, broadcast_object, start_process_group, stop_process_group
 from myutils.evaluation import format_table
 from myutils.flags import SuggestingParser, add_flags, given_flags
+from myutils.registry import closest_hint
 from myutils.report import draw_run, evaluate_run, result_checkpoint
 from myutils.run_log import setup_logging
 from myutils.trainer import NonFiniteLossError, Trainer, TrainingInterrupted
 
 logger = logging.getLogger("train")
 
-RESUME_FLAGS = {"resume", "exp", "output_dir", "gpu", "num_workers", "evaluate", "baseline"}
+KEPT_FROM_FLAGS = ("num_workers", "evaluate", "baseline", "dataset_path", "cache_dir", "test_list")
+RESUME_FLAGS = {"resume", "exp", "output_dir", "gpu", *KEPT_FROM_FLAGS}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse flags, train, evaluate; returns the exit code (0 done, 1 failed, 2 wrong flags, 130 interrupted)."""
+    """Parse flags, train, evaluate; exit code 0 done, 1 failed on the way, 2 refused at the start, 130 stopped."""
     parser = SuggestingParser(prog="train_cov_dfp_3d.py", description=__doc__.splitlines()[0])
     add_flags(parser, RunConfig)
     given = given_flags(parser, argv)
     setup_logging(is_main=True)
     try:
-        config = RunConfig(**given)
-    except ValueError as error:
+        trainer = prepare(given)
+    except (ValueError, OSError) as error:
+        stop_process_group()
         parser.error(str(error))
+    except KeyboardInterrupt:
+        stop_process_group()
+        logger.info("stopped before the first step")
+        return 130
     try:
-        ranks, device = start_process_group(config.gpu)
-        setup_logging(is_main=ranks.is_main)
-        run(config, given, ranks, device)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
-    except (NonFiniteLossError, OSError) as error:
-        logger.error("%s", error)
+        run(trainer)
+    except (ValueError, OSError, NonFiniteLossError, torch.cuda.OutOfMemoryError) as error:
+        logger.error("error: %s\n%s", short_message(error), how_to_go_on(trainer))
         return 1
-    except TrainingInterrupted as stop:
-        logger.info("%s", stop)
+    except (TrainingInterrupted, KeyboardInterrupt) as stop:
+        logger.info("%s\n%s", str(stop) or "stopped at once", how_to_go_on(trainer))
         return 130
     finally:
         stop_process_group()
     return 0
 
 
-def run(config: RunConfig, given: dict[str, Any], ranks: RankInfo, device: torch.device) -> None:
+def prepare(given: dict[str, Any]) -> Trainer:
+    """Check everything that can be checked; the run's folder is made last, so that a refused start leaves nothing."""
+    config = RunConfig(**given)
+    ranks, device = start_process_group(config.gpu)
+    setup_logging(is_main=ranks.is_main)
+    return resume_run(config, given, ranks, device) if config.resume else start_run(config, ranks, device)
+
+
+def run(trainer: Trainer) -> None:
     """The whole job: train, train the baseline where asked for, evaluate both, write everything down."""
-    trainer, source = resume_run(config, given, ranks, device) if config.resume else start_run(config, ranks, device)
     config = trainer.state.config
-    describe(trainer, source)
+    describe(trainer)
     trained = {config.method: fit(trainer)}
     if config.baseline and config.method != "supervised":
-        trained["supervised"] = fit(baseline_trainer(trainer, source))
-    if config.evaluate and ranks.is_main:
-        evaluate(trained, config, source, device)
+        trained["supervised"] = fit(baseline_trainer(trainer))
     barrier()
+    stop_process_group()  # rank 0 evaluates alone, for longer than the others would wait in a collective
+    if not trainer.ranks.is_main:
+        return
+    if config.evaluate:
+        evaluate(trained, trainer)
+    list_files(trainer.folder)
 
 
-def start_run(config: RunConfig, ranks: RankInfo, device: torch.device) -> tuple[Trainer, CaseSource]:
+def start_run(config: RunConfig, ranks: RankInfo, device: torch.device) -> Trainer:
     """A new run in a new folder; nothing of an older run is touched."""
+    if config.exp is not None and ranks.is_main:
+        refuse_used_name(config.output_dir / config.exp)
+    if config.evaluate and config.test_list is not None and not config.test_list.is_file():
+        raise FileNotFoundError(f"--test_list {config.test_list}: there is no such file")  # known now, not after hours
     if ranks.is_main:
         build_source(config)  # what a source makes once is made by one process
     barrier()
@@ -94,27 +112,28 @@ def start_run(config: RunConfig, ranks: RankInfo, device: torch.device) -> tuple
     resolved = resolve_config(config, source)
     split = make_training_split(source, resolved.split_request())
     state = RunState(resolved, DataFacts.of(source), split)
-    folder = resolved.output_dir / str(resolved.exp)
+    trainer = Trainer(state, source, resolved.output_dir / str(resolved.exp), ranks, device)
+    trainer.read_labels()
     if ranks.is_main:
-        folder = free_folder(folder, chosen=config.exp is not None)
-    folder = broadcast_object(folder)
-    state.config = dataclasses.replace(resolved, exp=folder.name)
-    trainer = Trainer(state, source, folder, ranks, device)
+        trainer.folder = claim_folder(trainer.folder, chosen=config.exp is not None)
+    trainer.folder = broadcast_object(trainer.folder)
+    state.config = dataclasses.replace(resolved, exp=trainer.folder.name)
     if ranks.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", state.config.to_dict())
-        write_json(folder / "split.json", split.to_dict())
+        write_json(trainer.folder / "config.json", state.config.to_dict())
+        write_json(trainer.folder / "split.json", split.to_dict())
     barrier()
-    return trainer, source
+    return trainer
 
 
-def resume_run(
-    config: RunConfig, given: dict[str, Any], ranks: RankInfo, device: torch.device
-) -> tuple[Trainer, CaseSource]:
+def resume_run(config: RunConfig, given: dict[str, Any], ranks: RankInfo, device: torch.device) -> Trainer:
     """Go on with a run of before, with the settings stored in its checkpoint."""
     if config.exp is None:
         raise ValueError("--resume: name the run with --exp (a folder name in --output_dir)")
     folder = config.output_dir / config.exp
+    if not (folder / "last.pt").is_file():
+        known = sorted(path.parent.name for path in config.output_dir.glob("*/last.pt"))
+        hint = closest_hint(config.exp, known) if known else f"no run in {config.output_dir} has one"
+        raise FileNotFoundError(f"--resume: {folder} holds no last.pt to go on from; {hint}")
     state, _ = read_checkpoint(folder / "last.pt", torch.device("cpu"))
     changed = [
         name for name, value in given.items() if name not in RESUME_FLAGS and value != getattr(state.config, name)
@@ -124,107 +143,141 @@ def resume_run(
             f"--resume: {', '.join('--' + name for name in changed)} differ from the stored run's; a resumed run keeps "
             "its settings, start a new --exp to change them"
         )
-    source = build_source(state.config)
-    if DataFacts.of(source) != state.facts:
-        raise ValueError(f"--resume: the data set has changed since {folder} was trained: {DataFacts.of(source)}")
+    stored = dataclasses.replace(state.config, **{name: given[name] for name in KEPT_FROM_FLAGS if name in given})
+    source = build_source(stored)
+    found, trained, split = DataFacts.of(source), state.facts, state.split
+    if (found.class_names, found.in_channels) != (trained.class_names, trained.in_channels):
+        raise ValueError(
+            f"--resume: {folder} was trained on {trained.in_channels} channels and the classes "
+            f"{', '.join(trained.class_names)}; the data now have {found.in_channels} and {', '.join(found.class_names)}"
+        )
+    gone = sorted({*split.labeled, *split.unlabeled, *split.val} - set(source.case_ids()))
+    if gone:
+        raise ValueError(f"--resume: {len(gone)} training cases of {folder} are gone, the first is {gone[0]!r}")
     trainer = Trainer.resume(source, folder, ranks, device)
-    kept = {name: given[name] for name in ("num_workers", "evaluate", "baseline") if name in given}
-    trainer.state.config = dataclasses.replace(trainer.state.config, **kept)
-    return trainer, source
+    trainer.state.config = stored
+    return trainer
 
 
-def baseline_trainer(trainer: Trainer, source: CaseSource) -> Trainer:
+def baseline_trainer(trainer: Trainer) -> Trainer:
     """The supervised-only run on the same labels, steps and augmentation, in the folder ``baseline`` of the run."""
     folder = trainer.folder / "baseline"
     if (folder / "last.pt").exists():
-        return Trainer.resume(source, folder, trainer.ranks, trainer.device)
-    config = dataclasses.replace(
-        trainer.state.config, method="supervised", use_contrastive_prototype=False, baseline=False, exp="baseline"
-    )
-    if trainer.ranks.is_main:
-        folder.mkdir(exist_ok=True)
-        write_json(folder / "config.json", config.to_dict())
-    state = RunState(config, trainer.state.facts, trainer.state.split)
-    return Trainer(state, source, folder, trainer.ranks, trainer.device)
+        baseline = Trainer.resume(trainer.source, folder, trainer.ranks, trainer.device)
+    else:
+        config = dataclasses.replace(
+            trainer.state.config, method="supervised", use_contrastive_prototype=False, baseline=False, exp="baseline"
+        )
+        if trainer.ranks.is_main:
+            folder.mkdir(exist_ok=True)
+            write_json(folder / "config.json", config.to_dict())
+        state = RunState(config, trainer.state.facts, trainer.state.split)
+        baseline = Trainer(state, trainer.source, folder, trainer.ranks, trainer.device)
+    baseline.cache = trainer.cache
+    return baseline
 
 
 def fit(trainer: Trainer) -> Path:
-    """Train to the end; returns the run's folder. An interruption says how to go on."""
+    """Train to the end; returns the run's folder. An interruption says where it stopped."""
     try:
         trainer.fit()
     except TrainingInterrupted:
-        top = trainer.folder.parent if trainer.folder.name == "baseline" else trainer.folder
+        state = trainer.state
         raise TrainingInterrupted(
-            f"stopped at step {trainer.state.step} of {trainer.max_iteration}, saved. Go on with:\n"
-            f"  python train_cov_dfp_3d.py --output_dir {top.parent} --exp {top.name} --resume"
+            f"stopped {state.config.method} at step {state.step} of {trainer.max_iteration}, saved"
         ) from None
     return trainer.folder
 
 
-def evaluate(trained: dict[str, Path], config: RunConfig, source: CaseSource, device: torch.device) -> None:
-    """Score every trained run on the test cases; print the table and the paths of all files."""
-    folder = trained[config.method]
-    split = read_checkpoint(result_checkpoint(folder), torch.device("cpu"))[0].split
+def evaluate(trained: dict[str, Path], trainer: Trainer) -> None:
+    """Score every trained run on the test cases; print the table, then draw the picture."""
+    config, source, folder = trainer.state.config, trainer.source, trainer.folder
     try:
-        test_ids = make_test_ids(source, config.split_request(), split)
+        test_ids = make_test_ids(source, config.split_request(), trainer.state.split)
     except (ValueError, FileNotFoundError) as error:
         logger.warning("training is done; no evaluation: %s", error)
         return
-    outcome = {name: evaluate_run(path, source, test_ids, device) for name, path in trained.items()}
-    results = {name: cases for name, (cases, _) in outcome.items()}
-    draw_run(folder / "overlay.png", source, trained, results, source.class_names)
+    outcome = {name: evaluate_run(path, source, test_ids, trainer.device) for name, path in trained.items()}
     baseline = outcome["supervised"][1] if len(outcome) > 1 else None
     table = format_table(outcome[config.method][1], baseline, name=config.method)
     sys.stdout.write(f"\n{len(test_ids)} test cases, {config.max_iteration} steps, seed {config.seed}\n{table}\n\n")
+    results = {name: cases for name, (cases, _) in outcome.items()}
+    draw_run(folder / "overlay.png", source, trained, results, source.class_names)
+
+
+def list_files(folder: Path) -> None:
+    """Print the path of everything that the run wrote."""
     for title, path in {
         "checkpoint": result_checkpoint(folder),
         "per-case figures": folder / "test" / "cases.csv",
         "summary": folder / "test" / "summary.json",
         "predictions": folder / "test" / "predictions",
         "picture": folder / "overlay.png",
+        "baseline": folder / "baseline",
         "TensorBoard": folder / "tensorboard",
     }.items():
-        sys.stdout.write(f"{title:18s}{path}\n")
+        if path.exists():
+            sys.stdout.write(f"{title:18s}{path}\n")
 
 
-def describe(trainer: Trainer, source: CaseSource) -> None:
+def describe(trainer: Trainer) -> None:
     """Say what is about to happen."""
-    state = trainer.state
+    state, source = trainer.state, trainer.source
     config, split = state.config, state.split
     prototypes = ", with the contrastive prototype manager" if trainer.method.prototypes is not None else ""
+    cases = f"{len(split.labeled)} labelled, {len(split.unlabeled)} unlabelled, {len(split.val)} validation"
     logger.info("data: %s, %d classes, %s", config.dataset_name, source.num_classes, ", ".join(source.class_names[1:]))
-    logger.info(
-        "cases: %d labelled, %d unlabelled, %d validation (split %s)",
-        len(split.labeled),
-        len(split.unlabeled),
-        len(split.val),
-        split.digest[:12],
-    )
+    logger.info("cases: %s (split %s)", cases, split.digest[:12])
     logger.info("method: %s on %s%s", config.method, config.model, prototypes)
-    logger.info(
-        "steps: %d to %d, batch %d (%d labelled), patch %s, autocast %s",
-        state.step,
-        trainer.max_iteration,
-        config.batch_size,
-        config.labeled_bs,
-        "x".join(map(str, config.patch_size or ())),
-        trainer.amp,
-    )
+    if state.step == trainer.max_iteration:
+        logger.info("steps: all %d are done", state.step)
+    else:
+        batch = f"batch {config.batch_size} ({config.labeled_bs} labelled)"
+        patch = "x".join(map(str, config.patch_size or ()))
+        logger.info(
+            "steps: %d to %d, %s, patch %s, autocast %s", state.step, trainer.max_iteration, batch, patch, trainer.amp
+        )
     logger.info("run: %s", trainer.folder)
 
 
-def free_folder(folder: Path, *, chosen: bool) -> Path:
-    """``folder`` if it holds no run yet; else the next free number, or an error where the user chose the name."""
-    if not (folder / "config.json").exists():
-        return folder
-    if chosen:
+def how_to_go_on(trainer: Trainer) -> str:
+    """The command that goes on from the run's last checkpoint, be it with the training or with the evaluation."""
+    place = ["--output_dir", str(trainer.folder.parent), "--exp", trainer.folder.name]
+    return f"Go on from the last checkpoint with:\n  python train_cov_dfp_3d.py {shlex.join(place)} --resume"
+
+
+def short_message(error: Exception) -> str:
+    """The error's text; of one that a loader process passed on, the last line of its traceback."""
+    text = str(error).strip()
+    return text.splitlines()[-1] if "Original Traceback" in text else text
+
+
+def refuse_used_name(folder: Path) -> None:
+    """Raise a ValueError if the user's choice of a folder holds a run already."""
+    if (folder / "last.pt").exists():
         raise ValueError(
             f"--exp {folder.name}: {folder} holds a run already; add --resume to go on with it, or choose another name"
         )
-    number = 2
-    while (folder.with_name(f"{folder.name}_{number}") / "config.json").exists():
-        number += 1
-    return folder.with_name(f"{folder.name}_{number}")
+    if (folder / "config.json").exists():
+        raise ValueError(
+            f"--exp {folder.name}: {folder} holds a run that has not reached its first checkpoint; "
+            "choose another name, or delete the folder if nothing runs in it"
+        )
+
+
+def claim_folder(folder: Path, *, chosen: bool) -> Path:
+    """Make the run's folder; a name that the user did not choose gets a free number, also if two runs start at once."""
+    number, candidate = 1, folder
+    while True:
+        try:
+            candidate.mkdir(parents=True, exist_ok=chosen)
+        except FileExistsError:
+            if chosen:
+                raise
+            number += 1
+            candidate = folder.with_name(f"{folder.name}_{number}")
+        else:
+            return candidate
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

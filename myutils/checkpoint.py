@@ -14,6 +14,7 @@ from dataloaders.preprocess import Preprocess
 from dataloaders.splits import TrainingSplit
 from myutils.build import DataFacts, build_method, build_preprocess
 from myutils.config import RunConfig
+from myutils.methods.base import Method
 from networks.base import SegmentationNetwork
 
 FORMAT = 1
@@ -99,7 +100,8 @@ def write_checkpoint(path: Path, state: RunState, tensors: dict[str, Any]) -> No
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         kept = f"; the checkpoint of before is still at {path}" if path.exists() else ""
-        raise OSError(f"cannot write {path}: {error}; free space or choose another --output_dir{kept}") from error
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"cannot write {path}: {reason}; free space there, or use another --output_dir{kept}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -113,30 +115,53 @@ def read_checkpoint(path: Path, device: torch.device) -> tuple[RunState, dict[st
 
     Raises:
         FileNotFoundError: If there is no such file.
+        OSError: If it cannot be opened.
         ValueError: If it is damaged or not a checkpoint of this project.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; pass the path of a last.pt or best.pt")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {error})") from error
+    except OSError:
+        raise
+    except (
+        Exception
+    ) as error:  # torch and pickle raise nearly anything; their advice to trust the file is not passed on
+        raise ValueError(
+            f"{path} is damaged, or no checkpoint of this project ({type(error).__name__}); copy it again or use another"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is no checkpoint of this project, or of another version (format {FORMAT} expected)")
-    state = RunState(
-        config=RunConfig.from_dict(content.pop("config")),
-        facts=DataFacts.from_dict(content.pop("facts")),
-        split=TrainingSplit.from_dict(content.pop("split")),
-        step=content.pop("step"),
-        best_dice=content.pop("best_dice"),
-    )
+    try:
+        state = RunState(
+            config=RunConfig.from_dict(content.pop("config")),
+            facts=DataFacts.from_dict(content.pop("facts")),
+            split=TrainingSplit.from_dict(content.pop("split")),
+            step=content.pop("step"),
+            best_dice=content.pop("best_dice"),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold a whole run of this version ({error}); use another") from error
     return state, content
+
+
+def load_weights(method: Method, tensors: dict[str, Any], path: Path) -> None:
+    """Load a checkpoint's weights into ``method``.
+
+    Raises:
+        ValueError: If they do not fit, because another version wrote them.
+    """
+    try:
+        method.load_state_dict(tensors["method"])
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: the weights do not fit this version's {type(method).__name__} ({reason})") from error
 
 
 def load_for_inference(path: Path, device: torch.device) -> InferenceBundle:
     """Rebuild the network that a checkpoint's method segments with, in evaluation mode on ``device``."""
     state, tensors = read_checkpoint(Path(path), device)
     method = build_method(state.config, state.facts)
-    method.load_state_dict(tensors["method"])
+    load_weights(method, tensors, Path(path))
     network = method.inference_network().to(device).eval()
     return InferenceBundle(network, state.config, build_preprocess(state.config), state.facts, state.split, state.step)

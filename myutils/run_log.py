@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,17 +31,20 @@ class RunLog:
         self._path = folder / "metrics.jsonl"
         if not enabled:
             return
-        _drop_after(self._path, first_step)
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        with _named_errors(folder):
+            _drop_after(self._path, first_step)
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Add one line to ``metrics.jsonl`` and one point per value to TensorBoard."""
         if not self.enabled:
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **{key: round(value, 6) for key, value in values.items()}}) + "\n")
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        rounded = {key: round(value, 6) if math.isfinite(value) else None for key, value in values.items()}
+        with _named_errors(self._path.parent):
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **rounded}) + "\n")
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
 
     def pictures(self, step: int, batch: Batch, output: StepOutput) -> None:
         """Middle slices of the first labelled and unlabelled patch: image, label, prediction, pseudo-label."""
@@ -54,7 +60,17 @@ class RunLog:
     def close(self) -> None:
         """Flush everything to the disk."""
         if self.enabled:
-            self._writer.close()
+            with _named_errors(self._path.parent):
+                self._writer.close()
+
+
+@contextmanager
+def _named_errors(folder: Path) -> Iterator[None]:
+    """Add to a full disk's error, which names no file, where it happened and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write the log in {folder}: {error}; free space there") from error
 
 
 def step_scalars(output: StepOutput, lr: float) -> dict[str, Tensor | float]:
@@ -88,7 +104,11 @@ def _drop_after(path: Path, step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if _step_of(line) <= step]
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    if kept == lines:
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)  # a full disk leaves the old file
 
 
 def _step_of(line: str) -> float:
@@ -99,9 +119,11 @@ def _step_of(line: str) -> float:
 
 
 def read_metrics(folder: Path, name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one scalar in a run's ``metrics.jsonl``; empty lists where it never occurs."""
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    found = [(entry["step"], entry[name]) for entry in entries if name in entry]
+    """Steps and finite values of one scalar in a run's ``metrics.jsonl``; empty lists where it never occurs."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    entries = [json.loads(line) for line in lines if _step_of(line) < float("inf")]
+    found = [(entry["step"], entry[name]) for entry in entries if entry.get(name) is not None]
     return [step for step, _ in found], [value for _, value in found]
 
 

@@ -6,7 +6,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,7 @@ from dataloaders.base import CaseSource
 from dataloaders.patches import Batch, CaseCache, PatchDataset, collate
 from dataloaders.samplers import StepPlan, StepSampler
 from myutils import build
-from myutils.checkpoint import RunState, read_checkpoint, write_checkpoint
+from myutils.checkpoint import RunState, load_weights, read_checkpoint, write_checkpoint
 from myutils.config import required
 from myutils.distributed import RankInfo, any_rank, autocast, barrier, mean_over_ranks, resolve_amp
 from myutils.evaluation import evaluate_cases, summarise
@@ -65,21 +65,29 @@ class Trainer:
         self.method = build.build_method(config, state.facts).to(device)
         self.optimizer = build.build_optimizer(config, self.method)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
+        self.cache = CaseCache(source, self.preprocess)
         self.interrupted = False
-        self._clock = 0.0
+        self._clock = (0.0, 0)  # time and step of the last log entry
 
     @classmethod
     def resume(cls, source: CaseSource, folder: Path, ranks: RankInfo, device: torch.device) -> Trainer:
         """Rebuild the run of ``folder`` from its ``last.pt``; errors as in ``read_checkpoint``."""
         state, tensors = read_checkpoint(folder / "last.pt", device)
         trainer = cls(state, source, folder, ranks, device)
-        trainer.method.load_state_dict(tensors["method"])
+        load_weights(trainer.method, tensors, folder / "last.pt")
         trainer.optimizer.load_state_dict(tensors["optimizer"])
         trainer.scaler.load_state_dict(tensors["scaler"])
         return trainer
 
+    def read_labels(self) -> None:
+        """Read the cases with labels now, so that a wrong one is named before hours of training; errors as in ``load``."""
+        for case_id in self.state.split.labeled:
+            self.cache.get(case_id, with_label=True)
+        for case_id in self.state.split.val:
+            self.source.load(case_id, with_label=True)
+
     def fit(self) -> RunState:
-        """Train from the state's step to the end.
+        """Train from the state's step to the end; the first checkpoint is written before the first step.
 
         Raises:
             NonFiniteLossError: Names the step, the terms and the cases.
@@ -88,8 +96,10 @@ class Trainer:
         first = self.state.step
         network = self._wrapped()
         log = RunLog(self.folder, first, enabled=self.ranks.is_main)
-        self._clock = time.perf_counter()
+        self._clock = (time.perf_counter(), first)
         try:
+            if first == 0:
+                self._save(("last.pt",))
             with stop_signals(self), self._progress_bar(first) as bar:
                 for step, batch in enumerate(self._loader(first), start=first):
                     output = self.train_step(network, batch.to(self.device), step)
@@ -116,7 +126,9 @@ class Trainer:
             raise NonFiniteLossError(self._describe_non_finite(output, batch, step))
         self.scaler.scale(total).backward()
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.method.parameters(), config.grad_clip)
+        norm = nn.utils.clip_grad_norm_(self.method.parameters(), config.grad_clip)
+        if not (self.scaler.is_enabled() or torch.isfinite(norm)):  # the scaler skips such a step by itself
+            raise NonFiniteLossError(self._describe_non_finite(output, batch, step))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.method.after_step(step)
@@ -147,15 +159,15 @@ class Trainer:
         config, done = self.state.config, self.state.step
         last = done == self.max_iteration
         if done % config.log_every == 0 or last:
-            now = time.perf_counter()
-            seconds, self._clock = (now - self._clock) / config.log_every, now
+            now, (before, logged) = time.perf_counter(), self._clock
+            seconds, self._clock = (now - before) / max(1, done - logged), (now, done)
             bar.set_postfix(self._log_step(log, batch, output, done, seconds), refresh=False)
         if done % config.image_every == 0:
             log.pictures(done, batch, output)
-        stop = not last and self._stop_now(done)
-        if stop or last or done % config.save_every == 0:
-            self._validate_and_save(log, done, validate=not stop)
-        if stop:
+        stop, regular = self._stop_now(done), last or done % config.save_every == 0
+        if stop or regular:
+            self._validate_and_save(log, done, validate=regular)
+        if stop or (last and self._stop_now(done)):
             raise TrainingInterrupted
 
     def _loader(self, first: int) -> Iterator[Batch]:
@@ -169,7 +181,7 @@ class Trainer:
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
         )
-        dataset = PatchDataset(CaseCache(self.source, self.preprocess), build.build_augmentation(config))
+        dataset = PatchDataset(self.cache, build.build_augmentation(config))
         return iter(
             DataLoader(
                 dataset,
@@ -198,13 +210,16 @@ class Trainer:
         return {name: f"{value:.3f}" for name, value in shown.items() if value is not None}
 
     def _validate_and_save(self, log: RunLog, done: int, *, validate: bool) -> None:
-        names = ["last.pt"]
+        names = ["last.pt"]  # written last: a kill in between repeats the validation instead of losing best.pt
         if validate and self.state.split.val and self.ranks.is_main:
             score = self._validation_dice()
             log.scalars(done, {"Validation/dice": score})
             if score > self.state.best_dice:
                 self.state.best_dice = score
-                names.append("best.pt")
+                names.insert(0, "best.pt")
+        self._save(names)
+
+    def _save(self, names: Sequence[str]) -> None:
         if self.ranks.is_main:
             tensors: dict[str, Any] = {
                 "method": self.method.state_dict(),
@@ -228,19 +243,18 @@ class Trainer:
         return float(summarise(results, self.state.facts.class_names)["mean"]["dice"]["mean"])
 
     def _stop_now(self, done: int) -> bool:
-        """Whether any rank was asked to stop; with several ranks they confer only at logging steps."""
+        """Whether any rank was asked to stop; with several ranks they confer at logging steps and at the last one."""
         if self.ranks.world_size == 1:
             return self.interrupted
-        return done % self.state.config.log_every == 0 and any_rank(self.interrupted, self.device)
+        confer = done % self.state.config.log_every == 0 or done == self.max_iteration
+        return confer and any_rank(self.interrupted, self.device)
 
     def _describe_non_finite(self, output: StepOutput, batch: Batch, step: int) -> str:
         bad = [name for name, term in output.terms.items() if not torch.isfinite(term.value)]
-        last = self.folder / "last.pt"
-        kept = f"; the last good checkpoint is {last}" if last.exists() else ""
+        what = f"loss term {', '.join(bad)}" if bad else "the gradient"
         return (
-            f"step {step}: loss term {', '.join(bad)} is not finite; "
-            f"cases: {', '.join(batch.cases_l + batch.cases_u)}. "
-            f"Look at these images, lower --base_lr or use --amp no{kept}"
+            f"step {step}: {what} is not finite; cases: {', '.join(batch.cases_l + batch.cases_u)}. Look at these "
+            f"images, lower --base_lr or use --amp no; the last good checkpoint is {self.folder / 'last.pt'}"
         )
 
 

@@ -1,0 +1,107 @@
+"""The whole job through the command line: what it writes, prints and needs."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from train_job import different, job, nifti_job, one_thread, set_label, weights, write_list  # noqa: F401
+
+import train_cov_dfp_3d as train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_whole_job_writes_everything_and_prints_the_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(job(folder, "--baseline", exp="first")) == 0
+    run = folder / "runs" / "first"
+    for name in ("config.json", "split.json", "metrics.jsonl", "last.pt", "overlay.png", "baseline/last.pt"):
+        assert (run / name).stat().st_size > 0
+    assert list((run / "tensorboard").glob("events*"))
+    config = json.loads((run / "config.json").read_text())
+    assert [config[name] for name in ("exp", "labelnum", "method", "baseline")] == ["first", 2, "mean_teacher", True]
+    split = json.loads((run / "split.json").read_text())
+    roles = [set(split[name]) for name in ("labeled", "unlabeled", "val")]
+    assert [len(role) for role in roles] == [2, 6, 0] and len(set.union(*roles)) == 8
+
+    with (run / "test" / "cases.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0])[:6] == ["case", "class", "dice", "jaccard", "hd95_mm", "assd_mm"]
+    assert [row["class"] for row in rows] == ["1", "2"] and rows[0]["case"] not in set.union(*roles)
+    summary = json.loads((run / "test" / "summary.json").read_text())
+    assert summary["checkpoint"] == "last.pt" and summary["step"] == 3 and summary["split_digest"] == split["digest"]
+    prediction = nib.load(run / "test" / "predictions" / f"{rows[0]['case']}.nii.gz")
+    assert prediction.shape == (20, 18, 16)
+    assert np.allclose(prediction.affine, np.diag([1.0, 2.0, 1.0, 1.0]))
+    assert (run / "baseline" / "test" / "cases.csv").exists()
+
+    printed = capsys.readouterr()
+    for part in ("1 test cases, 3 steps, seed 0", "mean_teacher", "supervised only", "HD95 mm", "Dice gain"):
+        assert part in printed.out
+    for path in ("last.pt", "test/cases.csv", "test/summary.json", "test/predictions", "overlay.png", "tensorboard"):
+        assert str(run / path) in printed.out
+    assert "cases: 2 labelled, 6 unlabelled, 0 validation" in printed.err
+    assert "steps: 0 to 3, batch 4 (2 labelled), patch 16x16x16" in printed.err
+    assert not list((folder / "runs").glob("**/*.tmp"))
+
+
+def test_without_exp_a_free_folder_is_taken(folder: Path) -> None:
+    for _ in range(2):
+        assert train.main(job(folder, "--no-evaluate", max_iteration="1")) == 0
+    names = sorted(path.name for path in (folder / "runs").iterdir())
+    assert names == ["nifti_mean_teacher_2labels_seed0", "nifti_mean_teacher_2labels_seed0_2"]
+    config = json.loads((folder / "runs" / names[1] / "config.json").read_text())
+    assert config["exp"] == names[1]
+
+
+def test_without_evaluation_the_checkpoint_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(job(folder, "--no-evaluate", exp="a", max_iteration="1")) == 0
+    printed = capsys.readouterr().out
+    assert str(folder / "runs" / "a" / "last.pt") in printed and "cases.csv" not in printed
+    assert not (folder / "runs" / "a" / "test").exists()
+
+
+def test_supervised_needs_no_unlabelled_case(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_list = write_list(folder / "train.txt", *range(2))
+    assert train.main(job(folder, exp="sup", method="supervised", train_list=train_list, max_iteration="1")) == 0
+    printed = capsys.readouterr()
+    assert "cases: 2 labelled, 0 unlabelled" in printed.err and "4 test cases" in printed.out
+
+
+def test_folder_without_test_cases_trains_and_says_why_there_is_no_evaluation(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_list = write_list(folder / "train.txt", *range(9))  # every case
+    assert train.main(job(folder, exp="a", train_list=train_list, max_iteration="1")) == 0
+    printed = capsys.readouterr()
+    assert "training is done; no evaluation: there are no test cases" in printed.err
+    assert "--test_list" in printed.err and "last.pt" in printed.out
+
+
+def test_validation_chooses_the_checkpoint_that_counts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(job(folder, exp="a", labelnum="3", val_num="1", save_every="1", max_iteration="2")) == 0
+    run = folder / "runs" / "a"
+    assert str(run / "best.pt") in capsys.readouterr().out
+    assert json.loads((run / "test" / "summary.json").read_text())["checkpoint"] == "best.pt"
+
+
+def test_labels_of_unlabelled_cases_do_not_matter(folder: Path) -> None:
+    lists = {"train_list": write_list(folder / "train.txt", *range(5))}
+    assert train.main(job(folder, exp="clean", **lists)) == 0
+    set_label(folder / "data", "ball02", 77)  # beyond num_classes
+    (folder / "data" / "labels" / "ball03.nii.gz").write_bytes(b"not a NIfTI file")
+    (folder / "data" / "labels" / "ball04.nii.gz").write_bytes(b"")
+    assert train.main(job(folder, exp="corrupt", **lists)) == 0
+    assert different(weights(folder, "clean"), weights(folder, "corrupt")) == []
+
+
+def test_same_seed_gives_the_same_weights_and_another_does_not(folder: Path) -> None:
+    lists = {"train_list": write_list(folder / "train.txt", *range(5)), "max_iteration": "2"}
+    for exp, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert train.main(job(folder, "--no-evaluate", exp=exp, seed=seed, **lists)) == 0
+    assert different(weights(folder, "a"), weights(folder, "b")) == []
+    assert different(weights(folder, "a"), weights(folder, "c")) != []

@@ -1,0 +1,212 @@
+"""Stops on the way: Ctrl-C, SIGTERM, full disks, damaged files; each says how to go on, and --resume does."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from train_job import ROOT, different, job, nifti_job, one_thread, resume, weights  # noqa: F401
+
+import train_cov_dfp_3d as train
+from myutils import checkpoint
+from myutils.run_log import RunLog, read_metrics
+from myutils.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
+
+
+def press_ctrl_c(patch: Patch, *, method: str, step: int) -> None:
+    """Send SIGINT to this process when ``method`` comes to ``step``."""
+    original = Trainer.train_step
+
+    def press(self: Trainer, network: object, batch: object, now: int) -> object:
+        if self.state.config.method == method and now == step:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, network, batch, now)  # type: ignore[arg-type]
+
+    patch.setattr(Trainer, "train_step", press)
+
+
+def test_ctrl_c_saves_and_resume_ends_with_the_same_weights(folder: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    assert train.main(job(folder, "--no-evaluate", exp="whole", max_iteration="4")) == 0
+    with monkeypatch.context() as patch:
+        press_ctrl_c(patch, method="mean_teacher", step=1)
+        assert train.main(job(folder, "--no-evaluate", exp="broken", max_iteration="4")) == 130
+    message = capsys.readouterr().err
+    assert "stopped mean_teacher at step 2 of 4, saved" in message and "Traceback" not in message
+    command = f"python train_cov_dfp_3d.py --output_dir {folder / 'runs'} --exp broken --resume"
+    assert message.rstrip().endswith(command)
+    assert train.main(command.split()[2:]) == 0
+    assert different(weights(folder, "whole"), weights(folder, "broken")) == []
+    assert read_metrics(folder / "runs" / "broken", "Loss/total")[0] == [1, 2, 3, 4]
+
+
+def start_in_background(argv: list[str], log: Path, steps: int) -> subprocess.Popen[bytes]:
+    """A training process that has logged at least ``steps`` steps to ``log``."""
+    command = [sys.executable, str(ROOT / "train_cov_dfp_3d.py"), *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not log.exists() or len(log.read_text().splitlines()) < steps:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_killed_process_is_resumed_bit_identically(folder: Path, number: signal.Signals) -> None:
+    settings = {"max_iteration": "40", "save_every": "10"}
+    log = folder / "runs" / "killed" / "metrics.jsonl"
+    process = start_in_background(job(folder, "--no-evaluate", exp="killed", **settings), log, steps=12)
+    process.send_signal(number)
+    _, message = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130
+        assert b"--exp killed --resume" in message and b"Traceback" not in message
+    assert len(log.read_text().splitlines()) < 40
+    assert train.main(resume(folder, "killed")) == 0
+    assert train.main(job(folder, "--no-evaluate", exp="whole", **settings)) == 0
+    assert different(weights(folder, "whole"), weights(folder, "killed")) == []
+    assert read_metrics(log.parent, "Loss/total")[0] == list(range(1, 41))
+
+
+def test_ctrl_c_in_the_baseline_does_not_train_the_main_run_again(
+    folder: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    with monkeypatch.context() as patch:
+        press_ctrl_c(patch, method="supervised", step=1)
+        assert train.main(job(folder, "--baseline", exp="a")) == 130
+    assert "stopped supervised at step 2 of 3, saved" in capsys.readouterr().err
+    trained = []
+    original = Trainer.train_step
+
+    def count(self: Trainer, network: object, batch: object, step: int) -> object:
+        trained.append((self.state.config.method, step))
+        return original(self, network, batch, step)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", count)
+        assert train.main(resume(folder, "a")) == 0
+    printed = capsys.readouterr()
+    assert trained == [("supervised", 2)]
+    assert "steps: all 3 are done" in printed.err and "supervised only" in printed.out
+
+    assert train.main(job(folder, "--baseline", exp="b")) == 0
+    assert different(weights(folder, "a/baseline"), weights(folder, "b/baseline")) == []
+
+
+def test_ctrl_c_at_the_last_step_starts_nothing_more(folder: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    with monkeypatch.context() as patch:
+        press_ctrl_c(patch, method="mean_teacher", step=2)
+        assert train.main(job(folder, "--baseline", exp="a")) == 130
+    assert "stopped mean_teacher at step 3 of 3, saved" in capsys.readouterr().err
+    assert not (folder / "runs" / "a" / "baseline").exists() and not (folder / "runs" / "a" / "test").exists()
+
+
+def test_ctrl_c_in_the_evaluation_says_how_to_evaluate_again(folder: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    def press(*args: object, **settings: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate_run", press)
+        assert train.main(job(folder, exp="a", max_iteration="1")) == 130
+    message = capsys.readouterr().err
+    assert "Traceback" not in message and "--exp a --resume" in message
+    assert train.main(resume(folder, "a")) == 0
+    assert (folder / "runs" / "a" / "test" / "cases.csv").exists()
+
+
+def test_ctrl_c_before_the_start_leaves_nothing(folder: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    def press(*args: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "read_labels", press)
+    assert train.main(job(folder, exp="a")) == 130
+    assert "stopped before the first step" in capsys.readouterr().err and not (folder / "runs").exists()
+
+
+def test_resume_of_a_finished_run_evaluates_again_and_can_add_the_baseline(folder: Path, capsys: Capture) -> None:
+    assert train.main(job(folder, exp="a")) == 0
+    before, run = weights(folder, "a"), folder / "runs" / "a"
+    table = (run / "test" / "cases.csv").read_text()
+    shutil.rmtree(run / "test")
+    capsys.readouterr()
+    assert train.main(resume(folder, "a", "--baseline")) == 0
+    assert (run / "test" / "cases.csv").read_text() == table
+    assert different(before, weights(folder, "a")) == []
+    assert "supervised only" in capsys.readouterr().out
+
+
+def test_resume_follows_data_that_moved(folder: Path) -> None:
+    assert train.main(job(folder, exp="a", max_iteration="1")) == 0
+    (folder / "data").rename(folder / "elsewhere")
+    assert train.main(resume(folder, "a", "--dataset_path", str(folder / "elsewhere"))) == 0
+
+
+def test_full_disk_keeps_the_last_checkpoint_and_says_how_to_go_on(
+    folder: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    original = checkpoint.write_checkpoint
+
+    def write(path: Path, state: checkpoint.RunState, tensors: dict[str, object]) -> None:
+        with monkeypatch.context() as patch:
+            if state.step == 2:
+                patch.setattr(checkpoint.torch, "save", full)
+            original(path, state, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("myutils.trainer.write_checkpoint", write)
+        assert train.main(job(folder, "--no-evaluate", exp="a", save_every="1")) == 1
+    message = capsys.readouterr().err
+    assert "No space left on device" in message and "the checkpoint of before is still at" in message
+    assert "--exp a --resume" in message and "Traceback" not in message
+    assert train.main(resume(folder, "a")) == 0
+    assert train.main(job(folder, "--no-evaluate", exp="b", save_every="1")) == 0
+    assert different(weights(folder, "a"), weights(folder, "b")) == []
+
+
+def test_full_disk_in_the_log_is_no_traceback(folder: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    original = Path.open
+
+    def full(self: Path, *args: object, **settings: object) -> object:
+        if self.name == "metrics.jsonl":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(self, *args, **settings)  # type: ignore[call-overload]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        assert train.main(job(folder, "--no-evaluate", exp="a")) == 1
+    message = capsys.readouterr().err
+    assert "cannot write the log in" in message and "free space there" in message and "--resume" in message
+    assert train.main(resume(folder, "a")) == 0
+    assert isinstance(RunLog(folder / "runs" / "a", first_step=3), RunLog)
+
+
+@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
+def test_damaged_unlabelled_image_is_named_and_training_goes_on_after_its_repair(
+    folder: Path, workers: str, capsys: Capture
+) -> None:
+    image = folder / "data" / "images" / "ball08.nii.gz"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:200])
+    settings = {"exp": "a", "num_workers": workers, "max_iteration": "12"}
+    assert train.main(job(folder, "--no-evaluate", **settings)) == 1
+    message = capsys.readouterr().err
+    assert "ball08.nii.gz" in message and "--exp a --resume" in message and "Traceback" not in message
+    image.write_bytes(whole)
+    assert train.main(resume(folder, "a")) == 0

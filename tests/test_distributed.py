@@ -1,0 +1,106 @@
+"""Devices, ranks and precision on a machine without CUDA."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from myutils import distributed
+from myutils.distributed import (
+    RankInfo,
+    any_rank,
+    autocast,
+    broadcast_object,
+    mean_over_ranks,
+    resolve_amp,
+    select_device,
+    start_process_group,
+    stop_process_group,
+)
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
+
+
+@pytest.mark.usefixtures("no_cuda")
+def test_select_device_says_that_it_takes_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert select_device() == CPU
+    assert len(caplog.messages) == 1 and "CPU" in caplog.messages[0]
+
+
+@pytest.mark.usefixtures("no_cuda")
+@pytest.mark.parametrize("gpu", [0, 3, -1])
+def test_select_device_refuses_a_gpu_that_is_not_there(gpu: int) -> None:
+    with pytest.raises(ValueError, match=rf"--gpu {gpu}: this machine has 0 CUDA devices; leave the flag out"):
+        select_device(gpu)
+
+
+def test_select_device_takes_the_asked_or_the_ranks_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_cuda(monkeypatch, 2)
+    assert select_device() == torch.device("cuda", 0)
+    assert select_device(1) == torch.device("cuda", 1)
+    assert select_device(None, local_rank=1) == torch.device("cuda", 1)
+    assert select_device(None, local_rank=3) == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="--gpu 2: this machine has 2 CUDA devices"):
+        select_device(2)
+
+
+@pytest.mark.usefixtures("no_cuda")
+def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    info, device = start_process_group()
+    assert info == RankInfo(0, 1, 0) and info.is_main and device == CPU
+    assert not torch.distributed.is_initialized()
+    stop_process_group()
+
+
+def test_collectives_of_one_process_change_nothing() -> None:
+    values = torch.tensor([1.0, 2.0])
+    assert mean_over_ranks(values) is values
+    assert broadcast_object("run") == "run"
+    assert any_rank(True, CPU) and not any_rank(False, CPU)
+    distributed.barrier()
+    assert not RankInfo(1, 2, 1).is_main
+
+
+@pytest.mark.parametrize("amp", ["no", "bf16"])
+def test_resolve_amp_keeps_what_was_asked_for(amp: str) -> None:
+    assert resolve_amp(amp, CPU) == amp and resolve_amp(amp, CUDA) == amp
+
+
+def test_resolve_amp_takes_fp16_on_cuda_only() -> None:
+    assert resolve_amp("fp16", CUDA) == "fp16"
+    with pytest.raises(ValueError, match="--amp fp16: needs a CUDA device; on the CPU use --amp bf16 or --amp no"):
+        resolve_amp("fp16", CPU)
+
+
+@pytest.mark.parametrize(("fast", "expected"), [(True, "bf16"), (False, "no")])
+def test_resolve_amp_auto_asks_the_device(monkeypatch: pytest.MonkeyPatch, fast: bool, expected: str) -> None:
+    monkeypatch.setattr(distributed, "_cpu_has_bf16", lambda: fast)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: fast)
+    assert resolve_amp("auto", CPU) == expected and resolve_amp("auto", CUDA) == expected
+
+
+def test_autocast_computes_in_the_stated_precision() -> None:
+    left, right = torch.randn(4, 4), torch.randn(4, 4)
+    with autocast("bf16", CPU):
+        assert (left @ right).dtype == torch.bfloat16
+    with autocast("no", CPU):
+        assert (left @ right).dtype == torch.float32
+    assert isinstance(autocast("no", CPU), nullcontext)
+    assert autocast("fp16", CPU).fast_dtype == torch.float16
