@@ -14,6 +14,7 @@ from myutils.config import RunConfig, required
 from myutils.inference import InferenceOptions
 from myutils.methods.base import METHODS, Method
 from networks.base import NETWORKS, SegmentationNetwork
+from networks.precision import guard_convolutions
 
 
 # Learning rate and weight decay per optimizer, chosen on validation cases of LA and hippocampus (docs/results.md).
@@ -115,6 +116,7 @@ def build_network(config: RunConfig, facts: DataFacts) -> SegmentationNetwork:
             f"--patch_size {' '.join(map(str, patch))}: {config.model} divides each axis by "
             f"{network.stride[0]}; every value must be at least that"
         )
+    guard_convolutions(network)
     return network
 
 
