@@ -5,8 +5,7 @@ Image and network meet on the network's device; stitched volumes move to the CPU
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
@@ -19,9 +18,10 @@ from torch import Tensor
 
 from dataloaders.base import Volume
 from dataloaders.preprocess import Preprocess
+from myutils.distributed import autocast, resolve_amp
 from networks.base import SegmentationNetwork
 
-AMP_TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AMP_CHOICES = ("auto", "no", "bf16", "fp16")
 STITCH_LIMIT_BYTES = 4 * 1024**3
 
 
@@ -34,7 +34,7 @@ class InferenceOptions:
         overlap: Share of a window that its neighbour covers too, 0 <= overlap < 1.
         flips: Image axes (0, 1, 2) for test-time flips; probabilities are averaged over all subsets of them.
         window_batch: Windows per forward pass.
-        amp: "no", "bf16" or "fp16"; logits are accumulated in float32 in each case.
+        amp: "no", "bf16", "fp16" or "auto" (what the device is fast at); logits are accumulated in float32 always.
     """
 
     patch_size: tuple[int, int, int]
@@ -52,8 +52,8 @@ class InferenceOptions:
             raise ValueError(f"flips {self.flips}: pass each of the axes 0, 1, 2 at most once")
         if self.window_batch < 1:
             raise ValueError(f"window_batch {self.window_batch}: pass at least 1")
-        if self.amp not in AMP_TYPES:
-            raise ValueError(f"amp {self.amp!r}: pass one of {', '.join(AMP_TYPES)}")
+        if self.amp not in AMP_CHOICES:
+            raise ValueError(f"amp {self.amp!r}: pass one of {', '.join(AMP_CHOICES)}")
 
 
 def sliding_window_probabilities(
@@ -95,9 +95,10 @@ def sliding_window_probabilities(
 def _stitched_logits(
     network: SegmentationNetwork, images: Tensor, options: InferenceOptions, device: torch.device
 ) -> Tensor:
+    amp = resolve_amp(options.amp, device)
+
     def logits_only(windows: Tensor) -> Tensor:
-        use_amp = options.amp != "no"
-        with torch.autocast(device.type, dtype=AMP_TYPES[options.amp] if use_amp else None, enabled=use_amp):
+        with autocast(amp, device):
             logits = network(windows).logits
         return logits.float()
 
@@ -180,5 +181,3 @@ def largest_component(label_map: np.ndarray) -> np.ndarray:
         sizes[0] = 0
         kept[box][parts == sizes.argmax()] = class_id
     return kept
-
-

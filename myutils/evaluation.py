@@ -1,0 +1,233 @@
+"""Scores of a network on labelled cases, on each case's own grid: per-case CSV, summary with counts, printed table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dataloaders.base import CaseSource, Volume
+from dataloaders.preprocess import Preprocess
+from myutils.inference import InferenceOptions, predict_label_map
+from myutils.label_files import save_label_map
+from myutils.metrics import CaseMetrics, segmentation_metrics
+from networks.base import SegmentationNetwork
+
+logger = logging.getLogger(__name__)
+
+METRICS = CaseMetrics._fields
+CSV_COLUMNS = ("case", "class", *METRICS, "truth_ml", "prediction_ml", "class_name")
+TABLE_COLUMNS = (
+    ("Dice %", "dice", 100),
+    ("Jaccard %", "jaccard", 100),
+    ("HD95 mm", "hd95_mm", 1),
+    ("ASSD mm", "assd_mm", 1),
+)
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """Figures of one case; the keys of the three tables are the foreground class ids.
+
+    Attributes:
+        case_id: Name of the case.
+        metrics: Overlap and distances per class.
+        truth_ml: Reference volume per class in millilitres.
+        prediction_ml: Predicted volume per class in millilitres.
+    """
+
+    case_id: str
+    metrics: dict[int, CaseMetrics]
+    truth_ml: dict[int, float]
+    prediction_ml: dict[int, float]
+
+
+def evaluate_cases(
+    network: SegmentationNetwork,
+    source: CaseSource,
+    case_ids: Sequence[str],
+    preprocess: Preprocess,
+    inference: InferenceOptions,
+    device: torch.device,
+    *,
+    keep_largest: bool = False,
+    save_dir: Path | None = None,
+    progress: bool = True,
+) -> list[CaseResult]:
+    """Predict and score cases one after another; labels are read here and nowhere else.
+
+    Args:
+        network: On ``device``; its training mode is restored after each case.
+        source: Data set with labels for all of ``case_ids``.
+        case_ids: Cases to score, in the order of the result.
+        preprocess: What the network saw in training; predictions return to the case's own grid before scoring.
+        inference: Windows, overlap, flips, precision.
+        device: Where the network runs.
+        keep_largest: Keep the largest connected part of each class only.
+        save_dir: Folder for ``<case>.nii.gz``; None to save nothing.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: If no case is given, or a prediction is not finite; the message names the case.
+        FileNotFoundError: If an image or a label is missing.
+    """
+    if not case_ids:
+        raise ValueError("no case to evaluate; the split is empty")
+    results = []
+    for case_id in tqdm(case_ids, desc="evaluate", unit="case", disable=not progress):
+        volume = source.load(case_id, with_label=True)
+        try:
+            label_map = predict_label_map(network, volume, preprocess, inference, device, keep_largest=keep_largest)
+        except ValueError as error:
+            raise ValueError(f"case {case_id}: {error}") from error
+        results.append(score_case(volume, label_map, network.num_classes))
+        if save_dir is not None:
+            save_label_map(save_dir / f"{case_id}.nii.gz", label_map, volume.affine)
+    return results
+
+
+def score_case(volume: Volume, label_map: np.ndarray, num_classes: int) -> CaseResult:
+    """Compare a label map (X, Y, Z) with the label of ``volume``, spacing and voxel volume from the volume itself."""
+    if volume.label is None:
+        raise ValueError(f"case {volume.case_id} has no label; only labelled cases can be evaluated")
+    metrics = segmentation_metrics(label_map, volume.label, num_classes=num_classes, spacing=volume.spacing)
+    voxel_ml = math.prod(volume.spacing) / 1000.0
+    truth, prediction = (np.bincount(ids.ravel(), minlength=num_classes) for ids in (volume.label, label_map))
+    return CaseResult(
+        case_id=volume.case_id,
+        metrics=metrics,
+        truth_ml={class_id: float(truth[class_id] * voxel_ml) for class_id in metrics},
+        prediction_ml={class_id: float(prediction[class_id] * voxel_ml) for class_id in metrics},
+    )
+
+
+def write_cases_csv(path: Path, results: Iterable[CaseResult], class_names: Sequence[str]) -> None:
+    """One row per case and class, columns ``CSV_COLUMNS``; a distance to an empty mask is ``inf``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(CSV_COLUMNS)
+        for result in results:
+            for class_id, metrics in result.metrics.items():
+                figures = (*metrics, result.truth_ml[class_id], result.prediction_ml[class_id])
+                cells = [f"{figure:.6g}" for figure in figures]
+                writer.writerow([result.case_id, class_id, *cells, class_names[class_id]])
+
+
+def summarise(results: Sequence[CaseResult], class_names: Sequence[str]) -> dict[str, Any]:
+    """Mean, sd, n and n_missed of every metric, per class and over the classes; valid JSON without inf and nan.
+
+    Returns:
+        ``{"n_cases": N, "classes": {"1": {"name": ..., "dice": S, ...}, ...}, "mean": {"dice": S, ...}}`` with
+        ``S = {"mean", "sd", "n", "n_missed"}``. The mean is that of the ``n`` finite values, None if there are none;
+        sd is that of a sample (n - 1), None below two values; ``n_missed`` counts the infinite distances.
+        ``"mean"`` first averages each case over its finite classes, then over the cases; its ``n_missed`` counts pairs
+        of case and class.
+    """
+    if not results:
+        raise ValueError("no result to summarise; evaluate at least one case")
+    classes: dict[str, Any] = {}
+    for class_id in results[0].metrics:
+        rows = [result.metrics[class_id] for result in results]
+        figures = {metric: _statistics([getattr(row, metric) for row in rows]) for metric in METRICS}
+        classes[str(class_id)] = {"name": class_names[class_id], **figures}
+    mean = {}
+    for metric in METRICS:
+        per_case = [[getattr(row, metric) for row in result.metrics.values()] for result in results]
+        finite = [[value for value in values if math.isfinite(value)] for values in per_case]
+        mean[metric] = _statistics([float(np.mean(values)) for values in finite if values])
+        mean[metric]["n_missed"] = sum(len(a) - len(b) for a, b in zip(per_case, finite, strict=True))
+    return {"n_cases": len(results), "classes": classes, "mean": mean}
+
+
+def _statistics(values: Sequence[float]) -> dict[str, Any]:
+    finite = [value for value in values if math.isfinite(value)]
+    return {
+        "mean": float(np.mean(finite)) if finite else None,
+        "sd": float(np.std(finite, ddof=1)) if len(finite) > 1 else None,
+        "n": len(finite),
+        "n_missed": len(values) - len(finite),
+    }
+
+
+def write_summary_json(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write a summary as strict JSON; a figure that JSON cannot hold is an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def format_table(
+    summary: Mapping[str, Any],
+    baseline_summary: Mapping[str, Any] | None = None,
+    *,
+    name: str = "this model",
+    baseline_name: str = "supervised only",
+) -> str:
+    """Aligned text table: a row per class and their mean; mean ± sd, cases, missed, and a baseline beside them.
+
+    Args:
+        summary: From :func:`summarise`.
+        baseline_summary: The same cases by another network, shown beside with the difference in Dice; or None.
+        name: Heading of the columns of ``summary``.
+        baseline_name: Heading of the columns of ``baseline_summary``.
+    """
+    header = ["class", "n", *_headings()]
+    rows = [[label, str(row["dice"]["n"]), *_cells(row)] for label, row in _rows(summary)]
+    groups = [("", 2), (name, len(_headings()))]
+    if baseline_summary is not None:
+        header += [*_headings(), "Dice gain"]
+        groups += [(baseline_name, len(_headings())), ("", 1)]
+        for cells, (_, ours), (_, theirs) in zip(rows, _rows(summary), _rows(baseline_summary), strict=True):
+            gain = 100 * (ours["dice"]["mean"] - theirs["dice"]["mean"])
+            cells += [*_cells(theirs), f"{gain:+.2f}"]
+    return _aligned(header, rows, groups)
+
+
+def _headings() -> list[str]:
+    return [heading for heading, _, _ in TABLE_COLUMNS] + ["missed"]
+
+
+def _rows(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    named = [(f"{class_id} {row['name']}", row) for class_id, row in summary["classes"].items()]
+    return [*named, ("mean", summary["mean"])]
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    """Mean ± sd of each metric, and the number of missed objects, which all distances share."""
+    cells = []
+    for _, metric, scale in TABLE_COLUMNS:
+        mean, sd = row[metric]["mean"], row[metric]["sd"]
+        if mean is None:
+            cells.append("-")
+        else:
+            cells.append(f"{scale * mean:.2f}" + ("" if sd is None else f" ± {scale * sd:.2f}"))
+    return [*cells, str(row["hd95_mm"]["n_missed"])]
+
+
+def _aligned(header: list[str], rows: list[list[str]], groups: list[tuple[str, int]]) -> str:
+    """Lay out columns, the first to the left and the others to the right, with a line of group names above."""
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    start, above = 0, []
+    for title, count in groups:
+        span = sum(widths[start : start + count]) + 2 * (count - 1)
+        widths[start] += max(0, len(title) - span)
+        above.append(f" {title} ".center(max(span, len(title)), "-") if title else " " * span)
+        start += count
+    lines = ["  ".join(above).rstrip()]
+    for cells in [header, ["-" * width for width in widths], *rows]:
+        first, *others = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+        ]
+        lines.append("  ".join([first, *others]).rstrip())
+    lines.insert(len(lines) - 1, lines[2])
+    return "\n".join(lines)
