@@ -8,15 +8,25 @@ import nibabel as nib
 import numpy as np
 
 SCANNER_CODE = 1
+GEOMETRY_FIELDS = (
+    "xyzt_units",
+    *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("sform_code", "srow_x", "srow_y", "srow_z"),
+)
 
 
 def save_label_map(path: Path, label_map: np.ndarray, affine: np.ndarray) -> None:
-    """Write class ids (X, Y, Z) as uint8 with ``affine`` (4, 4) as sform and qform, in mm.
+    """Write class ids (X, Y, Z) as uint8; geometry as in :func:`save_volume`."""
+    save_volume(path, label_map.astype(np.uint8), affine)
+
+
+def save_volume(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
+    """Write an array (X, Y, Z) or (X, Y, Z, K) with ``affine`` (4, 4) as sform and qform, in mm.
 
     Note:
         A qform holds no shear; for a sheared affine it is the closest rotation, and the sform is exact.
     """
-    image = nib.Nifti1Image(label_map.astype(np.uint8), affine)
+    image = nib.Nifti1Image(array, affine)
     image.set_qform(affine, code=SCANNER_CODE)
     image.set_sform(affine, code=SCANNER_CODE)
     image.header.set_xyzt_units("mm")
@@ -31,21 +41,20 @@ def save_in_geometry_of(path: Path, array: np.ndarray, header: nib.Nifti1Header)
         array: uint8 or float32 on the input's grid.
         header: Header of the input; zooms, units, qform, sform and their codes are copied bit by bit.
     """
-    image = nib.Nifti1Image(array, None)
-    copy = image.header
-    copy.set_data_dtype(array.dtype)
+    image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    copy = image_class(array, None).header
     copy["pixdim"][:4] = header["pixdim"][:4]
-    copy["xyzt_units"] = header["xyzt_units"]
-    for name in ("qform_code", "sform_code"):
+    for name in GEOMETRY_FIELDS:
         copy[name] = header[name]
-    for name in ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"):
-        copy[name] = header[name]
-    for name in ("srow_x", "srow_y", "srow_z"):
-        copy[name] = header[name]
-    # A new image from the edited header: the affine of an open image is not derived from its header again.
-    _save(nib.Nifti1Image(array, None, header=copy), path)
+    _save(image_class(array, None, header=copy), path)
 
 
 def _save(image: nib.Nifti1Image, path: Path) -> None:
+    """Write beside the target and rename, so that a stop leaves no half file under the final name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(image, path)
+    partial = path.with_name(f".partial_{path.name}")
+    try:
+        nib.save(image, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -66,14 +66,16 @@ def save_overlay(
     curve_height = 2.4 if loss_curves else 0.0
     heights = [PANEL_INCHES * _aspect_of(case, plane) for case in cases]
     legend_height = 0.35 * (1 + (len(class_names) - 2) // max(1, 2 * columns))
-    total_height = sum(heights) + 0.35 * len(cases) + legend_height + curve_height + 0.2
-    figure = Figure(figsize=(PANEL_INCHES * columns + 0.4, total_height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    total_height = sum(heights) + 0.35 * len(cases) + legend_height + curve_height + 0.3
+    figure = Figure(figsize=(PANEL_INCHES * columns + 0.4, total_height), facecolor="white")
+    figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.06)
+    FigureCanvasAgg(figure)  # no pyplot: nothing global, nothing to close
     blocks = figure.subfigures(3 if loss_curves else 2, 1, height_ratios=_shares(heights, legend_height, curve_height))
     grid = blocks[0].subplots(len(cases), columns, squeeze=False, height_ratios=heights)
     colours = class_colours(len(class_names))
-    for row, case in zip(grid, cases, strict=True):
-        _draw_case(row, case, colours, plane)
+    for index, case in enumerate(cases):
+        named = index == 0 or list(case.maps) != list(cases[index - 1].maps)
+        _draw_case(grid[index], case, colours, plane, named=named)
     _draw_legend(blocks[1], class_names, colours, 2 * columns)
     if loss_curves:
         _draw_curves(blocks[2], loss_curves)
@@ -128,20 +130,20 @@ def _aspect_of(case: OverlayCase, plane: int) -> float:
     return float(np.clip(up * vertical / (across * horizontal), 0.4, 1.6))
 
 
-def _draw_case(row: Sequence[Any], case: OverlayCase, colours: np.ndarray, plane: int) -> None:
+def _draw_case(row: Sequence[Any], case: OverlayCase, colours: np.ndarray, plane: int, *, named: bool) -> None:
     reference = next(iter(case.maps.values()), np.zeros(case.image.shape, np.uint8))
     index = richest_slice(reference, plane)
     # Array axes as they are, X to the right and Y up: no left or right is implied that the affine did not give.
     picture = np.take(case.image, index, axis=plane).T.astype(np.float32)
     low, high = np.percentile(picture[np.isfinite(picture)], (0.5, 99.5)) if np.isfinite(picture).any() else (0.0, 1.0)
     horizontal, vertical = _in_plane(case, plane)
-    headings = ["image", *case.maps]
     for axes in row:
         axes.set_axis_off()
-    for axes, heading in zip(row, headings, strict=False):
+    for axes, heading in zip(row, ["image", *case.maps], strict=False):
         shown = {"origin": "lower", "aspect": vertical / horizontal, "interpolation": "nearest"}
         axes.imshow(picture, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), **shown)
-        axes.set_title(heading, fontsize=10, color=INK, pad=4)
+        if named:
+            axes.set_title(heading, fontsize=10, color=INK, pad=4)
         if heading in case.maps:
             _draw_labels(axes, np.take(case.maps[heading], index, axis=plane).T, colours, shown)
         note = case.title if heading == "image" else case.notes.get(heading)
@@ -156,7 +158,7 @@ def _draw_labels(axes: Any, labels: np.ndarray, colours: np.ndarray, shown: dict
     border[1:] |= labels[1:] != labels[:-1]
     border[:, :-1] |= labels[:, 1:] != labels[:, :-1]
     border[:-1] |= labels[1:] != labels[:-1]
-    alpha = np.where(labels == 0, 0.0, np.where(border, 0.95, 0.45))
+    alpha = np.where(labels == 0, 0.0, np.where(border, 0.9, 0.4))
     fill = ListedColormap(colours)(np.clip(labels, 0, len(colours) - 1).astype(int))  # (rows, columns, 4)
     fill[..., 3] = alpha
     axes.imshow(fill, **shown)

@@ -1,0 +1,185 @@
+"""Score a checkpoint on labelled cases: Dice, Jaccard, HD95 and ASSD per case and class.
+
+The test cases of the data set that it was trained on; the checkpoint knows where they are::
+
+    python evaluate_3d.py --checkpoint runs/la8/best.pt
+
+The same data set in another folder, its validation cases, or another data set with the same channels and classes::
+
+    python evaluate_3d.py --checkpoint runs/la8/best.pt --dataset_path /data/LA
+    python evaluate_3d.py --checkpoint runs/la8/best.pt --split val
+    python evaluate_3d.py --checkpoint runs/la8/best.pt --dataset_name nifti --dataset_path /data/clinic --split all
+
+It writes ``cases.csv``, ``summary.json`` and ``predictions/`` into ``--output_dir`` and prints the table. Exit code 0
+done, 1 failed on the way, 2 refused at the start, 130 stopped. ``--help`` lists all flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dataloaders.base import CaseSource
+from myutils.build import build_source
+from myutils.checkpoint import InferenceBundle, load_for_inference
+from myutils.config import RunConfig
+from myutils.distributed import select_device
+from myutils.evaluation import CaseResult, evaluate_cases, format_table, summarise, write_cases_csv, write_summary_json
+from myutils.evaluation_cases import SPLITS, choose_cases, is_training_data, require_match
+from myutils.flags import SuggestingParser, add_flags, given_flags, option
+from myutils.inference import InferenceOptions
+from myutils.inference_flags import InferenceFlags, inference_options
+from myutils.run_log import setup_logging
+
+logger = logging.getLogger("evaluate")
+
+DATA = "data"
+DATA_SETTINGS = ("dataset_name", "dataset_path", "num_classes", "voxel_size")
+
+
+@dataclass(frozen=True)
+class EvaluateFlags(InferenceFlags):
+    """All flags of this script."""
+
+    output_dir: Path | None = option(
+        None, help="folder for the results; else the folder evaluation beside the checkpoint", group="files"
+    )
+    dataset_name: str | None = option(None, help="data format; else the checkpoint's", group=DATA)
+    dataset_path: Path | None = option(None, help="folder of the data set; else the checkpoint's", group=DATA)
+    split: str = option("test", help="cases to score; all: every labelled case", group=DATA, choices=SPLITS)
+    test_list: Path | None = option(None, help="text file: test case ids; else the checkpoint's", group=DATA)
+    val_list: Path | None = option(None, help="text file: case ids for --split val; else the checkpoint's", group=DATA)
+    num_classes: int | None = option(
+        None, help="classes with the background, where the data state none; else the checkpoint's", group=DATA
+    )
+    voxel_size: tuple[float, float, float] | None = option(
+        None, help="voxel size in mm for formats that store none (LA); else the checkpoint's", group=DATA
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that is checked before the first case is opened."""
+
+    flags: EvaluateFlags
+    bundle: InferenceBundle
+    config: RunConfig
+    source: CaseSource
+    case_ids: tuple[str, ...]
+    options: InferenceOptions
+    device: torch.device
+    folder: Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse flags, score, write and print; see the module's docstring for the exit codes."""
+    description = __doc__.partition("``--help``")[0].replace("::", ":")
+    parser = SuggestingParser(
+        prog="evaluate_3d.py", usage="%(prog)s --checkpoint PATH [flags]", description=description
+    )
+    add_flags(parser, EvaluateFlags)
+    flags = EvaluateFlags(**given_flags(parser, argv))
+    setup_logging(is_main=True)
+    try:
+        job = prepare(flags)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    try:
+        run(job)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        logger.error("error: %s", error)
+        logger.debug("traceback", exc_info=True)
+        return 1
+    except KeyboardInterrupt:
+        logger.info("stopped; nothing but finished predictions in %s was written", job.folder / "predictions")
+        return 130
+    return 0
+
+
+def prepare(flags: EvaluateFlags) -> Job:
+    """Load the checkpoint, find the data and choose the cases.
+
+    Raises:
+        FileNotFoundError: If the checkpoint, the data or a list file is missing.
+        ValueError: If data and checkpoint do not fit, or the split is empty.
+    """
+    if flags.checkpoint is None:
+        raise ValueError("--checkpoint is required: the last.pt or best.pt of a run")
+    device = select_device(flags.gpu)
+    bundle = load_for_inference(flags.checkpoint, device)
+    config = flags.apply_to(bundle.config)
+    options = inference_options(bundle, config, device)
+    given = {name: getattr(flags, name) for name in DATA_SETTINGS if getattr(flags, name) is not None}
+    source = open_source(dataclasses.replace(config, **given), bundle, flags)
+    require_match(source, bundle)
+    case_ids = choose_cases(source, bundle, flags.split, test_list=flags.test_list, val_list=flags.val_list)
+    folder = flags.output_dir or default_folder(flags, bundle, source)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Job(flags, bundle, config, source, case_ids, options, device, folder)
+
+
+def open_source(config: RunConfig, bundle: InferenceBundle, flags: EvaluateFlags) -> CaseSource:
+    """The data to score; where another data set states no number of classes, it is the checkpoint's."""
+    if flags.num_classes is not None or (flags.dataset_name is None and flags.dataset_path is None):
+        return build_source(config)
+    try:
+        return build_source(dataclasses.replace(config, num_classes=None))
+    except ValueError:
+        source = build_source(dataclasses.replace(config, num_classes=bundle.num_classes))
+        logger.info("the data state no number of classes; taking the checkpoint's %d", bundle.num_classes)
+        return source
+
+
+def default_folder(flags: EvaluateFlags, bundle: InferenceBundle, source: CaseSource) -> Path:
+    """``evaluation/<split>`` beside the checkpoint; another data set's results get a folder of their own."""
+    name = flags.split
+    if not is_training_data(source, bundle):
+        name = f"{flags.dataset_path.name if flags.dataset_path else flags.dataset_name}_{name}"
+    return Path(flags.checkpoint or "").parent / "evaluation" / name
+
+
+def run(job: Job) -> None:
+    """Score all cases, write the files, print the table and where the files are."""
+    bundle, folder = job.bundle, job.folder
+    logger.info("checkpoint: %s, step %d, %s", job.flags.checkpoint, bundle.step, bundle.config.model)
+    logger.info("cases: %d (%s)", len(job.case_ids), job.flags.split)
+    results = evaluate_cases(
+        bundle.network,
+        job.source,
+        job.case_ids,
+        bundle.preprocess,
+        job.options,
+        job.device,
+        keep_largest=job.config.largest_component,
+        save_dir=folder / "predictions",
+    )
+    write_results(job, results)
+
+
+def write_results(job: Job, results: Sequence[CaseResult]) -> None:
+    """Per-case CSV, summary JSON and the table."""
+    names = job.bundle.class_names
+    summary = summarise(results, names)
+    write_cases_csv(job.folder / "cases.csv", results, names)
+    about = {
+        "checkpoint": str(job.flags.checkpoint),
+        "step": job.bundle.step,
+        "split": job.flags.split,
+        "split_digest": job.bundle.split.digest,
+        "dataset_name": job.flags.dataset_name or job.config.dataset_name,
+        "dataset_path": str(job.flags.dataset_path or job.config.dataset_path or ""),
+        "inference": dataclasses.asdict(job.options) | {"largest_component": job.config.largest_component},
+    }
+    write_summary_json(job.folder / "summary.json", summary | about)
+    files = "".join(f"{job.folder / name}\n" for name in ("cases.csv", "summary.json", "predictions"))
+    sys.stdout.write(f"\n{len(results)} cases, {job.flags.split}\n{format_table(summary)}\n\n{files}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Segment scans with a checkpoint; each label map has exactly the geometry of its input.
+
+A NIfTI file, a folder of them, a DICOM series' folder, or a folder of such folders::
+
+    python predict_3d.py --checkpoint runs/la8/best.pt --input scan.nii.gz --output predicted
+    python predict_3d.py --checkpoint runs/la8/best.pt --input scans --output predicted --probabilities
+
+It writes ``<name>.nii.gz`` (class ids, uint8) and with ``--probabilities`` ``<name>_prob.nii.gz`` (float32, one volume
+per class along the fourth axis). A bad scan is reported and skipped. Exit code 0 all done, 1 some failed, 2 refused at
+the start, 130 stopped. ``--help`` lists all flags.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from dataloaders.geometry import READ_ERRORS
+from myutils.checkpoint import InferenceBundle, load_for_inference
+from myutils.distributed import select_device
+from myutils.flags import SuggestingParser, add_flags, given_flags, option
+from myutils.inference import InferenceOptions, label_map_from, predict_probabilities
+from myutils.inference_flags import InferenceFlags, inference_options
+from myutils.label_files import save_in_geometry_of, save_volume
+from myutils.run_log import setup_logging
+from myutils.scan_inputs import Scan, find_scans, require_free_outputs
+
+logger = logging.getLogger("predict")
+
+FILES = "files"
+SCAN_ERRORS = (*READ_ERRORS, RuntimeError, MemoryError)
+
+
+@dataclass(frozen=True)
+class PredictFlags(InferenceFlags):
+    """All flags of this script."""
+
+    input: Path | None = option(
+        None,
+        help="NIfTI file, folder of them, DICOM series' folder, or folder of these; else none: it is required",
+        group=FILES,
+    )
+    output: Path | None = option(None, help="folder for the label maps; else none: it is required", group=FILES)
+    probabilities: bool = option(False, help="write the probabilities of all classes too", group=FILES)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that is checked before the first scan is opened."""
+
+    bundle: InferenceBundle
+    options: InferenceOptions
+    keep_largest: bool
+    device: torch.device
+    scans: list[Scan]
+    folder: Path
+    probabilities: bool
+
+    def outputs(self, scan: Scan) -> tuple[Path, ...]:
+        """Files that a scan gives: the label map and, where asked for, the probabilities."""
+        names = [f"{scan.name}.nii.gz"] + [f"{scan.name}_prob.nii.gz"] * self.probabilities
+        return tuple(self.folder / name for name in names)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse flags and segment; see the module's docstring for the exit codes."""
+    usage = "%(prog)s --checkpoint PATH --input PATH --output DIR [flags]"
+    description = __doc__.partition("``--help``")[0].replace("::", ":")
+    parser = SuggestingParser(prog="predict_3d.py", usage=usage, description=description)
+    add_flags(parser, PredictFlags)
+    flags = PredictFlags(**given_flags(parser, argv))
+    setup_logging(is_main=True)
+    try:
+        job = prepare(flags)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    try:
+        failed = run(job)
+    except KeyboardInterrupt:
+        logger.info("stopped; the label maps in %s are whole", job.folder)
+        return 130
+    logger.info("%d of %d scans segmented, in %s", len(job.scans) - len(failed), len(job.scans), job.folder)
+    if failed:
+        logger.error("failed: %s", ", ".join(failed))
+    return 1 if failed else 0
+
+
+def prepare(flags: PredictFlags) -> Job:
+    """Find the scans, load the checkpoint, and make the output folder last.
+
+    Raises:
+        FileNotFoundError: If the checkpoint or the input is missing.
+        ValueError: If a flag is missing, or an output would overwrite an input.
+    """
+    if flags.checkpoint is None or flags.input is None or flags.output is None:
+        missing = [name for name in ("checkpoint", "input", "output") if getattr(flags, name) is None]
+        raise ValueError(f"{', '.join('--' + name for name in missing)}: required")
+    if flags.output.exists() and not flags.output.is_dir():
+        raise ValueError(f"--output {flags.output} is a file; pass a folder")
+    scans = find_scans(flags.input)
+    device = select_device(flags.gpu)
+    bundle = load_for_inference(flags.checkpoint, device)
+    config = flags.apply_to(bundle.config)
+    options = inference_options(bundle, config, device)
+    job = Job(bundle, options, config.largest_component, device, scans, flags.output, flags.probabilities)
+    require_free_outputs(scans, [path for scan in scans for path in job.outputs(scan)])
+    flags.output.mkdir(parents=True, exist_ok=True)
+    return job
+
+
+def run(job: Job) -> list[str]:
+    """Segment all scans; returns the names of those that failed."""
+    failed = []
+    with logging_redirect_tqdm():
+        for scan in tqdm(job.scans, desc="predict", unit="scan"):
+            try:
+                segment(scan, job)
+            except SCAN_ERRORS as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                logger.error("%s: skipped: %s", scan.path, reason)
+                logger.debug("traceback", exc_info=True)
+                failed.append(scan.name)
+    return failed
+
+
+def segment(scan: Scan, job: Job) -> None:
+    """Read, segment and write one scan.
+
+    Raises:
+        ValueError: If the scan is damaged, has another number of channels, or voxels that are not finite.
+    """
+    volume = scan.read()
+    channels, expected = volume.image.shape[0], job.bundle.in_channels
+    if channels != expected:
+        raise ValueError(f"the scan has {channels} channels, the network takes {expected}")
+    probabilities = predict_probabilities(job.bundle.network, volume, job.bundle.preprocess, job.options, job.device)
+    arrays = [label_map_from(probabilities, keep_largest=job.keep_largest)]
+    if job.probabilities:
+        arrays.append(np.moveaxis(probabilities, 0, -1))  # (X, Y, Z, K)
+    header = scan.header()
+    for path, array in zip(job.outputs(scan), arrays, strict=True):
+        if header is None:
+            save_volume(path, array, volume.affine)
+        else:
+            save_in_geometry_of(path, array, header)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
