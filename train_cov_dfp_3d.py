@@ -49,7 +49,8 @@ RESUME_FLAGS = {"resume", "exp", "output_dir", "gpu", *KEPT_FROM_FLAGS}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse flags, train, evaluate; exit code 0 done, 1 failed on the way, 2 refused at the start, 130 stopped."""
-    parser = SuggestingParser(prog="train_cov_dfp_3d.py", description=__doc__.splitlines()[0])
+    description = __doc__.partition("``--help``")[0].replace("::", ":")
+    parser = SuggestingParser(prog="train_cov_dfp_3d.py", usage="%(prog)s [flags]", description=description)
     add_flags(parser, RunConfig)
     given = given_flags(parser, argv)
     setup_logging(is_main=True)
@@ -148,8 +149,8 @@ def resume_run(config: RunConfig, given: dict[str, Any], ranks: RankInfo, device
     found, trained, split = DataFacts.of(source), state.facts, state.split
     if (found.class_names, found.in_channels) != (trained.class_names, trained.in_channels):
         raise ValueError(
-            f"--resume: {folder} was trained on {trained.in_channels} channels and the classes "
-            f"{', '.join(trained.class_names)}; the data now have {found.in_channels} and {', '.join(found.class_names)}"
+            f"--resume: {folder} was trained on {trained.in_channels} channels and {', '.join(trained.class_names)}; "
+            f"the data now have {found.in_channels} channels and {', '.join(found.class_names)}"
         )
     gone = sorted({*split.labeled, *split.unlabeled, *split.val} - set(source.case_ids()))
     if gone:

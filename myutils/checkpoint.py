@@ -124,12 +124,9 @@ def read_checkpoint(path: Path, device: torch.device) -> tuple[RunState, dict[st
         content = torch.load(path, map_location=device, weights_only=True)
     except OSError:
         raise
-    except (
-        Exception
-    ) as error:  # torch and pickle raise nearly anything; their advice to trust the file is not passed on
-        raise ValueError(
-            f"{path} is damaged, or no checkpoint of this project ({type(error).__name__}); copy it again or use another"
-        ) from error
+    except Exception as error:  # torch and pickle raise nearly anything, with advice to trust the file that is not ours
+        reason = type(error).__name__
+        raise ValueError(f"{path} is damaged, or no checkpoint of this project ({reason}); use another copy") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is no checkpoint of this project, or of another version (format {FORMAT} expected)")
     try:

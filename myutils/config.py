@@ -24,21 +24,27 @@ class RunConfig:
     """All settings of one run. A field that is None takes the data set's own default (``resolved``)."""
 
     dataset_name: str = option("demo", help="data format: demo, LA, decathlon, nifti, dicom", group=DATA)
-    dataset_path: Path | None = option(None, help="folder of the data set; not needed for demo", group=DATA)
+    dataset_path: Path | None = option(None, help="folder of the data set; else none, for demo", group=DATA)
     cache_dir: Path = option(Path.home() / ".cache" / "cov_dfp_3d", help="folder for data made once (demo)", group=DATA)
     labelnum: int | None = option(None, help="labelled training cases, >= 1, validation cases included", group=DATA)
     val_num: int = option(
         0, help="labelled cases held out to choose best.pt; 0: the last checkpoint counts", group=DATA
     )
-    train_list: Path | None = option(None, help="text file: training case ids, the first labelnum labelled", group=DATA)
-    labeled_list: Path | None = option(None, help="text file: labelled case ids", group=DATA)
-    val_list: Path | None = option(None, help="text file: validation case ids", group=DATA)
-    test_list: Path | None = option(None, help="text file: test case ids, read by the evaluation", group=DATA)
+    train_list: Path | None = option(
+        None, help="text file: training case ids, the first labelnum labelled; else the data's own list", group=DATA
+    )
+    labeled_list: Path | None = option(None, help="text file: labelled case ids; else the first labelnum", group=DATA)
+    val_list: Path | None = option(None, help="text file: validation case ids; else the last val_num", group=DATA)
+    test_list: Path | None = option(
+        None, help="text file: test case ids; else the data's own list, or a held-out fifth", group=DATA
+    )
     num_classes: int | None = option(None, help="classes with the background, >= 2", group=DATA)
-    modality: str | None = option(None, help="mr: z-score; ct: clip and z-score", group=DATA, choices=("mr", "ct"))
-    voxel_size: Spacing | None = option(None, help="voxel size in mm for formats that store none (LA)", group=DATA)
+    modality: str | None = option(
+        None, help="decides the intensities: z-score (mr), clip and z-score (ct)", group=DATA, choices=("mr", "ct")
+    )
+    voxel_size: Spacing | None = option(None, help="voxel size in mm for LA, which stores none; else 0.625", group=DATA)
     spacing: Spacing | None = option(None, help="resample images to this voxel size in mm; else none", group=DATA)
-    interpolation: str = option("linear", help="for --spacing", group=DATA, choices=("linear", "cubic"))
+    interpolation: str = option("linear", help="of images, for --spacing", group=DATA, choices=("linear", "cubic"))
 
     method: str = option("mean_teacher", help="training method: supervised, mean_teacher", group=METHOD)
     model: str = option("unet_3d", help="network: unet_3d, vnet, dynunet, segresnet", group=METHOD)
@@ -53,11 +59,13 @@ class RunConfig:
     copy_paste: bool = option(True, help="paste labelled boxes into unlabelled patches", group=METHOD)
 
     use_contrastive_prototype: bool | None = option(
-        None, help="the prototype term, for any method; else on for mean_teacher", group=PROTOTYPES
+        None, help="the prototype term; else on for mean_teacher", group=PROTOTYPES
     )
-    contrastive_weight: float = option(0.1, help="weight of its memory loss after ramp-up, >= 0", group=PROTOTYPES)
-    intra_weight: float = option(0.01, help="weight of its within-class loss, >= 0", group=PROTOTYPES)
-    inter_weight: float = option(0.01, help="weight of its between-class loss, >= 0", group=PROTOTYPES)
+    contrastive_weight: float = option(
+        0.1, help="weight of the term's memory loss after ramp-up, >= 0", group=PROTOTYPES
+    )
+    intra_weight: float = option(0.01, help="weight of the term's within-class loss, >= 0", group=PROTOTYPES)
+    inter_weight: float = option(0.01, help="weight of the term's between-class loss, >= 0", group=PROTOTYPES)
     elements_per_class: int = option(32, help="vectors in memory per class, >= 1", group=PROTOTYPES)
     use_learned_selector: bool = option(True, help="learned selectors weight features and memory", group=PROTOTYPES)
     prototype_ranking: str = option(
@@ -73,11 +81,13 @@ class RunConfig:
     max_iteration: int | None = option(None, help="training steps, >= 1", group=OPTIMISATION)
     batch_size: int = option(4, help="patches per step, over all ranks", group=OPTIMISATION)
     labeled_bs: int = option(2, help="of these labelled, 1..batch_size - 1", group=OPTIMISATION)
-    optimizer: str = option("adamw", help="adamw or sgd (Nesterov, 0.9)", group=OPTIMISATION, choices=("adamw", "sgd"))
+    optimizer: str = option("adamw", help="sgd has Nesterov momentum 0.9", group=OPTIMISATION, choices=("adamw", "sgd"))
     base_lr: float | None = option(
         None, help="first learning rate, > 0, decays as (1 - t/T)^0.9; else 0.003 adamw, 0.1 sgd", group=OPTIMISATION
     )
-    weight_decay: float | None = option(None, help=">= 0; else 0.01 adamw, 1e-4 sgd", group=OPTIMISATION)
+    weight_decay: float | None = option(
+        None, help="decay of weights, >= 0; else 0.01 adamw, 1e-4 sgd", group=OPTIMISATION
+    )
     grad_clip: float = option(5.0, help="largest gradient norm, > 0", group=OPTIMISATION)
     patch_size: Triple | None = option(None, help="voxels of a training patch and a window", group=OPTIMISATION)
 
@@ -88,13 +98,15 @@ class RunConfig:
     rotate90: bool = option(False, help="quarter turns in the X-Y plane", group=AUGMENTATION)
     foreground_share: float = option(0.5, help="share of labelled crops centred on a structure", group=AUGMENTATION)
 
-    exp: str | None = option(None, help="name of the run; it gets the folder output_dir/exp", group=RUN)
+    exp: str | None = option(
+        None, help="name of the run, its folder in output_dir; else data_method_labels_seed", group=RUN
+    )
     output_dir: Path = option(Path("runs"), help="folder of all runs", group=RUN)
     seed: int = option(0, help="decides splits, weights and every random draw, >= 0", group=RUN)
-    gpu: int | None = option(None, help="number of the CUDA device; without one the CPU is used", group=RUN)
+    gpu: int | None = option(None, help="number of the CUDA device; else the first, or the CPU if none", group=RUN)
     amp: str = option(
         "auto",
-        help="autocast; auto: bf16 where the device is fast at it",
+        help="autocast precision; auto: bf16 where the device is fast at it",
         group=RUN,
         choices=("auto", "no", "bf16", "fp16"),
     )
@@ -106,7 +118,9 @@ class RunConfig:
     image_every: int = option(250, help="steps between pictures in TensorBoard, >= 1", group=RUN)
 
     evaluate: bool = option(True, help="evaluate on the test cases after training", group=EVALUATION)
-    baseline: bool | None = option(None, help="train the supervised-only baseline too and compare", group=EVALUATION)
+    baseline: bool | None = option(
+        None, help="train the supervised-only baseline too; else on for demo", group=EVALUATION
+    )
     overlap: float = option(0.5, help="overlap of neighbouring windows, 0..0.9", group=EVALUATION)
     tta_flips: bool = option(False, help="average over mirrored inputs (flip_axes)", group=EVALUATION)
     largest_component: bool = option(False, help="keep the largest component of each class", group=EVALUATION)

@@ -14,7 +14,10 @@ from typing import Any, NoReturn
 
 
 def option(default: Any, *, help: str, group: str = "options", choices: Sequence[str] | None = None) -> Any:
-    """A dataclass field that becomes ``--name``; ``help`` states the meaning and the unit."""
+    """A dataclass field that becomes ``--name``; ``help`` states the meaning and the unit.
+
+    What follows ``; else`` in the help of a field with default None is shown as its default.
+    """
     return dataclasses.field(default=default, metadata={"help": help, "group": group, "choices": choices})
 
 
@@ -22,7 +25,7 @@ class SuggestingParser(argparse.ArgumentParser):
     """Argument parser that answers an unknown flag with the closest known one."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
+        super().__init__(allow_abbrev=False, formatter_class=FlagHelp, **settings)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, and refuse what is not a flag."""
@@ -42,6 +45,15 @@ class SuggestingParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+class FlagHelp(argparse.RawDescriptionHelpFormatter):
+    """Shows a switch as ``--name, --no-name`` and leaves the description's lines as they are."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, UnderscoreBoolean):
+            return ", ".join(action.option_strings[:2])
+        return super()._format_action_invocation(action)
+
+
 def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
     """Add one flag per field of the dataclass ``config``; absent flags leave no trace in the namespace."""
     hints = typing.get_type_hints(config)
@@ -51,10 +63,14 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         settings = _flag_settings(hints[field.name])
-        shown = "chosen from the data" if field.default is None else _shown(field.default)
-        settings["help"] = f"{field.metadata['help']} (default: {shown})".replace("%", "%%")
+        meaning, shown = field.metadata["help"], _shown(field.default)
+        if field.default is None:
+            meaning, _, stated = meaning.partition("; else ")
+            shown = stated or "chosen from the data"
+        settings["help"] = f"{meaning} (default: {shown})".replace("%", "%%")
         if field.metadata["choices"] is not None:
             settings["choices"] = list(field.metadata["choices"])
+            settings["metavar"] = "|".join(settings["choices"])
         groups[title].add_argument(f"--{field.name}", default=argparse.SUPPRESS, **settings)
 
 

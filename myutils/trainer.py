@@ -80,7 +80,7 @@ class Trainer:
         return trainer
 
     def read_labels(self) -> None:
-        """Read the cases with labels now, so that a wrong one is named before hours of training; errors as in ``load``."""
+        """Read the cases with labels now, so that a wrong one is named before training; errors as in ``load``."""
         for case_id in self.state.split.labeled:
             self.cache.get(case_id, with_label=True)
         for case_id in self.state.split.val:

@@ -97,6 +97,40 @@ def test_trainer_stops_at_a_non_finite_loss_and_keeps_the_checkpoint(tmp_path: P
     assert all(torch.isfinite(value).all() for value in kept.method.state_dict().values())
 
 
+def test_trainer_stops_at_a_non_finite_gradient_before_it_reaches_the_weights(tmp_path: Path) -> None:
+    trainer = small_trainer(BallSource(), tmp_path)
+    before = weights(trainer)
+    trainer.method.student.classifier.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(NonFiniteLossError, match=r"step 0: the gradient is not finite; cases: l0, l1, u0"):
+        trainer.train_step(trainer.method, random_batch(), 0)
+    after = weights(trainer)
+    assert [key for key in before if "student" in key and not torch.equal(before[key], after[key])] == []
+
+
+def test_trainer_writes_a_checkpoint_before_the_first_step(tmp_path: Path) -> None:
+    trainer = small_trainer(BallSource(), tmp_path)
+
+    def kill(*args: object) -> object:
+        raise RuntimeError("killed")
+
+    trainer.train_step = kill  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="killed"):
+        trainer.fit()
+    resumed = Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU)
+    assert resumed.state.step == 0
+    resumed.fit()
+    whole = small_trainer(BallSource(), tmp_path / "whole")
+    whole.fit()
+    assert_same_weights(whole, resumed)
+
+
+def test_trainer_reads_labels_of_labelled_and_validation_cases_alone(tmp_path: Path) -> None:
+    source = BallSource()
+    trainer = small_trainer(source, tmp_path, labelnum=4, val_num=1)
+    trainer.read_labels()
+    assert source.label_reads == [*trainer.state.split.labeled, *trainer.state.split.val]
+
+
 def test_trainer_saves_on_ctrl_c(tmp_path: Path) -> None:
     trainer = small_trainer(BallSource(), tmp_path, max_iteration=50)
     original = trainer.train_step
@@ -119,6 +153,32 @@ def test_trainer_validates_on_held_out_labelled_cases_and_keeps_the_best(tmp_pat
     trainer.fit()
     assert (tmp_path / "best.pt").exists() and 0 <= trainer.state.best_dice <= 1
     assert Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU).state.best_dice == trainer.state.best_dice
+
+
+def test_trainer_stopped_at_a_validation_step_validates_first(tmp_path: Path) -> None:
+    trainer = small_trainer(BallSource(), tmp_path, labelnum=4, val_num=1, save_every=2)
+    trainer.interrupted = True  # asked to stop before the first step: it ends at step 1, which is no validation step
+    with pytest.raises(TrainingInterrupted):
+        trainer.fit()
+    assert (trainer.state.step, trainer.state.best_dice) == (1, -1.0) and not (tmp_path / "best.pt").exists()
+    resumed = Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU)
+    resumed.interrupted = True
+    with pytest.raises(TrainingInterrupted):
+        resumed.fit()
+    assert resumed.state.step == 2 and resumed.state.best_dice >= 0 and (tmp_path / "best.pt").exists()
+
+
+def test_trainer_killed_between_best_and_last_repeats_the_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def write(path: Path, state: object, tensors: object) -> None:
+        written.append(path.name)
+
+    monkeypatch.setattr("myutils.trainer.write_checkpoint", write)
+    small_trainer(BallSource(), tmp_path, labelnum=4, val_num=1, max_iteration=1).fit()
+    assert written == ["last.pt", "best.pt", "last.pt"]  # the new step counts only once best.pt is whole
 
 
 def test_trainer_without_validation_writes_no_best(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_resume_keeps_the_settings_of_the_run(folder: Path, capsys: Capture) -> 
 def test_resume_on_other_data_is_refused(folder: Path, capsys: Capture) -> None:
     assert train.main(job(folder, "--no-evaluate", exp="a", max_iteration="1")) == 0
     (folder / "data" / "classes.txt").write_text("background\nleft\nright\n")
-    assert_refused(resume(folder, "a"), capsys, "was trained on 1 channels and the classes", "left, right")
+    assert_refused(resume(folder, "a"), capsys, "was trained on 1 channels and background, class 1", "left, right")
     (folder / "data" / "classes.txt").unlink()
     for path in (folder / "data").glob("*/ball0[678].nii.gz"):
         path.unlink()
