@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dataloaders.base import CaseSource, Volume
 from dataloaders.preprocess import Preprocess
 from myutils.inference import InferenceOptions, predict_label_map
-from myutils.label_files import save_with_affine
+from myutils.label_files import save_label_map
 from myutils.metrics import CaseMetrics, segmentation_metrics
 from networks.base import SegmentationNetwork
 
@@ -91,7 +91,7 @@ def evaluate_cases(
             raise ValueError(f"case {case_id}: {error}") from error
         results.append(score_case(volume, label_map, network.num_classes))
         if save_dir is not None:
-            save_with_affine(save_dir / f"{case_id}.nii.gz", label_map, volume.affine)
+            save_label_map(save_dir / f"{case_id}.nii.gz", label_map, volume.affine)
     return results
 
 

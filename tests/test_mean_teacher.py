@@ -1,0 +1,128 @@
+"""The mean teacher's parts: pseudo-labels, pasted boxes, and what the teacher sees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import BallSource
+from helpers_runs import random_batch, small_config
+
+from myutils.build import DataFacts, build_method
+from myutils.methods.mean_teacher import MeanTeacher, PseudoLabels, mixing_sources, pseudo_labels, take_voxels
+
+CPU = torch.device("cpu")
+
+
+def make(**changes: object) -> MeanTeacher:
+    torch.manual_seed(0)
+    source = BallSource()
+    method = build_method(small_config(source, **changes), DataFacts.of(source))
+    assert isinstance(method, MeanTeacher)
+    return method
+
+
+def test_pseudo_labels_by_hand() -> None:
+    logits = torch.tensor([0.0, 2.0]).reshape(1, 2, 1, 1, 1).requires_grad_()
+    pseudo = pseudo_labels(logits)
+    assert pseudo.labels.item() == 1
+    assert pseudo.confidence.item() == pytest.approx(1 / (1 + torch.exp(torch.tensor(-2.0)).item()))
+    assert not pseudo.confidence.requires_grad
+
+
+@pytest.mark.parametrize("size", [(8, 8, 8), (16, 4, 2), (1, 5, 7)])
+def test_mixing_sources_pastes_one_box_of_a_labelled_patch_at_its_own_place(size: tuple[int, int, int]) -> None:
+    torch.manual_seed(1)
+    labeled, unlabeled, voxels = 2, 3, size[0] * size[1] * size[2]
+    for _ in range(20):
+        sources = mixing_sources(labeled, torch.Size((unlabeled, *size)), CPU)
+        assert torch.equal(sources.flatten(1) % voxels, torch.arange(voxels).expand(unlabeled, -1))
+        for index, patch in enumerate(sources // voxels):
+            pasted = patch != labeled + index
+            assert pasted.any(), "nothing is pasted"
+            assert len(patch[pasted].unique()) == 1 and int(patch[pasted][0]) < labeled
+            corners = pasted.nonzero()
+            sides = corners.amax(0) - corners.amin(0) + 1
+            assert int(sides.prod()) == int(pasted.sum()), "not a box"
+
+
+def test_mixing_sources_reach_the_last_offset_and_keep_the_stated_volume() -> None:
+    torch.manual_seed(0)
+    reached, shares = set(), []
+    for _ in range(200):
+        pasted = mixing_sources(1, torch.Size((1, 8, 8, 8)), CPU)[0] < 512
+        reached |= {int(pasted.nonzero()[:, 0].max()), int(pasted.nonzero()[:, 0].min())}
+        shares.append(float(pasted.float().mean()))
+    assert {0, 7} <= reached
+    assert 0.2 < sum(shares) / len(shares) < 0.55
+
+
+def test_take_voxels_by_hand() -> None:
+    labels = torch.tensor([[10, 11], [20, 21]]).reshape(2, 1, 1, 2)
+    sources = torch.tensor([0, 3]).reshape(1, 1, 1, 2)
+    assert take_voxels(labels, sources).flatten().tolist() == [10, 21]
+    images = torch.stack([labels, labels + 100], dim=1)
+    assert take_voxels(images, sources).flatten().tolist() == [10, 21, 110, 121]
+
+
+def test_mix_gives_true_labels_full_confidence_where_they_were_pasted() -> None:
+    method = make()
+    batch = random_batch()
+    pseudo = PseudoLabels(torch.full_like(batch.label_l, 2), torch.full(batch.label_l.shape, 0.5))
+    mixed, target, sources = method._mix(batch, pseudo)
+    pasted = sources < 2 * 16**3
+    assert (target.confidence[pasted] == 1).all() and (target.confidence[~pasted] == 0.5).all()
+    assert torch.equal(target.labels[pasted], batch.label_l.reshape(-1)[sources[pasted]])
+    assert (target.labels[~pasted] == 2).all()
+    assert torch.equal(mixed[:, 0][~pasted], batch.image_u_strong[:, 0][~pasted])
+
+
+def test_consistency_counts_only_voxels_above_the_gate() -> None:
+    method = make(copy_paste=False, confidence_threshold=0.9999, use_contrastive_prototype=False)
+    output = method(random_batch(), 3)
+    assert output.terms["consistency"].value.item() == 0
+    assert output.scalars["gate_share"].item() == 0
+
+
+def test_consistency_weight_ramps_up_once() -> None:
+    method = make(consistency=0.5, consistency_rampup=10)
+    assert method(random_batch(), 10).terms["consistency"].weight == 0.5
+    assert method(random_batch(), 0).terms["consistency"].weight == pytest.approx(0.5 * 0.00674, rel=1e-2)
+
+
+def test_teacher_sees_weak_views_in_evaluation_mode() -> None:
+    method = make(use_contrastive_prototype=False)
+    method.train()
+    seen = []
+    method.teacher.register_forward_pre_hook(lambda module, inputs: seen.append((module.training, inputs[0])))
+    batch = random_batch()
+    method(batch, 0)
+    assert [training for training, _ in seen] == [False]
+    assert torch.equal(seen[0][1], batch.image_u)
+
+
+def test_teacher_runs_labelled_patches_only_when_the_memory_is_refilled() -> None:
+    method = make(use_contrastive_prototype=True, memory_interval=4)
+    sizes = []
+    method.teacher.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    for step in range(5):
+        method(random_batch(), step)
+    assert sizes == [4, 2, 2, 2, 4]
+
+
+def test_memory_holds_teacher_features_of_labelled_voxels() -> None:
+    method = make(use_contrastive_prototype=True, memory_interval=1, confidence_threshold=0.0)
+    for parameter in method.prototypes.teacher_projection.parameters():
+        parameter.zero_()
+    method(random_batch(), 0)
+    memory = method.prototypes.manager
+    assert memory.memory_count.sum() > 0 and memory.memory_from_labeled[memory.memory_count > 0].all()
+    assert memory.memory.abs().sum() == 0  # through the zeroed averaged projection, not the student's
+
+
+def test_after_step_moves_the_teacher_toward_the_student() -> None:
+    method = make(ema_decay=0.5)
+    with torch.no_grad():
+        method.student.classifier.bias.fill_(4.0)
+        method.teacher.classifier.bias.fill_(0.0)
+    method.after_step(100)
+    assert method.teacher.classifier.bias.tolist() == pytest.approx([2.0] * 3)
