@@ -50,9 +50,17 @@ def start_process_group(gpu: int | None = None) -> tuple[RankInfo, torch.device]
 
     Returns:
         This process's rank and its device; NCCL on CUDA, gloo on the CPU.
+
+    Raises:
+        ValueError: If one GPU is named for several processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return RankInfo(), select_device(gpu)
+    if gpu is not None:
+        raise ValueError(
+            f"--gpu {gpu}: with torchrun each process takes the GPU of its own rank; leave the flag out and choose "
+            "devices with CUDA_VISIBLE_DEVICES"
+        )
     info = RankInfo(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
     device = select_device(gpu, info.local_rank)
     if device.type == "cuda":

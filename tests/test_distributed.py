@@ -104,3 +104,9 @@ def test_autocast_computes_in_the_stated_precision() -> None:
         assert (left @ right).dtype == torch.float32
     assert isinstance(autocast("no", CPU), nullcontext)
     assert autocast("fp16", CPU).fast_dtype == torch.float16
+
+
+def test_start_process_group_refuses_one_gpu_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--gpu 0: with torchrun each process takes the GPU of its own rank"):
+        start_process_group(gpu=0)
