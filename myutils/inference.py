@@ -63,7 +63,8 @@ def sliding_window_probabilities(
 
     Args:
         network: On ``device``; put into evaluation mode for the call, its mode is restored afterwards.
-        image: Image (C, X, Y, Z), float32, of any size; one smaller than the window is padded with zeros.
+        image: Image (C, X, Y, Z), float32, of any size; one smaller than the window is padded with its
+            least value, as training patches are.
         options: Windows, overlap, flips, precision.
         device: Where the network runs.
 
@@ -109,6 +110,7 @@ def _stitched_logits(
         predictor=logits_only,
         overlap=options.overlap,
         mode="gaussian",
+        cval=float(images.min()),
         sw_device=device,
         device=images.device,
     )

@@ -1,0 +1,177 @@
+"""Evaluation: scores on the case's own grid, CSV, summary with counts, table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import BallSource
+from torch import Tensor
+
+from dataloaders.base import Volume
+from dataloaders.preprocess import Preprocess
+from myutils.evaluation import (
+    CSV_COLUMNS,
+    CaseResult,
+    evaluate_cases,
+    format_table,
+    score_case,
+    summarise,
+    write_cases_csv,
+    write_summary_json,
+)
+from myutils.inference import InferenceOptions
+from myutils.metrics import CaseMetrics
+from networks.base import SegmentationNetwork, SegmentationOutput
+
+CPU = torch.device("cpu")
+OPTIONS = InferenceOptions((16, 16, 16))
+NAMES = ("background", "ball", "core")
+MISSED = CaseMetrics(0.0, 0.0, math.inf, math.inf)
+
+
+class ThresholdNetwork(SegmentationNetwork):
+    """Classes 0, 1, 2 below, between and above two thresholds of the normalised image; exact on clean ball images."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__(in_channels=1, num_classes=3)
+        self.feature_dim, self.stride = 1, (1, 1, 1)
+        self.low, self.high = low, high
+
+    def forward_padded(self, images: Tensor) -> SegmentationOutput:
+        classes = (images > self.low).long() + (images > self.high).long()
+        logits = 20.0 * torch.nn.functional.one_hot(classes[:, 0], 3).movedim(-1, 1).float()
+        return SegmentationOutput(logits, images)
+
+
+class CleanSource(BallSource):
+    """Images that are their labels."""
+
+    def load(self, case_id: str, *, with_label: bool) -> Volume:
+        volume = super().load(case_id, with_label=True)
+        return Volume(
+            case_id, np.asarray(volume.label)[None].astype(np.float32), volume.label, volume.affine, volume.spacing
+        )
+
+
+def network_for(source: BallSource) -> ThresholdNetwork:
+    """Thresholds between the normalised values of the three classes of the first case."""
+    values = np.unique(Preprocess("mr")(source.load("ball00", with_label=True)).image)
+    return ThresholdNetwork(float(values[:2].mean()), float(values[1:].mean()))
+
+
+def result(case_id: str, first: CaseMetrics, second: CaseMetrics) -> CaseResult:
+    return CaseResult(case_id, {1: first, 2: second}, {1: 1.0, 2: 2.0}, {1: 1.5, 2: 0.0})
+
+
+def two_results() -> list[CaseResult]:
+    return [
+        result("a", CaseMetrics(0.9, 0.8, 2.0, 1.0), CaseMetrics(0.5, 0.4, 4.0, 3.0)),
+        result("b", CaseMetrics(0.7, 0.6, 4.0, 2.0), MISSED),
+    ]
+
+
+def test_exact_network_scores_one_and_saves_its_label_maps(tmp_path: Path) -> None:
+    source = CleanSource()
+    results = evaluate_cases(
+        network_for(source), source, ["ball00"], Preprocess("mr"), OPTIONS, CPU, save_dir=tmp_path, progress=False
+    )
+    assert results[0].metrics == {1: CaseMetrics(1.0, 1.0, 0.0, 0.0), 2: CaseMetrics(1.0, 1.0, 0.0, 0.0)}
+    volume = source.load("ball00", with_label=True)
+    label = np.asarray(volume.label)
+    assert results[0].truth_ml[2] == pytest.approx((label == 2).sum() * 2.0 / 1000)  # 1 x 2 x 1 mm voxels
+    assert results[0].prediction_ml == results[0].truth_ml
+    saved = nib.load(tmp_path / "ball00.nii.gz")
+    np.testing.assert_array_equal(np.asarray(saved.dataobj), label)
+    np.testing.assert_array_equal(saved.affine, volume.affine)
+    assert saved.get_data_dtype() == np.uint8 and saved.header.get_xyzt_units()[0] == "mm"
+    assert int(saved.header["sform_code"]) == int(saved.header["qform_code"]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["ball00.nii.gz"]
+
+
+def test_distances_are_in_mm_of_the_original_grid_with_resampling() -> None:
+    source = BallSource()
+    preprocess = Preprocess("mr", spacing=(2.0, 2.0, 2.0))
+    (scored,) = evaluate_cases(
+        ThresholdNetwork(-9.0, 99.0), source, ["ball01"], preprocess, OPTIONS, CPU, progress=False
+    )
+    volume = source.load("ball01", with_label=True)
+    everything = np.ones(volume.image.shape[1:], np.uint8)  # the network calls every voxel class 1
+    assert scored == score_case(volume, everything, 3)
+    assert scored.metrics[2] == MISSED and scored.prediction_ml[1] == pytest.approx(everything.size * 2.0 / 1000)
+
+
+def test_training_mode_survives_and_bad_requests_are_named() -> None:
+    source, network = CleanSource(), ThresholdNetwork(0.0, 1.0).train()
+    evaluate_cases(network, source, ["ball00"], Preprocess("mr"), OPTIONS, CPU, progress=False)
+    assert network.training
+    with pytest.raises(ValueError, match="split is empty"):
+        evaluate_cases(network, source, [], Preprocess("mr"), OPTIONS, CPU, progress=False)
+    two_channels = BallSource(channels=2)
+    with pytest.raises(ValueError, match="case ball00: image has shape"):
+        evaluate_cases(network, two_channels, ["ball00"], Preprocess("mr"), OPTIONS, CPU, progress=False)
+    with pytest.raises(ValueError, match="case ball00 has no label"):
+        score_case(BallSource().load("ball00", with_label=False), np.zeros((20, 18, 16), np.uint8), 3)
+
+
+def test_csv_has_a_row_per_case_and_class_and_keeps_inf(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "cases.csv"
+    write_cases_csv(path, two_results(), NAMES)
+    lines = path.read_text().splitlines()
+    assert lines[0] == "case,class,dice,jaccard,hd95_mm,assd_mm,truth_ml,prediction_ml,class_name"
+    assert tuple(lines[0].split(",")) == CSV_COLUMNS
+    assert lines[4] == "b,2,0,0,inf,inf,2,0,core"
+    rows = list(csv.DictReader(lines))
+    assert [(row["case"], row["class"]) for row in rows] == [("a", "1"), ("a", "2"), ("b", "1"), ("b", "2")]
+    assert float(rows[0]["dice"]) == 0.9 and math.isinf(float(rows[3]["hd95_mm"]))
+
+
+def test_summary_has_values_by_hand() -> None:
+    summary = summarise(two_results(), NAMES)
+    assert summary["n_cases"] == 2 and summary["classes"]["2"]["name"] == "core"
+    ball, core, mean = summary["classes"]["1"], summary["classes"]["2"], summary["mean"]
+    assert ball["dice"] == {"mean": pytest.approx(0.8), "sd": pytest.approx(math.sqrt(0.02)), "n": 2, "n_missed": 0}
+    assert core["dice"]["mean"] == pytest.approx(0.25) and core["dice"]["n_missed"] == 0
+    assert core["hd95_mm"] == {"mean": 4.0, "sd": None, "n": 1, "n_missed": 1}
+    assert mean["dice"]["mean"] == pytest.approx((0.7 + 0.35) / 2)
+    assert mean["hd95_mm"]["mean"] == pytest.approx((3.0 + 4.0) / 2)  # case b: its finite class alone
+    assert mean["hd95_mm"]["n"] == 2 and mean["hd95_mm"]["n_missed"] == 1
+
+
+def test_summary_is_strict_json_even_if_everything_was_missed(tmp_path: Path) -> None:
+    summary = summarise([result("a", MISSED, MISSED)], NAMES)
+    assert summary["mean"]["assd_mm"] == {"mean": None, "sd": None, "n": 0, "n_missed": 2}
+    write_summary_json(tmp_path / "summary.json", summary)
+    text = (tmp_path / "summary.json").read_text()
+    assert json.loads(text) == summary and "Infinity" not in text and "NaN" not in text
+    with pytest.raises(ValueError, match="at least one case"):
+        summarise([], NAMES)
+
+
+def test_table_is_aligned_and_complete() -> None:
+    summary = summarise(two_results(), NAMES)
+    lines = format_table(summary).splitlines()
+    assert len({len(line) for line in lines[1:]}) == 1
+    assert lines[1].split() == ["class", "n", "Dice", "%", "Jaccard", "%", "HD95", "mm", "ASSD", "mm", "missed"]
+    ball = lines[3].split()
+    assert ball[:3] == ["1", "ball", "2"] and ball[3:6] == ["80.00", "±", "14.14"]
+    assert lines[4].split()[-1] == "1" and lines[-1].split()[0] == "mean"
+    empty = format_table(summarise([result("a", MISSED, MISSED)], NAMES))
+    assert " - " in empty and "nan" not in empty and "inf" not in empty
+
+
+def test_table_shows_a_baseline_and_the_gain_in_dice() -> None:
+    ours = summarise(two_results(), NAMES)
+    worse = [result(r.case_id, CaseMetrics(0.6, 0.5, 5.0, 3.0), MISSED) for r in two_results()]
+    table = format_table(ours, summarise(worse, NAMES), name="mean_teacher")
+    lines = table.splitlines()
+    assert "mean_teacher" in lines[0] and "supervised only" in lines[0]
+    assert lines[1].split().count("HD95") == 2 and lines[1].endswith("Dice gain")
+    assert lines[3].split()[-1] == "+20.00" and lines[4].split()[-1] == "+25.00"
+    assert len({len(line) for line in lines[1:]}) == 1

@@ -1,0 +1,159 @@
+"""Sliding windows, test-time flips, components: networks whose answer is known in advance."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dataloaders.base import Volume
+from dataloaders.preprocess import Preprocess
+from myutils.inference import (
+    InferenceOptions,
+    label_map_from,
+    largest_component,
+    predict_label_map,
+    predict_probabilities,
+    sliding_window_probabilities,
+)
+from networks.base import SegmentationNetwork, SegmentationOutput
+
+CPU = torch.device("cpu")
+
+
+class VoxelwiseNetwork(SegmentationNetwork):
+    """Logits (0, image) per voxel: the answer does not depend on the window. Records what it was run with."""
+
+    def __init__(self, in_channels: int = 1) -> None:
+        super().__init__(in_channels, num_classes=2)
+        self.feature_dim, self.stride = 1, (1, 1, 1)
+        self.noise = torch.nn.Dropout(0.5)
+        self.shapes: list[tuple[int, ...]] = []
+        self.dtypes: set[torch.dtype] = set()
+        self.product = torch.nn.Conv3d(in_channels, 1, 1, bias=False)
+        torch.nn.init.ones_(self.product.weight)
+
+    def forward_padded(self, images: Tensor) -> SegmentationOutput:
+        self.shapes.append(tuple(images.shape))
+        score = self.noise(self.product(images))  # (B, 1, X, Y, Z)
+        self.dtypes.add(score.dtype)
+        return SegmentationOutput(torch.cat([torch.zeros_like(score), score], 1), score)
+
+
+class LeftNetwork(VoxelwiseNetwork):
+    """Class 1 is sure in the lower half of axis 0 of every window, whatever the image."""
+
+    def forward_padded(self, images: Tensor) -> SegmentationOutput:
+        score = torch.full_like(images, -50.0)
+        score[:, :, : images.shape[2] // 2] = 50.0
+        return SegmentationOutput(torch.cat([torch.zeros_like(score), score], 1), score)
+
+
+@pytest.mark.parametrize("shape", [(20, 17, 13), (5, 30, 4), (8, 8, 8), (1, 1, 1)])
+def test_windows_give_the_voxelwise_answer_for_any_size(shape: tuple[int, int, int]) -> None:
+    image = torch.randn(1, *shape)
+    options = InferenceOptions(patch_size=(8, 8, 8), overlap=0.5, window_batch=3)
+    probs = sliding_window_probabilities(VoxelwiseNetwork(), image, options, CPU)
+    assert probs.shape == (2, *shape) and probs.dtype == torch.float32
+    torch.testing.assert_close(probs[1], torch.sigmoid(image[0]))
+    torch.testing.assert_close(probs.sum(0), torch.ones(shape))
+
+
+def test_small_volume_is_padded_to_the_window_with_its_least_value() -> None:
+    network = VoxelwiseNetwork()
+    seen: list[float] = []
+    network.product.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].min().item()))
+    sliding_window_probabilities(network, torch.rand(1, 3, 4, 5) + 2.0, InferenceOptions((8, 8, 8)), CPU)
+    assert network.shapes == [(1, 1, 8, 8, 8)] and seen[0] >= 2.0
+
+
+def test_flips_average_over_all_subsets_of_the_axes() -> None:
+    image = torch.zeros(1, 8, 8, 8)
+    plain = sliding_window_probabilities(LeftNetwork(), image, InferenceOptions((8, 8, 8)), CPU)
+    assert plain[1, :4].min() > 0.99 and plain[1, 4:].max() < 0.01
+    flipped = sliding_window_probabilities(LeftNetwork(), image, InferenceOptions((8, 8, 8), flips=(0, 2)), CPU)
+    torch.testing.assert_close(flipped, torch.full((2, 8, 8, 8), 0.5))  # half of the four subsets mirror axis 0
+    network = VoxelwiseNetwork()
+    image = torch.randn(1, 8, 7, 6)
+    probs = sliding_window_probabilities(network, image, InferenceOptions((8, 8, 8), flips=(0, 1, 2)), CPU)
+    torch.testing.assert_close(probs[1], torch.sigmoid(image[0]))
+    assert len(network.shapes) == 8
+
+
+def test_network_is_in_evaluation_mode_inside_and_gets_its_own_mode_back() -> None:
+    network = VoxelwiseNetwork().train()
+    network.noise.eval()
+    image = torch.randn(1, 8, 8, 8)
+    first = sliding_window_probabilities(network, image, InferenceOptions((8, 8, 8)), CPU)
+    assert network.training and network.product.training and not network.noise.training
+    network.noise.train()
+    torch.testing.assert_close(sliding_window_probabilities(network, image, InferenceOptions((8, 8, 8)), CPU), first)
+    assert network.noise.training and not first.requires_grad
+
+
+def test_bf16_runs_in_bfloat16_and_accumulates_in_float32() -> None:
+    network, image = VoxelwiseNetwork(), torch.randn(1, 8, 8, 12)
+    probs = sliding_window_probabilities(network, image, InferenceOptions((8, 8, 8), amp="bf16"), CPU)
+    assert network.dtypes == {torch.bfloat16} and probs.dtype == torch.float32
+    torch.testing.assert_close(probs[1], torch.sigmoid(image[0]), atol=5e-3, rtol=0)
+
+
+def test_damaged_weights_and_wrong_channels_are_refused() -> None:
+    network = VoxelwiseNetwork()
+    with pytest.raises(ValueError, match=r"\(2, 8, 8, 8\).*takes \(1, X, Y, Z\)"):
+        sliding_window_probabilities(network, torch.zeros(2, 8, 8, 8), InferenceOptions((8, 8, 8)), CPU)
+    torch.nn.init.constant_(network.product.weight, float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        sliding_window_probabilities(network, torch.zeros(1, 8, 8, 8), InferenceOptions((8, 8, 8)), CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"overlap": 1.0}, r"overlap 1.0.*\[0, 1\)"),
+        ({"patch_size": (8, 0, 8)}, "at least 1 voxel"),
+        ({"flips": (0, 3)}, "axes 0, 1, 2"),
+        ({"flips": (1, 1)}, "at most once"),
+        ({"window_batch": 0}, "window_batch 0"),
+        ({"amp": "fp8"}, "'fp8'.*bf16"),
+    ],
+)
+def test_impossible_options_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        InferenceOptions(**{"patch_size": (8, 8, 8), **changes})
+
+
+def test_prediction_returns_to_the_case_grid() -> None:
+    image = np.full((1, 10, 12, 8), -1.0, np.float32)
+    image[:, 2:8, 2:10, 2:6] = 1.0
+    volume = Volume("case", image, None, np.diag([2.0, 1.0, 1.0, 1.0]), (2.0, 1.0, 1.0))
+    preprocess = Preprocess("mr", spacing=(1.0, 1.0, 1.0))
+    arguments = (VoxelwiseNetwork(), volume, preprocess, InferenceOptions((8, 8, 8)), CPU)
+    probabilities = predict_probabilities(*arguments)
+    assert probabilities.shape == (2, 10, 12, 8) and probabilities.dtype == np.float32
+    label_map = predict_label_map(*arguments)
+    assert label_map.dtype == np.uint8
+    np.testing.assert_array_equal(label_map, image[0] > 0)
+
+
+def test_largest_component_keeps_one_part_per_class() -> None:
+    label_map = np.zeros((8, 8, 8), np.uint8)
+    label_map[0:3, 0:3, 0:3] = 1
+    label_map[3, 3, 3] = 1  # touches at a corner: belongs to the block
+    label_map[6, 6, 6] = 1
+    label_map[5:7, 0:2, 0:2], label_map[0, 7, 7] = 3, 3
+    expected = label_map.copy()
+    expected[6, 6, 6] = expected[0, 7, 7] = 0
+    before = label_map.copy()
+    np.testing.assert_array_equal(largest_component(label_map), expected)
+    np.testing.assert_array_equal(label_map, before)
+    assert not largest_component(np.zeros((3, 3, 3), np.uint8)).any()
+
+
+def test_label_map_is_the_most_probable_class() -> None:
+    probabilities = np.zeros((3, 1, 1, 4), np.float32)
+    for voxel, class_id in enumerate((0, 2, 1, 2)):
+        probabilities[class_id, 0, 0, voxel] = 1.0
+    np.testing.assert_array_equal(label_map_from(probabilities)[0, 0], [0, 2, 1, 2])
+    np.testing.assert_array_equal(label_map_from(probabilities, keep_largest=True)[0, 0], [0, 2, 1, 0])
