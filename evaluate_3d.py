@@ -92,9 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     try:
         run(job)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, torch.cuda.OutOfMemoryError) as error:
         logger.error("error: %s", error)
-        logger.debug("traceback", exc_info=True)
         return 1
     except KeyboardInterrupt:
         logger.info("stopped; nothing but finished predictions in %s was written", job.folder / "predictions")

@@ -45,10 +45,10 @@ class PredictFlags(InferenceFlags):
 
     input: Path | None = option(
         None,
-        help="NIfTI file, folder of them, DICOM series' folder, or folder of these; else none: it is required",
+        help="NIfTI file, folder of them, DICOM series' folder, or folder of these; else none, it is required",
         group=FILES,
     )
-    output: Path | None = option(None, help="folder for the label maps; else none: it is required", group=FILES)
+    output: Path | None = option(None, help="folder for the label maps; else none, it is required", group=FILES)
     probabilities: bool = option(False, help="write the probabilities of all classes too", group=FILES)
 
 
@@ -126,7 +126,6 @@ def run(job: Job) -> list[str]:
             except SCAN_ERRORS as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 logger.error("%s: skipped: %s", scan.path, reason)
-                logger.debug("traceback", exc_info=True)
                 failed.append(scan.name)
     return failed
 

@@ -1,0 +1,133 @@
+"""Which cases an evaluation scores, and whether data and checkpoint fit: no training case counts as a test case."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+from dataloaders.base import CaseSource
+from dataloaders.case_lists import read_case_list, some
+from dataloaders.splits import SplitRequest, TrainingSplit, make_test_ids
+from myutils.checkpoint import InferenceBundle
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("test", "val", "all")
+
+
+def require_match(source: CaseSource, bundle: InferenceBundle) -> None:
+    """Check that the data have the checkpoint's channels and classes; other names for the classes give a warning.
+
+    Raises:
+        ValueError: If a number differs.
+    """
+    for what, found, trained in (
+        ("image channels", source.in_channels, bundle.in_channels),
+        ("classes with the background", source.num_classes, bundle.num_classes),
+    ):
+        if found != trained:
+            raise ValueError(
+                f"the data have {found} {what}, the checkpoint was trained on {trained}; "
+                "evaluate data of the same channels and classes"
+            )
+    if tuple(source.class_names) != tuple(bundle.class_names):
+        logger.warning(
+            "class names differ: %s in the data, %s in the checkpoint; ids are compared as they are",
+            ", ".join(source.class_names),
+            ", ".join(bundle.class_names),
+        )
+
+
+def is_training_data(source: CaseSource, bundle: InferenceBundle) -> bool:
+    """Whether this is the data set of the training, wherever it lies now: all training cases are in it."""
+    used = training_ids(bundle)
+    return bool(used) and used <= set(source.case_ids())
+
+
+def training_ids(bundle: InferenceBundle) -> set[str]:
+    """Ids that training saw, validation included."""
+    return {*bundle.split.labeled, *bundle.split.unlabeled, *bundle.split.val}
+
+
+def choose_cases(
+    source: CaseSource,
+    bundle: InferenceBundle,
+    split: str,
+    *,
+    test_list: Path | None = None,
+    val_list: Path | None = None,
+) -> tuple[str, ...]:
+    """Case ids to score.
+
+    ``test``: by the checkpoint's own rules and lists on the data of its training; on other data ``test_list``, the
+    data's own test list, or else all labelled cases that bear no training case's id. ``val``: ``val_list``, or the
+    validation cases of the training. ``all``: every labelled case, with a warning where training cases are among them.
+
+    Args:
+        source: Data to score.
+        bundle: Checkpoint, with the training split.
+        split: One of ``SPLITS``.
+        test_list: List file that replaces the checkpoint's.
+        val_list: List file that replaces the checkpoint's validation cases.
+
+    Raises:
+        FileNotFoundError: If a list file is missing.
+        ValueError: If no case is left, or a test case was a training case.
+    """
+    if split == "val":
+        return _validation_cases(source, bundle, val_list)
+    if split == "all":
+        return _all_cases(source, bundle)
+    if is_training_data(source, bundle):
+        request = bundle.config.split_request()
+        return make_test_ids(source, _with_test_list(request, test_list), bundle.split)
+    return _foreign_test_cases(source, bundle, test_list)
+
+
+def _with_test_list(request: SplitRequest, test_list: Path | None) -> SplitRequest:
+    return request if test_list is None else dataclasses.replace(request, test_list=test_list)
+
+
+def _foreign_test_cases(source: CaseSource, bundle: InferenceBundle, test_list: Path | None) -> tuple[str, ...]:
+    if test_list is not None or source.official_test() is not None:
+        nothing = TrainingSplit((), (), ())
+        return make_test_ids(source, SplitRequest(labelnum=1, test_list=test_list), nothing)
+    labeled = source.labeled_ids()
+    fresh = tuple(case_id for case_id in labeled if case_id not in training_ids(bundle))
+    if not fresh:
+        raise ValueError("the data have no labelled case that was not a training case; pass --split all or --test_list")
+    logger.info("the data have no test list; scoring all %d labelled cases", len(fresh))
+    if len(fresh) < len(labeled):
+        logger.warning("%d cases bear the id of a training case and are left out", len(labeled) - len(fresh))
+    return fresh
+
+
+def _validation_cases(source: CaseSource, bundle: InferenceBundle, val_list: Path | None) -> tuple[str, ...]:
+    if val_list is None:
+        if not bundle.split.val:
+            raise ValueError(
+                "--split val: the run had no validation cases (--val_num 0); pass --val_list or --split test"
+            )
+        ids = bundle.split.val
+    else:
+        ids = read_case_list(val_list)
+    unknown = [case_id for case_id in ids if case_id not in set(source.labeled_ids())]
+    if unknown:
+        raise ValueError(f"--split val: {some(unknown)} have no label in these data; pass --val_list with labelled ids")
+    seen = [case_id for case_id in ids if case_id in {*bundle.split.labeled, *bundle.split.unlabeled}]
+    if seen:
+        raise ValueError(f"--val_list names {some(seen)}, training cases of this run; remove them or pass --split all")
+    return ids
+
+
+def _all_cases(source: CaseSource, bundle: InferenceBundle) -> tuple[str, ...]:
+    ids = tuple(source.labeled_ids())
+    if not ids:
+        raise ValueError("--split all: the data have no labelled case; add labels")
+    seen = [case_id for case_id in ids if case_id in training_ids(bundle)]
+    if seen:
+        logger.warning(
+            "%d of %d cases bear ids of training cases: these figures are no test result", len(seen), len(ids)
+        )
+    return ids

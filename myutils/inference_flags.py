@@ -1,0 +1,66 @@
+"""Flags that evaluation and prediction share; what is not given comes from the checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from myutils.build import build_inference
+from myutils.checkpoint import InferenceBundle
+from myutils.config import RunConfig
+from myutils.distributed import resolve_amp
+from myutils.flags import option
+from myutils.inference import InferenceOptions
+
+INFERENCE = "inference"
+
+
+@dataclass(frozen=True)
+class InferenceFlags:
+    """How to run the checkpoint's network on whole volumes."""
+
+    checkpoint: Path | None = option(None, help="last.pt or best.pt of a run; else none, it is required", group="files")
+    overlap: float | None = option(
+        None, help="overlap of neighbouring windows, 0..0.9; else the checkpoint's", group=INFERENCE
+    )
+    flips: bool | None = option(
+        None, help="average over mirrored inputs, along the axes of training; else the checkpoint's", group=INFERENCE
+    )
+    largest_component: bool | None = option(
+        None, help="keep the largest component of each class; else the checkpoint's", group=INFERENCE
+    )
+    gpu: int | None = option(None, help="number of the CUDA device; else 0, or the CPU without one", group=INFERENCE)
+    amp: str | None = option(
+        None, help="autocast; else the checkpoint's", group=INFERENCE, choices=("auto", "no", "bf16", "fp16")
+    )
+
+    def apply_to(self, config: RunConfig) -> RunConfig:
+        """The checkpoint's configuration with the given flags in it.
+
+        Raises:
+            ValueError: If a value is out of range.
+        """
+        settings: dict[str, Any] = {
+            "overlap": self.overlap,
+            "tta_flips": self.flips,
+            "largest_component": self.largest_component,
+            "gpu": self.gpu,
+            # A run trained with fp16 on a GPU is to be used on the CPU too, where fp16 is refused.
+            "amp": self.amp if self.amp is not None else ("auto" if config.amp == "fp16" else None),
+        }
+        return dataclasses.replace(config, **{name: value for name, value in settings.items() if value is not None})
+
+
+def inference_options(bundle: InferenceBundle, config: RunConfig, device: torch.device) -> InferenceOptions:
+    """Sliding-window settings of ``config``, which ``InferenceFlags.apply_to`` gave.
+
+    Raises:
+        ValueError: If flips are asked for and the network was trained without any, or ``amp`` does not fit the device.
+    """
+    if config.tta_flips and not bundle.flip_axes:
+        raise ValueError("--flips: the network was trained without mirroring along any axis; leave the flag out")
+    return build_inference(config, resolve_amp(config.amp, device))

@@ -1,0 +1,104 @@
+"""Scans to predict: NIfTI files and DICOM series under a path, and the output file of each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import SimpleITK as sitk  # noqa: N813 - its usual name
+
+from dataloaders.base import Volume
+from dataloaders.case_lists import NIFTI_SUFFIXES, strip_nifti_suffix
+from dataloaders.geometry import read_dicom_series, read_nifti
+from dataloaders.nifti_folder import list_nifti
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One input: a NIfTI file, or a folder with one DICOM series.
+
+    Attributes:
+        name: Name of the output, without suffix.
+        path: The file or folder.
+    """
+
+    name: str
+    path: Path
+
+    @property
+    def is_dicom(self) -> bool:
+        """Whether this is a DICOM folder."""
+        return self.path.is_dir()
+
+    def read(self) -> Volume:
+        """Read image and geometry; errors as in ``read_nifti`` and ``read_dicom_series``."""
+        image, affine, spacing = (read_dicom_series if self.is_dicom else read_nifti)(self.path)
+        return Volume(self.name, image, None, affine, spacing)
+
+    def header(self) -> nib.Nifti1Header | None:
+        """The NIfTI header; None for DICOM."""
+        return None if self.is_dicom else nib.load(self.path).header  # type: ignore[return-value]
+
+
+def find_scans(path: Path) -> list[Scan]:
+    """All scans that ``path`` stands for, sorted by name.
+
+    A file is one NIfTI scan. A folder with NIfTI files stands for these; one with DICOM files for its series; else
+    each of its folders is a series if at least one is. Hidden files and folders are left out.
+
+    Raises:
+        FileNotFoundError: If there is no such path, or no scan in it.
+        ValueError: If a file is not NIfTI by its name, or two files bear the same name.
+    """
+    if path.is_file():
+        if not path.name.endswith(NIFTI_SUFFIXES):
+            raise ValueError(
+                f"--input {path}: pass a .nii or .nii.gz file, a folder of them, or a DICOM series' folder"
+            )
+        return [Scan(strip_nifti_suffix(path.name), path)]
+    if not path.is_dir():
+        raise FileNotFoundError(f"--input {path} does not exist; pass a NIfTI file, a folder, or a DICOM folder")
+    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    files = list_nifti(path)
+    if files:
+        if folders:
+            logger.info("--input %s holds NIfTI files; its %d folders are left out", path, len(folders))
+        return [Scan(name, file) for name, file in files.items()]
+    if _holds_series(path):
+        return [Scan(path.resolve().name, path)]
+    if any(_holds_series(folder) for folder in folders):
+        return [Scan(folder.name, folder) for folder in folders]
+    raise FileNotFoundError(f"--input {path} holds no .nii, no .nii.gz and no DICOM series")
+
+
+def _holds_series(folder: Path) -> bool:
+    """Whether GDCM finds a series; its warning where it finds none would only repeat our error."""
+    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        return bool(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
+
+
+def require_free_outputs(scans: Iterable[Scan], outputs: Iterable[Path]) -> None:
+    """Refuse outputs that are inputs or come twice; symbolic links and hard links are seen through.
+
+    Raises:
+        ValueError: Naming the file and the fix.
+    """
+    inputs = [scan.path for scan in scans if not scan.is_dicom]
+    resolved = {path.resolve(): path for path in inputs}
+    seen: set[Path] = set()
+    for output in outputs:
+        same = [path for path in inputs if output.exists() and output.samefile(path)]
+        if output.resolve() in resolved or same:
+            raise ValueError(f"{output} is an input and would be overwritten; pass another --output")
+        if output in seen:
+            raise ValueError(f"two inputs would be written to {output}; rename one, or predict them separately")
+        seen.add(output)

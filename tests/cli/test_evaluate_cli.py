@@ -1,0 +1,158 @@
+"""evaluate_3d.py from the command line, against a checkpoint that was trained on data on disk."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from helpers_scans import trained_run, write_cohort
+
+import evaluate_3d
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cohort(tmp_path_factory.mktemp("data") / "balls")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained_run(cohort, tmp_path_factory.mktemp("runs") / "run", labelnum=3, val_num=1)
+
+
+def evaluate(checkpoint: Path, *flags: object) -> int:
+    return evaluate_3d.main(["--checkpoint", str(checkpoint), *map(str, flags)])
+
+
+def cases_in(folder: Path) -> list[str]:
+    with (folder / "cases.csv").open(newline="") as file:
+        return sorted({row["case"] for row in csv.DictReader(file)})
+
+
+def refused(capsys: pytest.CaptureFixture[str], checkpoint: Path, *flags: object) -> str:
+    """The one line on stderr of a refused start."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        evaluate(checkpoint, *flags)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert stop.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+def split_of(checkpoint: Path) -> dict[str, tuple[str, ...]]:
+    bundle = evaluate_3d.load_for_inference(checkpoint, evaluate_3d.select_device(None))
+    return {"labeled": bundle.split.labeled, "unlabeled": bundle.split.unlabeled, "val": bundle.split.val}
+
+
+def test_checkpoint_alone_is_enough(cohort: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(checkpoint) == 0
+    folder = checkpoint.parent / "evaluation" / "test"
+    used = {case_id for ids in split_of(checkpoint).values() for case_id in ids}
+    cases = cases_in(folder)
+    assert len(cases) == 1 and not used & set(cases)  # one labelled case in five of six is held out
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["n_cases"] == 1 and summary["step"] == 2 and summary["dataset_name"] == "nifti"
+    saved, image = (
+        nib.load(folder / "predictions" / f"{cases[0]}.nii.gz"),
+        nib.load(cohort / "images" / f"{cases[0]}.nii.gz"),
+    )
+    assert saved.shape == image.shape
+    np.testing.assert_array_equal(saved.affine, image.affine)
+    out = capsys.readouterr().out
+    assert "Dice %" in out and "1 ball" in out and "2 core" in out and str(folder / "cases.csv") in out
+
+
+def test_validation_and_all_cases(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_log(monkeypatch)
+    assert evaluate(checkpoint, "--split", "val", "--output_dir", tmp_path / "val") == 0
+    assert cases_in(tmp_path / "val") == sorted(split_of(checkpoint)["val"])
+    with caplog.at_level(logging.WARNING):
+        assert evaluate(checkpoint, "--split", "all", "--output_dir", tmp_path / "all") == 0
+    assert cases_in(tmp_path / "all") == [f"ball{index:02d}" for index in range(6)]
+    assert "5 of 6 cases bear ids of training cases" in caplog.text
+
+
+def keep_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script's own set-up would take pytest's log handler away."""
+    monkeypatch.setattr(evaluate_3d, "setup_logging", lambda **_: None)
+
+
+def test_moved_data_are_still_the_training_data(cohort: Path, checkpoint: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(cohort, tmp_path / "moved")
+    assert evaluate(checkpoint, "--dataset_path", moved, "--output_dir", tmp_path / "out") == 0
+    assert cases_in(tmp_path / "out") == cases_in(checkpoint.parent / "evaluation" / "test")
+
+
+def test_other_data_are_scored_whole_or_by_their_list(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_log(monkeypatch)
+    other = write_cohort(tmp_path / "clinic", cases=3, labeled=2, prefix="other")
+    with caplog.at_level(logging.INFO):
+        assert evaluate(checkpoint, "--dataset_path", other) == 0
+    folder = checkpoint.parent / "evaluation" / "clinic_test"
+    assert cases_in(folder) == ["other00", "other01"] and "scoring all 2 labelled cases" in caplog.text
+    (tmp_path / "list.txt").write_text("other01\n")
+    flags = ("--dataset_path", other, "--test_list", tmp_path / "list.txt", "--output_dir", tmp_path / "out")
+    assert evaluate(checkpoint, *flags) == 0
+    assert cases_in(tmp_path / "out") == ["other01"]
+    (other / "classes.txt").unlink()  # the number of classes is then the checkpoint's
+    assert evaluate(checkpoint, *flags) == 0
+
+
+def test_inference_flags_reach_the_summary(checkpoint: Path, tmp_path: Path) -> None:
+    flags = ("--overlap", 0.25, "--flips", "--largest_component", "--amp", "no", "--output_dir", tmp_path)
+    assert evaluate(checkpoint, *flags) == 0
+    used = json.loads((tmp_path / "summary.json").read_text())["inference"]
+    assert used["overlap"] == 0.25 and used["flips"] and used["largest_component"] and used["amp"] == "no"
+    assert evaluate(checkpoint, "--no-flips", "--output_dir", tmp_path) == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["inference"]["flips"] == []
+
+
+def test_data_that_do_not_fit_are_refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two = write_cohort(tmp_path / "two", cases=2, labeled=2, channels=2, prefix="two")
+    assert "2 image channels, the checkpoint was trained on 1" in refused(capsys, checkpoint, "--dataset_path", two)
+    more = write_cohort(tmp_path / "more", cases=2, labeled=2, prefix="more")
+    (more / "classes.txt").write_text("background\nball\ncore\nshell\n")
+    assert "4 classes" in refused(capsys, checkpoint, "--dataset_path", more)
+
+
+def test_impossible_requests_are_refused_in_one_line(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no checkpoint at" in refused(capsys, tmp_path / "none.pt")
+    assert "gone" in refused(capsys, checkpoint, "--dataset_path", tmp_path / "gone")
+    assert "--overlap 0.95" in refused(capsys, checkpoint, "--overlap", 0.95)
+    assert "did you mean --split" in refused(capsys, checkpoint, "--splitt", "val")
+    (tmp_path / "broken.pt").write_bytes(b"nonsense")
+    assert "damaged" in refused(capsys, tmp_path / "broken.pt")
+    training_case = split_of(checkpoint)["labeled"][0]
+    (tmp_path / "list.txt").write_text(f"{training_case}\n")
+    assert "training cases" in refused(capsys, checkpoint, "--test_list", tmp_path / "list.txt")
+    assert "training cases" in refused(capsys, checkpoint, "--split", "val", "--val_list", tmp_path / "list.txt")
+    with pytest.raises(SystemExit) as stop:
+        evaluate_3d.main([])
+    assert stop.value.code == 2 and "--checkpoint is required" in capsys.readouterr().err
+
+
+def test_validation_without_validation_cases_names_the_flag(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = trained_run(cohort, tmp_path / "run", method="supervised", flip_axes=())
+    assert "--val_num 0" in refused(capsys, plain, "--split", "val")
+    assert "without mirroring" in refused(capsys, plain, "--flips")
+
+
+def test_damaged_case_ends_with_code_1(checkpoint: Path, tmp_path: Path) -> None:
+    other = write_cohort(tmp_path / "clinic", cases=2, labeled=2, prefix="other")
+    path = other / "images" / "other01.nii.gz"
+    path.write_bytes(path.read_bytes()[:200])
+    assert evaluate(checkpoint, "--dataset_path", other, "--output_dir", tmp_path / "out") == 1
