@@ -73,8 +73,8 @@ class CaseSource(ABC):
         in_channels: Number of image channels C.
         class_names: One name per class, ``class_names[0]`` is the background.
         modality: "mr" or "ct"; decides how intensities are normalised.
-        flip_axes: Image axes (0, 1, 2) along which a mirrored case is a plausible case; left-right unless a source knows
-            better, since no patient is upside down.
+        flip_axes: Image axes (0, 1, 2) along which a mirrored case is a plausible case; left-right unless a source
+            knows better, since no patient is upside down.
         defaults: Training settings that suit the data where the user gives none.
     """
 
@@ -132,8 +132,10 @@ def check_label(label: np.ndarray, image_shape: Sequence[int], num_classes: int,
             "resample the label onto the image grid"
         )
     whole = np.rint(label)
-    if not np.array_equal(whole, label):
-        raise ValueError(f"case {case_id}: the label has fractional values; store class ids 0..{num_classes - 1}")
+    if not (np.isfinite(whole).all() and np.array_equal(whole, label)):
+        raise ValueError(
+            f"case {case_id}: the label has fractional values or infinities; store class ids 0..{num_classes - 1}"
+        )
     low, high = int(whole.min(initial=0)), int(whole.max(initial=0))
     if low < 0 or high >= num_classes:
         bad = low if low < 0 else high

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 MODALITIES = ("mr", "ct")
+MAX_CLASSES = 256  # labels are uint8
 
 
 def read_dataset_json(path: Path) -> dict[str, Any]:
@@ -57,7 +58,8 @@ def fit_class_names(names: tuple[str, ...] | None, num_classes: int | None, wher
     """Reconcile the names that the data state with ``--num_classes``.
 
     Raises:
-        ValueError: If neither is there, there are fewer than 2 classes, or the flag leaves named classes out.
+        ValueError: If neither is there, there are fewer than 2 or more than 256 classes, or the flag leaves named
+            classes out.
     """
     if names is None and num_classes is None:
         raise ValueError(
@@ -69,6 +71,8 @@ def fit_class_names(names: tuple[str, ...] | None, num_classes: int | None, wher
     if count < 2 or (names is not None and count < len(names)):
         least = max(2, len(names or ()))
         raise ValueError(f"{where}: {count} classes; pass --num_classes {least} or more, the background included")
+    if count > MAX_CLASSES:
+        raise ValueError(f"{where}: {count} classes; pass --num_classes {MAX_CLASSES} or fewer, labels are 8-bit")
     return known + tuple(f"class {k}" for k in range(len(known), count))
 
 

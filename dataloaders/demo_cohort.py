@@ -175,7 +175,7 @@ def smooth_field(rng: np.random.Generator, shape: tuple[int, ...], points: int) 
 
 
 def exponential(velocity: np.ndarray, squarings: int = SQUARINGS) -> np.ndarray:
-    """Displacement of the exponential of a stationary velocity field, by scaling and squaring; both (3, X, Y, Z) in voxels."""
+    """Displacement of the exponential of a steady velocity field, by scaling and squaring; (3, X, Y, Z) in voxels."""
     displacement = velocity / 2**squarings
     grid = np.indices(velocity.shape[1:])
     for _ in range(squarings):

@@ -146,7 +146,7 @@ def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If the folder holds no series or several, or a file cannot be read.
+        ValueError: If the folder holds no series or several, or a DICOM file in it cannot be read.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder; a DICOM case is a folder with the files of one series")
@@ -155,6 +155,7 @@ def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
         found = f"{len(series)} DICOM series: {', '.join(series)}" if series else "no DICOM series"
         raise ValueError(f"{folder} holds {found}; put the files of exactly one series into each case folder")
     files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
+    _refuse_lost_slices(folder, files)
     try:
         image = sitk.ReadImage(files[0]) if len(files) == 1 else _read_slices(files, folder)
     except RuntimeError as error:
@@ -164,6 +165,20 @@ def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
         raise ValueError(f"{folder}: the series has {image.GetDimension()} dimensions; export a 3D series")
     affine = sitk_affine(image)
     return sitk_to_array(image), affine, affine_spacing(affine, str(folder))
+
+
+def _refuse_lost_slices(folder: Path, files: tuple[str, ...]) -> None:
+    """Raise a ValueError for a DICOM file outside the series: GDCM leaves damaged slices out without a word."""
+    kept = {Path(name).name for name in files} | {"DICOMDIR"}
+    for path in sorted(folder.iterdir()):
+        if path.name in kept or path.name.startswith(".") or not path.is_file():
+            continue
+        with path.open("rb") as file:
+            marked = file.read(132)[128:] == b"DICM"
+        if marked or path.suffix.lower() == ".dcm":
+            raise ValueError(
+                f"{path} is no readable slice of the series; export it again, or remove it if it is no slice"
+            )
 
 
 def _read_slices(files: tuple[str, ...], folder: Path) -> sitk.Image:

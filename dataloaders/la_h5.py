@@ -107,6 +107,8 @@ class LeftAtriumH5(CaseSource):
             with h5py.File(path, "r") as file:
                 image = np.asarray(_dataset(file, "image", path)[()], dtype=np.float32)
                 label = np.asarray(_dataset(file, "label", path)[()]) if with_label else None
+        except FileNotFoundError:  # is an OSError too, but says itself what is missing
+            raise
         except OSError as error:
             raise ValueError(f"{path} is not a readable HDF5 file ({error}); copy it again") from error
         if image.ndim != 3:

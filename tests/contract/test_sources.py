@@ -1,0 +1,181 @@
+"""Every registered data source keeps the contract: a new file in dataloaders/ is tested on arrival."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import data_makers as make
+import h5py
+import numpy as np
+import pytest
+
+from dataloaders.base import SOURCES, CaseSource, SourceOptions
+from dataloaders.demo import DemoCohort
+
+
+@dataclass
+class Instance:
+    """A tiny source, and how to take the label of a case away behind its back."""
+
+    source: CaseSource
+    remove_label: Callable[[str], None]
+
+
+def make_la(root: Path) -> Instance:
+    files = {name: make.write_la_case(root, name, make.counting_image(), make.corner_label()) for name in ("b", "a")}
+    make.write_la_case(root, "c", make.counting_image())
+    (root / "train.list").write_text("b\nc\n")
+
+    def remove_label(case_id: str) -> None:
+        with h5py.File(files[case_id], "a") as file:
+            del file["label"]
+
+    return Instance(SOURCES.get("LA").from_options(SourceOptions(root=root, voxel_size=(1.0, 2.0, 3.0))), remove_label)
+
+
+def make_decathlon(root: Path) -> Instance:
+    training = []
+    for name in ("case_b", "case_a", "case_c"):
+        make.write_nifti(root / f"imagesTr/{name}.nii.gz", make.counting_image((*make.SHAPE, 2)))
+        training.append({"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"})
+    for name in ("case_b", "case_a"):
+        make.write_nifti(root / f"labelsTr/{name}.nii.gz", make.corner_label())
+    labels = {"0": "background", "1": "organ", "2": "tumour"}
+    (root / "dataset.json").write_text(json.dumps({"training": training, "labels": labels}))
+    source = SOURCES.get("decathlon").from_options(SourceOptions(root=root))
+    return Instance(source, lambda case_id: (root / f"labelsTr/{case_id}.nii.gz").unlink())
+
+
+def make_nifti(root: Path) -> Instance:
+    for name in ("a", "b", "c"):
+        make.write_nifti(root / f"images/{name}.nii.gz", make.counting_image())
+    for name in ("b", "c"):
+        make.write_nifti(root / f"labels/{name}.nii.gz", make.corner_label())
+    source = SOURCES.get("nifti").from_options(SourceOptions(root=root, num_classes=2))
+    return Instance(source, lambda case_id: (root / f"labels/{case_id}.nii.gz").unlink())
+
+
+def make_dicom(root: Path) -> Instance:
+    for name in ("a", "b"):
+        make.write_dicom(root / name, make.counting_image())
+    source = SOURCES.get("dicom").from_options(SourceOptions(root=root, num_classes=2))
+    affine = source.load("a", with_label=False).affine
+    make.write_nifti(root / "b.nii.gz", make.corner_label(), affine)
+    source = SOURCES.get("dicom").from_options(SourceOptions(root=root, num_classes=2))
+    return Instance(source, lambda case_id: (root / f"{case_id}.nii.gz").unlink())
+
+
+def make_demo(root: Path) -> Instance:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dataloaders.demo.build_template", make.blob_template)
+        source = DemoCohort(root, make.TINY_COHORT, training_cases=2, test_cases=1)
+    return Instance(source, lambda case_id: next(root.glob(f"*/labels/{case_id}.nii.gz")).unlink())
+
+
+MAKERS: dict[str, Callable[[Path], Instance]] = {
+    "LA": make_la,
+    "decathlon": make_decathlon,
+    "nifti": make_nifti,
+    "dicom": make_dicom,
+    "demo": make_demo,
+}
+
+
+@pytest.fixture(params=sorted(MAKERS))
+def instance(request: pytest.FixtureRequest, tmp_path: Path) -> Instance:
+    return MAKERS[request.param](tmp_path)
+
+
+def test_every_registered_source_has_a_maker_here() -> None:
+    assert sorted(MAKERS) == SOURCES.names(), "add a maker for the new source, so that its contract is tested"
+
+
+def test_source_states_its_classes_and_channels(instance: Instance) -> None:
+    source = instance.source
+    assert source.num_classes == len(source.class_names) >= 2 and source.in_channels >= 1
+    assert source.class_names[0] == "background" and len(set(source.class_names)) == source.num_classes
+    assert source.modality in ("mr", "ct") and set(source.flip_axes) <= {0, 1, 2}
+
+
+def test_source_lists_each_case_once_and_hands_out_copies(instance: Instance) -> None:
+    source = instance.source
+    ids = source.case_ids()
+    assert ids and len(set(ids)) == len(ids)
+    source.case_ids().clear()
+    source.labeled_ids().clear()
+    assert source.case_ids() == ids and source.labeled_ids()
+
+
+def test_labeled_and_listed_ids_are_case_ids_in_order(instance: Instance) -> None:
+    source = instance.source
+    ids, labeled = source.case_ids(), source.labeled_ids()
+    assert labeled == [case_id for case_id in ids if case_id in set(labeled)]
+    assert {*(source.official_train() or ()), *(source.official_test() or ())} <= set(ids)
+
+
+def test_volume_has_the_stated_types_and_shapes(instance: Instance) -> None:
+    source = instance.source
+    for case_id in source.case_ids():
+        volume = source.load(case_id, with_label=case_id in source.labeled_ids())
+        assert volume.case_id == case_id and volume.image.dtype == np.float32
+        assert volume.image.ndim == 4 and volume.image.shape[0] == source.in_channels
+        assert volume.affine.shape == (4, 4) and volume.affine.dtype == np.float64
+        assert volume.affine[3].tolist() == [0, 0, 0, 1]
+        assert volume.spacing == pytest.approx(np.linalg.norm(volume.affine[:3, :3], axis=0))
+        if case_id in source.labeled_ids():
+            assert volume.label is not None and volume.label.dtype == np.uint8
+            assert volume.label.shape == volume.image.shape[1:] and 0 < volume.label.max() < source.num_classes
+        else:
+            assert volume.label is None
+
+
+def test_load_without_label_opens_no_label(instance: Instance) -> None:
+    source = instance.source
+    case_id = source.labeled_ids()[0]
+    before = source.load(case_id, with_label=False)
+    instance.remove_label(case_id)
+    after = source.load(case_id, with_label=False)
+    assert before.label is None and after.label is None
+    assert np.array_equal(after.image, before.image)
+    with pytest.raises(FileNotFoundError):
+        source.load(case_id, with_label=True)
+
+
+def test_label_of_an_unlabeled_case_is_a_missing_file(instance: Instance) -> None:
+    source = instance.source
+    for case_id in set(source.case_ids()) - set(source.labeled_ids()):
+        with pytest.raises(FileNotFoundError, match=case_id):
+            source.load(case_id, with_label=True)
+
+
+def test_unknown_case_id_is_refused_by_name(instance: Instance) -> None:
+    first = instance.source.case_ids()[0]
+    with pytest.raises(FileNotFoundError, match=rf"'no_such_case' is not in .*{first}"):
+        instance.source.load("no_such_case", with_label=False)
+
+
+def test_source_survives_the_way_to_a_loader_worker(instance: Instance) -> None:
+    source = instance.source
+    case_id = source.case_ids()[-1]
+    copy = pickle.loads(pickle.dumps(source))
+    image = copy.load(case_id, with_label=False).image
+    assert np.array_equal(image, source.load(case_id, with_label=False).image)
+
+
+@pytest.mark.parametrize("name", ["LA", "decathlon", "dicom", "nifti"])
+def test_source_that_reads_files_asks_for_an_existing_folder(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--dataset_path"):
+        SOURCES.get(name).from_options(SourceOptions())
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        SOURCES.get(name).from_options(SourceOptions(root=tmp_path / "missing"))
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        SOURCES.get(name).from_options(SourceOptions(root=tmp_path, num_classes=2))
+
+
+def test_unknown_source_gets_a_hint() -> None:
+    with pytest.raises(ValueError, match="did you mean 'decathlon'"):
+        SOURCES.get("decathalon")

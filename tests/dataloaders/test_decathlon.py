@@ -1,0 +1,230 @@
+"""Decathlon and nnU-Net raw folders: dataset.json in its forms, channels, missing labels, damaged files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import data_makers as make
+import numpy as np
+import pytest
+
+from dataloaders.decathlon import DecathlonFolder
+
+LABELS = {"0": "background", "1": "organ", "2": "tumour"}
+
+
+def describe(root: Path, **content: Any) -> None:
+    (root / "dataset.json").write_text(json.dumps({"labels": LABELS} | content))
+
+
+def entry(name: str) -> dict[str, str]:
+    return {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
+
+
+def write_case(root: Path, name: str, label: np.ndarray | None = None) -> None:
+    make.write_nifti(root / f"imagesTr/{name}.nii.gz", make.counting_image())
+    make.write_nifti(root / f"labelsTr/{name}.nii.gz", make.corner_label() if label is None else label)
+
+
+def test_msd_cases_keep_the_order_of_dataset_json(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        write_case(tmp_path, name)
+    make.write_nifti(tmp_path / "imagesTs/t.nii.gz", make.counting_image())
+    describe(tmp_path, training=[entry("b"), entry("a")], test=["./imagesTs/t.nii.gz"])
+    source = DecathlonFolder(tmp_path)
+    assert source.case_ids() == ["b", "a", "t"] and source.labeled_ids() == ["b", "a"]
+    assert source.class_names == ("background", "organ", "tumour") and source.num_classes == 3
+    volume = source.load("a", with_label=True)
+    assert np.array_equal(volume.affine, make.AFFINE) and volume.spacing == (1.0, 2.0, 3.0)
+    assert volume.image[0, 1, 2, 3] == 31 and volume.label is not None and volume.label.sum() == 8
+
+
+def test_missing_label_file_means_unlabeled(tmp_path: Path) -> None:
+    write_case(tmp_path, "a")
+    make.write_nifti(tmp_path / "imagesTr/b.nii.gz", make.counting_image())
+    make.write_nifti(tmp_path / "imagesTr/c.nii.gz", make.counting_image())
+    describe(tmp_path, training=[entry("a"), entry("b"), "imagesTr/c.nii.gz"])
+    source = DecathlonFolder(tmp_path)
+    assert source.case_ids() == ["a", "b", "c"] and source.labeled_ids() == ["a"]
+    with pytest.raises(FileNotFoundError, match=r"case b of .* has no label file"):
+        source.load("b", with_label=True)
+
+
+def test_four_axes_are_channels(tmp_path: Path) -> None:
+    make.write_nifti(tmp_path / "imagesTr/a.nii.gz", make.counting_image((*make.SHAPE, 2)))
+    describe(tmp_path, training=[entry("a")])
+    source = DecathlonFolder(tmp_path)
+    image = source.load("a", with_label=False).image
+    assert source.in_channels == 2 and image.shape == (2, 6, 5, 4)
+    assert image[1, 0, 0, 1] == 3 and image[0, 0, 0, 1] == 2  # channels run fastest in the file
+
+
+def test_nnunet_channel_files_are_stacked(tmp_path: Path) -> None:
+    for case in ("p1", "p2"):
+        for channel in (0, 1):
+            make.write_nifti(tmp_path / f"imagesTr/{case}_{channel:04d}.nii.gz", make.counting_image() + 1000 * channel)
+    make.write_nifti(tmp_path / "labelsTr/p1.nii.gz", make.corner_label())
+    for channel in (0, 1):
+        make.write_nifti(tmp_path / f"imagesTs/p9_{channel:04d}.nii.gz", make.counting_image())
+    describe(
+        tmp_path,
+        labels={"background": 0, "organ": 1},
+        channel_names={"0": "CT", "1": "CT"},
+        file_ending=".nii.gz",
+        numTraining=2,
+    )
+    source = DecathlonFolder(tmp_path)
+    assert source.case_ids() == ["p1", "p2", "p9"] and source.labeled_ids() == ["p1"]
+    assert source.in_channels == 2 and source.modality == "ct" and source.num_classes == 2
+    volume = source.load("p1", with_label=True)
+    assert volume.image.shape == (2, 6, 5, 4) and volume.image[1, 0, 0, 0] == 1000
+
+
+def test_nnunet_v1_names_stand_for_their_channel_files(tmp_path: Path) -> None:
+    make.write_nifti(tmp_path / "imagesTr/a_0000.nii.gz", make.counting_image())
+    make.write_nifti(tmp_path / "imagesTr/a_0001.nii.gz", make.counting_image())
+    describe(tmp_path, training=[entry("a")])
+    source = DecathlonFolder(tmp_path)
+    assert source.case_ids() == ["a"] and source.in_channels == 2
+
+
+def test_nnunet_v2_dataset_table_names_its_cases(tmp_path: Path) -> None:
+    write_case(tmp_path, "file")
+    item = {"images": ["imagesTr/file.nii.gz"], "label": "labelsTr/file.nii.gz"}
+    describe(tmp_path, dataset={"case7": item})
+    source = DecathlonFolder(tmp_path)
+    assert source.case_ids() == ["case7"] == source.labeled_ids()
+
+
+def test_folders_without_channel_suffix_hold_a_case_per_file(tmp_path: Path) -> None:
+    write_case(tmp_path, "scan_2020")  # four digits that are no channel
+    write_case(tmp_path, "other")
+    (tmp_path / "imagesTr/._other.nii.gz").write_bytes(b"macOS")
+    describe(tmp_path)
+    assert DecathlonFolder(tmp_path).labeled_ids() == ["other", "scan_2020"]
+
+
+def test_channel_on_another_grid_is_refused(tmp_path: Path) -> None:
+    shifted = make.AFFINE.copy()
+    shifted[0, 3] += 1
+    make.write_nifti(tmp_path / "imagesTr/a_0000.nii.gz", make.counting_image())
+    make.write_nifti(tmp_path / "imagesTr/a_0001.nii.gz", make.counting_image(), shifted)
+    describe(tmp_path)
+    with pytest.raises(ValueError, match=r"case a: .*a_0001.nii.gz is not on the grid"):
+        DecathlonFolder(tmp_path).load("a", with_label=False)
+
+
+def test_case_with_other_channels_is_refused(tmp_path: Path) -> None:
+    write_case(tmp_path, "a")
+    make.write_nifti(tmp_path / "imagesTr/b.nii.gz", make.counting_image((*make.SHAPE, 2)))
+    describe(tmp_path, training=[entry("a"), entry("b")])
+    with pytest.raises(ValueError, match="case b: 2 channels, the first case has 1"):
+        DecathlonFolder(tmp_path).load("b", with_label=False)
+
+
+def test_truncated_image_is_refused_by_name(tmp_path: Path) -> None:
+    write_case(tmp_path, "a")
+    path = tmp_path / "imagesTr/a.nii.gz"
+    path.write_bytes(path.read_bytes()[:-30])
+    describe(tmp_path, training=[entry("a")])
+    with pytest.raises(ValueError, match=r"(?s)a.nii.gz: .* again"):
+        DecathlonFolder(tmp_path).load("a", with_label=False)
+
+
+def test_label_on_a_shifted_grid_is_refused(tmp_path: Path) -> None:
+    write_case(tmp_path, "a")
+    shifted = make.AFFINE.copy()
+    shifted[2, 3] += 0.5
+    make.write_nifti(tmp_path / "labelsTr/a.nii.gz", make.corner_label(), shifted)
+    describe(tmp_path, training=[entry("a")])
+    with pytest.raises(ValueError, match=r"case a: the affine of label .* by 0.5 mm, more than 0.001 mm"):
+        DecathlonFolder(tmp_path).load("a", with_label=True)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (make.corner_label((6, 5, 5)), r"label shape \(6, 5, 5\) differs"),
+        (make.corner_label(class_id=3), "class id 3 is outside 0..2; pass --num_classes 4"),
+        (make.corner_label().astype(np.float32) * 0.5, "fractional values"),
+        (np.stack([make.corner_label()] * 2, -1), "has 2 channels"),
+    ],
+)
+def test_bad_label_is_refused_with_the_case(tmp_path: Path, label: np.ndarray, message: str) -> None:
+    write_case(tmp_path, "a", label)
+    describe(tmp_path, training=[entry("a")])
+    with pytest.raises(ValueError, match=f"case a: .*{message}"):
+        DecathlonFolder(tmp_path).load("a", with_label=True)
+
+
+def test_bad_entries_are_refused(tmp_path: Path) -> None:
+    write_case(tmp_path, "a")
+    describe(tmp_path, training=[entry("a"), entry("a")])
+    with pytest.raises(ValueError, match="lists case 'a' twice"):
+        DecathlonFolder(tmp_path)
+    describe(tmp_path, training=[entry("a"), entry("gone")])
+    with pytest.raises(FileNotFoundError, match=r"gone.nii.gz is listed in .* but does not exist"):
+        DecathlonFolder(tmp_path)
+    describe(tmp_path, training=[{"label": "x"}])
+    with pytest.raises(ValueError, match="has no 'image'"):
+        DecathlonFolder(tmp_path)
+    describe(tmp_path, file_ending=".png")
+    with pytest.raises(ValueError, match="convert the images"):
+        DecathlonFolder(tmp_path)
+
+
+def test_bad_dataset_json_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"dataset.json at its top"):
+        DecathlonFolder(tmp_path)
+    (tmp_path / "dataset.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        DecathlonFolder(tmp_path)
+    (tmp_path / "dataset.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds a list"):
+        DecathlonFolder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"background": 0, "whole": [1, 2]}, "regions and ignore labels"),
+        ({"background": 0, "organ": 1, "ignore": 2}, "regions and ignore labels"),
+        ({"organ": 1, "other": 1}, "class id 1 has two names"),
+        ([], "expected names by class id"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(tmp_path: Path, labels: Any, message: str) -> None:
+    describe(tmp_path, labels=labels)
+    with pytest.raises(ValueError, match=message):
+        DecathlonFolder(tmp_path)
+
+
+def test_num_classes_flag_adds_classes_and_never_drops_named_ones(tmp_path: Path) -> None:
+    write_case(tmp_path, "a")
+    describe(tmp_path, training=[entry("a")], labels={"0": "background", "2": "tumour"})
+    assert DecathlonFolder(tmp_path).class_names == ("background", "class 1", "tumour")
+    assert DecathlonFolder(tmp_path, num_classes=4).class_names[3] == "class 3"
+    with pytest.raises(ValueError, match="pass --num_classes 3 or more"):
+        DecathlonFolder(tmp_path, num_classes=2)
+
+
+def test_modality_comes_from_dataset_json_unless_a_flag_says_otherwise(tmp_path: Path) -> None:
+    write_case(tmp_path, "a")
+    describe(tmp_path, training=[entry("a")], modality={"0": "CT"})
+    assert DecathlonFolder(tmp_path).modality == "ct"
+    assert DecathlonFolder(tmp_path, modality="mr").modality == "mr"
+    with pytest.raises(ValueError, match="--modality 'pet': pass one of mr, ct"):
+        DecathlonFolder(tmp_path, modality="pet")
+    describe(tmp_path, training=[entry("a")], modality={"0": "CT", "1": "PET"})
+    assert DecathlonFolder(tmp_path).modality == "mr"
+
+
+def test_real_hippocampus_has_200_labeled_cases_of_three_classes(shared_data: Path) -> None:
+    source = DecathlonFolder(shared_data / "Task04_Hippocampus")
+    assert len(source.case_ids()) == 200 == len(source.labeled_ids())
+    assert source.class_names == ("background", "Anterior", "Posterior") and source.modality == "mr"
+    volume = source.load("hippocampus_001", with_label=True)
+    assert volume.label is not None and set(np.unique(volume.label)) == {0, 1, 2}
+    assert volume.spacing == pytest.approx((1.0, 1.0, 1.0))

@@ -1,0 +1,160 @@
+"""DICOM folders: series written slice by slice with SimpleITK come back in (X, Y, Z) with their RAS affine."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import data_makers as make
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813 - its usual name
+
+from dataloaders.dicom import DicomFolders
+from dataloaders.geometry import read_dicom_series
+
+# ITK's LPS: spacing (0.5, 0.75, 2), origin (-10, 20, 30), axes along L, P, S. RAS turns the signs of x and y.
+RAS = np.array([[-0.5, 0, 0, 10], [0, -0.75, 0, -20], [0, 0, 2, 30], [0, 0, 0, 1.0]])
+
+
+def test_axial_series_has_its_voxels_and_ras_affine(tmp_path: Path) -> None:
+    voxels = make.counting_image()
+    make.write_dicom(tmp_path / "a", voxels)
+    volume = DicomFolders(tmp_path, num_classes=2).load("a", with_label=False)
+    assert volume.image.shape == (1, 6, 5, 4) and np.array_equal(volume.image[0], voxels)
+    assert np.allclose(volume.affine, RAS, atol=1e-5) and volume.spacing == pytest.approx((0.5, 0.75, 2.0))
+
+
+def test_sagittal_series_has_its_voxels_and_ras_affine(tmp_path: Path) -> None:
+    # In LPS: rows run to the back (+y), columns down (-z), slices to the right (-x).
+    direction = (0, 0, -1, 1, 0, 0, 0, -1, 0)
+    voxels = make.counting_image()
+    image, affine, spacing = read_dicom_series(make.write_dicom(tmp_path / "a", voxels, direction=direction))
+    expected = [[0, 0, 2, 10], [-0.5, 0, 0, -20], [0, -0.75, 0, 30], [0, 0, 0, 1]]
+    assert np.array_equal(image[0], voxels)
+    assert np.allclose(affine, expected, atol=1e-5) and spacing == pytest.approx((0.5, 0.75, 2.0))
+
+
+def test_single_slice_is_a_volume(tmp_path: Path) -> None:
+    image, affine, _ = read_dicom_series(make.write_dicom(tmp_path / "a", make.counting_image((6, 5, 1))))
+    assert image.shape == (1, 6, 5, 1) and np.allclose(affine[:3, 3], RAS[:3, 3], atol=1e-5)
+
+
+def test_nifti_label_in_the_root_or_in_its_labels_folder(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        make.write_dicom(tmp_path / name, make.counting_image())
+    make.write_nifti(tmp_path / "a.nii.gz", make.corner_label(), RAS)
+    make.write_nifti(tmp_path / "labels/b.nii.gz", make.corner_label(), RAS)
+    source = DicomFolders(tmp_path, num_classes=2)
+    assert source.case_ids() == ["a", "b", "c"] and source.labeled_ids() == ["a", "b"]
+    for name in ("a", "b"):
+        label = source.load(name, with_label=True).label
+        assert label is not None and label.sum() == 8 and label[:2, :2, :2].all()
+    with pytest.raises(FileNotFoundError, match=r"no label c.nii.gz"):
+        source.load("c", with_label=True)
+
+
+def test_label_on_the_lps_grid_is_refused(tmp_path: Path) -> None:
+    make.write_dicom(tmp_path / "a", make.counting_image())
+    make.write_nifti(tmp_path / "a.nii.gz", make.corner_label(), np.diag([-1.0, -1, 1, 1]) @ RAS)
+    with pytest.raises(ValueError, match=r"case a: the affine of label .* differs"):
+        DicomFolders(tmp_path, num_classes=2).load("a", with_label=True)
+
+
+def test_two_labels_of_a_case_are_refused(tmp_path: Path) -> None:
+    make.write_dicom(tmp_path / "a", make.counting_image())
+    make.write_nifti(tmp_path / "a.nii.gz", make.corner_label())
+    make.write_nifti(tmp_path / "labels/a.nii.gz", make.corner_label())
+    with pytest.raises(ValueError, match=r"case a has the labels .* keep one"):
+        DicomFolders(tmp_path, num_classes=2)
+
+
+def test_two_series_in_a_folder_are_refused(tmp_path: Path) -> None:
+    make.write_dicom(tmp_path / "a", make.counting_image(), series="1.2.3.1")
+    make.write_dicom(tmp_path / "a", make.counting_image(), series="1.2.3.2")
+    with pytest.raises(ValueError, match=r"a holds 2 DICOM series: 1.2.3.1.*exactly one series"):
+        DicomFolders(tmp_path, num_classes=2).load("a", with_label=False)
+
+
+def test_folder_without_dicom_is_refused_on_load(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/readme.txt").write_text("nothing here")
+    source = DicomFolders(tmp_path, num_classes=2)
+    assert source.modality == "mr"
+    with pytest.raises(ValueError, match="a holds no DICOM series"):
+        source.load("a", with_label=False)
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        read_dicom_series(tmp_path / "b")
+
+
+@pytest.mark.parametrize("kept", [0, 600, 5000])
+def test_damaged_slice_is_refused_by_name(tmp_path: Path, kept: int) -> None:
+    folder = make.write_dicom(tmp_path / "a", make.counting_image((64, 64, 4)))
+    path = min(folder.iterdir())  # the last slice: without it the others are still evenly spaced
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=f"{path.name} is no readable slice of the series; export it again"):
+        read_dicom_series(folder)
+
+
+def test_files_that_are_no_slices_may_lie_beside_the_series(tmp_path: Path) -> None:
+    folder = make.write_dicom(tmp_path / "a", make.counting_image())
+    (folder / "note.txt").write_text("from the scanner in room 3")
+    (folder / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    (folder / "old").mkdir()
+    assert read_dicom_series(folder)[0].shape == (1, 6, 5, 4)
+
+
+def test_series_that_cannot_be_stacked_is_refused(tmp_path: Path) -> None:
+    folder = make.write_dicom(tmp_path / "a", make.counting_image((6, 5, 2)))
+    make.write_dicom(tmp_path / "b", make.counting_image((8, 5, 2)), origin=(-10, 20, 40))
+    for path in (tmp_path / "b").iterdir():
+        path.rename(folder / f"wider_{path.name}")
+    with pytest.raises(ValueError, match=r"the series cannot be read .* export it again"):
+        read_dicom_series(folder)
+
+
+def test_missing_slice_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make.write_dicom(tmp_path / "a", make.counting_image((6, 5, 6)), skip=(3,))
+    with caplog.at_level(logging.WARNING):
+        image, _, _ = read_dicom_series(folder)
+    assert image.shape == (1, 6, 5, 5)
+    assert "slice distances run from 2 to 4 mm" in caplog.text
+
+
+def test_colour_series_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    colour = sitk.GetImageFromArray(np.zeros((1, 5, 6, 3), np.uint8), isVector=True)
+    colour.SetMetaData("0020|000e", "1.2.3.4")
+    sitk.WriteImage(colour, str(tmp_path / "a/colour.dcm"))
+    with pytest.raises(ValueError, match="case a: 3 colour components; export a greyscale series"):
+        DicomFolders(tmp_path, num_classes=2).load("a", with_label=False)
+
+
+@pytest.mark.parametrize(("stated", "expected"), [("CT", "ct"), ("MR", "mr"), ("PT", "mr")])
+def test_modality_comes_from_the_header_unless_a_flag_gives_it(tmp_path: Path, stated: str, expected: str) -> None:
+    make.write_dicom(tmp_path / "a", make.counting_image(), modality=stated)
+    (tmp_path / "a/0_note.txt").write_text("not DICOM")
+    assert DicomFolders(tmp_path, num_classes=2).modality == expected
+    assert DicomFolders(tmp_path, num_classes=2, modality="ct").modality == "ct"
+
+
+def test_class_names_come_from_the_root(tmp_path: Path) -> None:
+    make.write_dicom(tmp_path / "a", make.counting_image())
+    (tmp_path / "classes.txt").write_text("background\nliver\n")
+    assert DicomFolders(tmp_path).class_names == ("background", "liver")
+
+
+def test_root_without_case_folders_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "labels").mkdir()
+    with pytest.raises(FileNotFoundError, match="has no case folders"):
+        DicomFolders(tmp_path, num_classes=2)
+
+
+def test_affine_agrees_with_itk_written_nifti(tmp_path: Path) -> None:
+    image = sitk.GetImageFromArray(np.zeros((4, 5, 6), np.int16))
+    image.SetSpacing((0.5, 0.75, 2.0))
+    image.SetOrigin((-10, 20, 30))
+    sitk.WriteImage(image, str(tmp_path / "itk.nii.gz"))
+    _, affine, _ = read_dicom_series(make.write_dicom(tmp_path / "a", make.counting_image()))
+    assert np.allclose(nib.load(tmp_path / "itk.nii.gz").affine, affine, atol=1e-5)

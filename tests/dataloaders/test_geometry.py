@@ -1,0 +1,115 @@
+"""Reading NIfTI: axes, units, spacing, damaged headers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import data_makers as make
+import nibabel as nib
+import numpy as np
+import pytest
+
+from dataloaders.geometry import affine_spacing, nifti_channels, read_label, read_nifti
+
+
+def test_read_nifti_gives_channels_first_float32(tmp_path: Path) -> None:
+    image, affine, spacing = read_nifti(make.write_nifti(tmp_path / "a.nii.gz", make.counting_image().astype(np.int16)))
+    assert image.dtype == np.float32 and image.shape == (1, 6, 5, 4) and image.flags.c_contiguous
+    assert image[0, 2, 1, 3] == 2 * 20 + 1 * 4 + 3
+    assert affine.dtype == np.float64 and np.array_equal(affine, make.AFFINE) and spacing == (1.0, 2.0, 3.0)
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 4, 3), (6, 5, 4, 1, 3)])
+def test_channels_lie_on_the_fourth_or_the_vector_axis(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    voxels = make.counting_image(shape)
+    path = make.write_nifti(tmp_path / "a.nii.gz", voxels)
+    image, _, _ = read_nifti(path)
+    assert nifti_channels(path) == 3 and image.shape == (3, 6, 5, 4)
+    assert image[2, 1, 1, 1] == voxels.reshape(6, 5, 4, 3)[1, 1, 1, 2]
+
+
+def test_stored_scale_and_intercept_are_applied(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(make.counting_image().astype(np.int16), np.eye(4))
+    image.header.set_slope_inter(2.0, -1024.0)
+    nib.save(image, tmp_path / "a.nii.gz")
+    stored = nib.load(tmp_path / "a.nii.gz")
+    read, _, _ = read_nifti(tmp_path / "a.nii.gz")
+    assert np.array_equal(read[0], stored.get_fdata()) and read[0, 0, 0, 0] == pytest.approx(
+        stored.get_fdata()[0, 0, 0]
+    )
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("meter", 1000.0), ("micron", 0.001), ("mm", 1.0), ("unknown", 1.0)])
+def test_units_become_millimetres(tmp_path: Path, unit: str, factor: float) -> None:
+    _, affine, spacing = read_nifti(make.write_nifti(tmp_path / "a.nii.gz", make.counting_image(), unit=unit))
+    assert np.allclose(affine[:3], make.AFFINE[:3] * factor) and affine[3].tolist() == [0, 0, 0, 1]
+    assert spacing == pytest.approx((factor, 2 * factor, 3 * factor))
+
+
+def test_spacing_is_the_length_of_the_affine_columns() -> None:
+    turned = np.array([[0.0, -2, 0, 7], [3, 0, 0, 8], [0, 0, 4, 9], [0, 0, 0, 1]])
+    assert affine_spacing(turned, "x") == (3.0, 2.0, 4.0)
+    sheared = np.array([[3.0, 0, 0, 0], [4, 1, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1]])
+    assert affine_spacing(sheared, "x") == (5.0, 1.0, 2.0)
+
+
+@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
+def test_affine_that_cannot_be_inverted_is_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match=r"scan.nii: the affine .* is not invertible"):
+        affine_spacing(np.diag([1.0, bad, 1.0, 1.0]), "scan.nii")
+
+
+def test_files_that_are_no_image_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"gone.nii.gz does not exist"):
+        read_nifti(tmp_path / "gone.nii.gz")
+    for name in ("text.nii", "text.nii.gz", "text.dat"):
+        (tmp_path / name).write_text("this is a note")
+        with pytest.raises(ValueError, match=f"{name}: not a readable NIfTI file"):
+            read_nifti(tmp_path / name)
+    nib.save(nib.MGHImage(make.counting_image(), np.eye(4)), tmp_path / "free.mgz")
+    with pytest.raises(ValueError, match=r"free.mgz: is MGHImage, not NIfTI; convert it"):
+        read_nifti(tmp_path / "free.mgz")
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
+def test_truncated_file_is_refused_by_name(tmp_path: Path, name: str, share: float) -> None:
+    path = make.write_nifti(tmp_path / name, np.random.default_rng(0).normal(size=(8, 8, 8)))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=rf"(?s){name}: .* again"):
+        read_nifti(path)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 4, 2, 2)])
+def test_other_numbers_of_axes_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = make.write_nifti(tmp_path / "a.nii.gz", make.counting_image(shape))
+    with pytest.raises(ValueError, match="an image has 3 axes, or 4 with channels last"):
+        read_nifti(path)
+
+
+def test_colour_voxels_are_refused(tmp_path: Path) -> None:
+    colour = np.zeros(make.SHAPE, dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+    path = make.write_nifti(tmp_path / "a.nii.gz", colour)
+    with pytest.raises(ValueError, match=r"a.nii.gz: the voxels cannot be read"):
+        read_nifti(path)
+
+
+def test_label_affine_may_differ_by_rounding_alone(tmp_path: Path) -> None:
+    image = make.counting_image()[None]
+    near = make.AFFINE.copy()
+    near[:3, 3] += 5e-4  # the limit is a thousandth of the smallest voxel side, 1 mm
+    path = make.write_nifti(tmp_path / "a.nii.gz", make.corner_label(), near)
+    label = read_label(path, "a", image=image, affine=make.AFFINE, num_classes=2)
+    assert label.dtype == np.uint8 and label.sum() == 8
+    near[:3, 3] += 2e-3
+    make.write_nifti(path, make.corner_label(), near)
+    with pytest.raises(ValueError, match=r"differs from the image's by 0.0025 mm"):
+        read_label(path, "a", image=image, affine=make.AFFINE, num_classes=2)
+
+
+def test_label_in_other_units_fits_its_image(tmp_path: Path) -> None:
+    metres = np.diag([1e-3, 1e-3, 1e-3, 1]) @ make.AFFINE
+    path = make.write_nifti(tmp_path / "a.nii.gz", make.corner_label()[..., None], metres, unit="meter")
+    label = read_label(path, "a", image=make.counting_image()[None], affine=make.AFFINE, num_classes=2)
+    assert label.shape == make.SHAPE

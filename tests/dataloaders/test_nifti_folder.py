@@ -1,0 +1,128 @@
+"""Plain NIfTI folders: matching by name, class names beside the data, damaged and unfitting files."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import data_makers as make
+import numpy as np
+import pytest
+
+from dataloaders.nifti_folder import NiftiFolder
+
+
+def write_pair(root: Path, name: str, label: np.ndarray | None = None) -> None:
+    make.write_nifti(root / f"images/{name}.nii.gz", make.counting_image())
+    make.write_nifti(root / f"labels/{name}.nii.gz", make.corner_label() if label is None else label)
+
+
+def test_images_and_labels_match_by_name(tmp_path: Path) -> None:
+    write_pair(tmp_path, "b")
+    make.write_nifti(tmp_path / "images/a.nii", make.counting_image())
+    (tmp_path / "images/.hidden.nii.gz").write_bytes(b"")
+    (tmp_path / "images/notes.txt").write_text("no image")
+    source = NiftiFolder(tmp_path, num_classes=2)
+    assert source.case_ids() == ["a", "b"] and source.labeled_ids() == ["b"]
+    assert source.modality == "mr" and source.in_channels == 1
+    volume = source.load("b", with_label=True)
+    assert volume.image[0, 5, 4, 3] == 119 and volume.label is not None and volume.label.sum() == 8
+    assert np.array_equal(volume.affine, make.AFFINE)
+    with pytest.raises(FileNotFoundError, match="case a: no label of that name"):
+        source.load("a", with_label=True)
+
+
+def test_folder_without_labels_is_unlabeled(tmp_path: Path) -> None:
+    make.write_nifti(tmp_path / "images/a.nii.gz", make.counting_image())
+    assert NiftiFolder(tmp_path, num_classes=2).labeled_ids() == []
+
+
+def test_label_without_an_image_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_pair(tmp_path, "a")
+    make.write_nifti(tmp_path / "labels/orphan.nii.gz", make.corner_label())
+    with caplog.at_level(logging.WARNING):
+        source = NiftiFolder(tmp_path, num_classes=2)
+    assert source.case_ids() == ["a"] and "'orphan'" in caplog.text
+
+
+def test_number_of_classes_is_never_read_from_labels(tmp_path: Path) -> None:
+    write_pair(tmp_path, "a")
+    with pytest.raises(ValueError, match="pass --num_classes"):
+        NiftiFolder(tmp_path)
+
+
+def test_class_names_come_from_classes_txt_or_dataset_json(tmp_path: Path) -> None:
+    write_pair(tmp_path, "a")
+    (tmp_path / "classes.txt").write_bytes(b"background\r\nliver\r\n\r\ntumour\r\n")
+    assert NiftiFolder(tmp_path).class_names == ("background", "liver", "tumour")
+    content = {"labels": {"background": 0, "spleen": 1}, "channel_names": {"0": "CT"}}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    source = NiftiFolder(tmp_path)
+    assert source.class_names == ("background", "spleen") and source.modality == "ct"
+
+
+def test_classes_txt_with_one_name_is_refused(tmp_path: Path) -> None:
+    write_pair(tmp_path, "a")
+    (tmp_path / "classes.txt").write_text("background\n")
+    with pytest.raises(ValueError, match="write at least 2"):
+        NiftiFolder(tmp_path)
+
+
+@pytest.mark.parametrize("count", [1, 0, -2, 257])
+def test_impossible_number_of_classes_is_refused(tmp_path: Path, count: int) -> None:
+    write_pair(tmp_path, "a")
+    with pytest.raises(ValueError, match=f"{count} classes; pass --num_classes"):
+        NiftiFolder(tmp_path, num_classes=count)
+
+
+def test_same_name_with_both_suffixes_is_refused(tmp_path: Path) -> None:
+    write_pair(tmp_path, "a")
+    make.write_nifti(tmp_path / "images/a.nii", make.counting_image())
+    with pytest.raises(ValueError, match=r"holds a.nii and a.nii.gz; keep one"):
+        NiftiFolder(tmp_path, num_classes=2)
+
+
+def test_empty_image_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"holds no .nii or .nii.gz file"):
+        NiftiFolder(tmp_path, num_classes=2)
+
+
+@pytest.mark.parametrize("kept", [40, 200])
+def test_truncated_image_is_refused_by_name(tmp_path: Path, kept: int) -> None:
+    write_pair(tmp_path, "a")
+    write_pair(tmp_path, "b")
+    path = tmp_path / "images/b.nii.gz"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"(?s)b.nii.gz: .* again"):
+        NiftiFolder(tmp_path, num_classes=2).load("b", with_label=False)
+
+
+def test_case_with_other_channels_is_refused(tmp_path: Path) -> None:
+    write_pair(tmp_path, "a")
+    make.write_nifti(tmp_path / "images/b.nii.gz", make.counting_image((*make.SHAPE, 3)))
+    with pytest.raises(ValueError, match=r"case b: .* has 3 channels, the first case 1"):
+        NiftiFolder(tmp_path, num_classes=2).load("b", with_label=False)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (make.corner_label((5, 5, 4)), r"label shape \(5, 5, 4\) differs"),
+        (make.corner_label(class_id=7), "class id 7 is outside 0..1; pass --num_classes 8"),
+        (make.corner_label().astype(np.float32) + 0.25, "fractional values"),
+    ],
+)
+def test_bad_label_is_refused_with_the_case(tmp_path: Path, label: np.ndarray, message: str) -> None:
+    write_pair(tmp_path, "a", label)
+    source = NiftiFolder(tmp_path, num_classes=2)
+    source.load("a", with_label=False)  # the label is not looked at
+    with pytest.raises(ValueError, match=f"case a: .*{message}"):
+        source.load("a", with_label=True)
+
+
+def test_real_left_atrium_at_full_resolution_loads(shared_data: Path) -> None:
+    source = NiftiFolder(shared_data / "LA_1.25mm", num_classes=2)
+    volume = source.load(source.labeled_ids()[0], with_label=True)
+    assert volume.spacing == pytest.approx((1.25, 1.25, 1.25)) and volume.label is not None
