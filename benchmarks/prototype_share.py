@@ -40,6 +40,7 @@ def make_trainer(prototypes: bool, patch: tuple[int, int, int], classes: int, de
         use_contrastive_prototype=prototypes,
         use_learned_selector=True,
         base_lr=lr,
+        labeled_bs=2,
         weight_decay=decay,
     )
     names = ("background", *(f"class {index}" for index in range(1, classes)))

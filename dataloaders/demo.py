@@ -46,7 +46,7 @@ class DemoCohort(CaseSource):
     in_channels = 1
     class_names = CLASS_NAMES
     flip_axes = (0,)  # the brain is symmetric from left to right, and in no other direction
-    defaults = TrainingDefaults(patch_size=(40, 40, 40), max_iteration=500, labelnum=4)
+    defaults = TrainingDefaults(patch_size=(40, 40, 40), max_iteration=400, labelnum=4)
 
     def __init__(
         self,
@@ -66,6 +66,8 @@ class DemoCohort(CaseSource):
         """Build from ``--cache_dir``; the demo takes no other data flag."""
         if options.root is not None:
             raise ValueError(f"--dataset_path {options.root}: the demo makes its own data; leave the flag out")
+        if options.num_classes not in (None, cls.num_classes):
+            raise ValueError(f"--num_classes {options.num_classes}: the demo has {cls.num_classes}; leave the flag out")
         return cls(options.cache_dir)
 
     def case_ids(self) -> list[str]:
@@ -100,6 +102,7 @@ def cohort_folder(cache_dir: Path, settings: CohortSettings, cases: int) -> Path
     logger.info("making the demo cohort, %d cases, once (kept in %s)", cases, folder)
     cache_dir.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=".demo-", dir=cache_dir))
+    fresh.chmod(0o755)  # mkdtemp makes it private, but a cache may be shared
     try:
         _write_cohort(fresh, settings, cases)
         if folder.exists() and not is_complete(folder):
@@ -119,7 +122,7 @@ def is_complete(folder: Path) -> bool:
     """Whether every file of the manifest is there in its full size."""
     try:
         sizes: dict[str, int] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+        return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, AttributeError):
         return False
 

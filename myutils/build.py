@@ -16,7 +16,6 @@ from myutils.methods.base import METHODS, Method
 from networks.base import NETWORKS, SegmentationNetwork
 from networks.precision import guard_convolutions
 
-
 # Learning rate and weight decay per optimizer, chosen on validation cases of LA and hippocampus (docs/results.md).
 OPTIMIZER_DEFAULTS = {"adamw": (0.003, 0.01), "sgd": (0.1, 1e-4)}
 
@@ -65,9 +64,14 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
     base_lr, weight_decay = OPTIMIZER_DEFAULTS[config.optimizer]
     labelnum = config.labelnum if config.labelnum is not None else defaults.labelnum
     prototypes = config.use_contrastive_prototype
+    method = METHODS.get(config.method)
+    labeled_bs = config.labeled_bs or max(1, config.batch_size // 2)
+    if method.uses_unlabeled and labeled_bs >= config.batch_size:
+        raise ValueError(f"--batch_size {config.batch_size}: {config.method} needs at least 2, one patch unlabelled")
     return dataclasses.replace(
         config,
         labelnum=labelnum,
+        labeled_bs=labeled_bs,
         patch_size=config.patch_size or defaults.patch_size,
         max_iteration=config.max_iteration or defaults.max_iteration,
         base_lr=config.base_lr if config.base_lr is not None else base_lr,
@@ -75,9 +79,7 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
         modality=config.modality or source.modality,
         flip_axes=config.flip_axes if config.flip_axes is not None else tuple(source.flip_axes),
         baseline=config.baseline if config.baseline is not None else config.dataset_name == "demo",
-        use_contrastive_prototype=(
-            prototypes if prototypes is not None else METHODS.get(config.method).prototypes_by_default
-        ),
+        use_contrastive_prototype=(prototypes if prototypes is not None else method.prototypes_by_default),
         exp=config.exp or f"{config.dataset_name}_{config.method}_{labelnum}labels_seed{config.seed}",
     )
 

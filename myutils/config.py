@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,9 @@ class RunConfig:
     )
     intra_weight: float = option(0.01, help="weight of the term's within-class loss, >= 0", group=PROTOTYPES)
     inter_weight: float = option(0.01, help="weight of the term's between-class loss, >= 0", group=PROTOTYPES)
+    memory_from_unlabeled: bool = option(
+        False, help="pseudo-labelled features may replace labelled ones in memory", group=PROTOTYPES
+    )
     elements_per_class: int = option(32, help="vectors in memory per class, >= 1", group=PROTOTYPES)
     use_learned_selector: bool = option(True, help="learned selectors weight features and memory", group=PROTOTYPES)
     prototype_ranking: str = option(
@@ -80,7 +84,7 @@ class RunConfig:
 
     max_iteration: int | None = option(None, help="training steps, >= 1", group=OPTIMISATION)
     batch_size: int = option(4, help="patches per step, over all ranks", group=OPTIMISATION)
-    labeled_bs: int = option(2, help="of these labelled, 1..batch_size - 1", group=OPTIMISATION)
+    labeled_bs: int | None = option(None, help="of these labelled, 1..batch_size - 1; else half", group=OPTIMISATION)
     optimizer: str = option("adamw", help="sgd has Nesterov momentum 0.9", group=OPTIMISATION, choices=("adamw", "sgd"))
     base_lr: float | None = option(
         None, help="first learning rate, > 0, decays as (1 - t/T)^0.9; else 0.003 adamw, 0.1 sgd", group=OPTIMISATION
@@ -111,7 +115,9 @@ class RunConfig:
         choices=("auto", "no", "bf16", "fp16"),
     )
     deterministic: bool = option(True, help="only deterministic kernels, on CUDA too", group=RUN)
-    num_workers: int = option(0, help="processes that prepare batches, >= 0; 0: the training process", group=RUN)
+    num_workers: int = option(
+        0, help="processes that prepare batches, each with its own case cache; 0: the trainer itself", group=RUN
+    )
     resume: bool = option(False, help="go on from last.pt of --exp with its stored settings", group=RUN)
     log_every: int = option(10, help="steps between log entries, >= 1", group=RUN)
     save_every: int = option(250, help="steps between checkpoints and validations, >= 1", group=RUN)
@@ -202,7 +208,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "memory_interval": (1, float("inf")),
     "embedding_dim": (1, float("inf")),
     "max_iteration": (1, float("inf")),
-    "batch_size": (2, float("inf")),
+    "batch_size": (1, float("inf")),
     "labeled_bs": (1, float("inf")),
     "base_lr": (1e-12, float("inf")),
     "weight_decay": (0, float("inf")),
@@ -220,19 +226,19 @@ _RANGES: dict[str, tuple[float, float]] = {
 def _check(config: RunConfig) -> None:
     for name, (low, high) in _RANGES.items():
         value = getattr(config, name)
-        if value is not None and not low <= value <= high:
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
             limit = f"at least {low:g}" if high == float("inf") else f"in {low:g}..{high:g}"
             raise ValueError(f"--{name} {value}: must be {limit}")
-    if config.labeled_bs >= config.batch_size:
+    if config.labeled_bs is not None and config.labeled_bs >= max(2, config.batch_size):
         raise ValueError(
             f"--labeled_bs {config.labeled_bs}: must be below --batch_size {config.batch_size}, so that a step has "
             "unlabelled patches too"
         )
     for name in ("patch_size", "spacing", "voxel_size"):
         value = getattr(config, name)
-        if value is not None and min(value) <= 0:
-            raise ValueError(f"--{name} {' '.join(map(str, value))}: every value must be above 0")
+        if value is not None and not all(0 < part < math.inf for part in value):
+            raise ValueError(f"--{name} {' '.join(map(str, value))}: every value must be finite and above 0")
     if config.flip_axes is not None and not set(config.flip_axes) <= {0, 1, 2}:
         raise ValueError(f"--flip_axes {' '.join(map(str, config.flip_axes))}: axes are 0, 1 and 2")
-    if config.exp is not None and (not config.exp or Path(config.exp).name != config.exp):
+    if config.exp is not None and (config.exp in ("", "..") or Path(config.exp).name != config.exp):
         raise ValueError(f"--exp {config.exp!r}: a plain folder name; put the parent folder into --output_dir")

@@ -61,6 +61,8 @@ def start_process_group(gpu: int | None = None) -> tuple[RankInfo, torch.device]
             f"--gpu {gpu}: with torchrun each process takes the GPU of its own rank; leave the flag out and choose "
             "devices with CUDA_VISIBLE_DEVICES"
         )
+    if "RANK" not in os.environ:
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but RANK is not set; start with torchrun")
     info = RankInfo(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
     device = select_device(gpu, info.local_rank)
     if device.type == "cuda":

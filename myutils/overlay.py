@@ -70,8 +70,10 @@ def save_overlay(
     figure = Figure(figsize=(PANEL_INCHES * columns + 0.4, total_height), facecolor="white")
     figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.06)
     FigureCanvasAgg(figure)  # no pyplot: nothing global, nothing to close
-    blocks = figure.subfigures(3 if loss_curves else 2, 1, height_ratios=_shares(heights, legend_height, curve_height))
-    grid = blocks[0].subplots(len(cases), columns, squeeze=False, height_ratios=heights)
+    blocks: Any = figure.subfigures(
+        3 if loss_curves else 2, 1, height_ratios=_shares(heights, legend_height, curve_height)
+    )
+    grid: Any = blocks[0].subplots(len(cases), columns, squeeze=False, height_ratios=heights)
     colours = class_colours(len(class_names))
     for index, case in enumerate(cases):
         named = index == 0 or list(case.maps) != list(cases[index - 1].maps)

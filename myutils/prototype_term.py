@@ -43,6 +43,7 @@ class PrototypeTerm(nn.Module):
             confidence_threshold=config.confidence_threshold,
             ranking=config.prototype_ranking,
             samples_per_class=config.prototype_samples,
+            overwrite_with_unlabeled=config.memory_from_unlabeled,
         )
 
     def selector_parameters(self) -> list[nn.Parameter]:

@@ -63,6 +63,11 @@ class Trainer:
         self.preprocess = build.build_preprocess(config)
         seed_everything(config.seed, deterministic=config.deterministic)
         self.method = build.build_method(config, state.facts).to(device)
+        if self.method.uses_unlabeled and not state.split.unlabeled:
+            raise ValueError(
+                f"--labelnum {config.labelnum}: no unlabelled case is left for {config.method}; "
+                "lower --labelnum or use --method supervised"
+            )
         self.optimizer = build.build_optimizer(config, self.method)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
         self.cache = CaseCache(source, self.preprocess)
@@ -172,7 +177,7 @@ class Trainer:
 
     def _loader(self, first: int) -> Iterator[Batch]:
         config, split = self.state.config, self.state.split
-        labeled_bs = config.labeled_bs if self.method.uses_unlabeled else config.batch_size
+        labeled_bs = required(config.labeled_bs, "labeled_bs") if self.method.uses_unlabeled else config.batch_size
         plan = StepPlan(split.labeled, split.unlabeled, config.batch_size, labeled_bs, config.seed)
         sampler = StepSampler(
             plan,

@@ -13,7 +13,7 @@ from dataloaders.base import CaseSource, SourceOptions, TrainingDefaults, Volume
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
-torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
 
 
 class BallSource(CaseSource):

@@ -36,7 +36,9 @@ def test_every_promised_flag_exists_and_is_explained() -> None:
 
 
 def test_only_given_flags_are_returned_with_their_types() -> None:
-    given = given_flags(parser(), "--patch_size 8 16 32 --labelnum 4 --no-evaluate --resume --dataset_path x".split())
+    given = given_flags(
+        parser(), ["--patch_size", "8", "16", "32", "--labelnum", "4", "--no-evaluate", "--resume", "--dataset_path=x"]
+    )
     assert given == {
         "patch_size": (8, 16, 32),
         "labelnum": 4,
@@ -66,12 +68,15 @@ def test_a_typo_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
         ({"labeled_bs": 4, "batch_size": 4}, "--labeled_bs 4: must be below --batch_size 4"),
         ({"labelnum": 0}, "--labelnum 0: must be at least 1"),
         ({"ema_decay": 1.5}, r"--ema_decay 1.5: must be in 0\.\.1"),
-        ({"patch_size": (16, 0, 16)}, "--patch_size 16 0 16: every value must be above 0"),
+        ({"patch_size": (16, 0, 16)}, "--patch_size 16 0 16: every value must be finite and above 0"),
         ({"spacing": (1.0, -1.0, 1.0)}, "--spacing 1.0 -1.0 1.0"),
         ({"base_lr": 0.0}, "--base_lr 0.0"),
         ({"base_lr": float("nan")}, "--base_lr nan"),
         ({"flip_axes": (3,)}, "--flip_axes 3: axes are 0, 1 and 2"),
         ({"exp": "a/b"}, "a plain folder name"),
+        ({"exp": ".."}, "a plain folder name"),
+        ({"spacing": (float("nan"), 1.0, 1.0)}, "--spacing nan 1.0 1.0"),
+        ({"base_lr": float("inf")}, "--base_lr inf"),
         ({"num_classes": 1}, "--num_classes 1"),
         ({"overlap": 1.0}, "--overlap 1.0"),
     ],
@@ -109,3 +114,11 @@ def test_patch_below_the_networks_stride_is_refused() -> None:
     config = small_config(source, patch_size=(4, 16, 16))
     with pytest.raises(ValueError, match="--patch_size 4 16 16: unet_3d divides each axis by 8"):
         build_network(config, DataFacts.of(source))
+
+
+def test_labelled_share_of_a_batch_is_half_unless_given() -> None:
+    assert resolve_config(RunConfig(batch_size=6), BallSource()).labeled_bs == 3
+    assert resolve_config(RunConfig(batch_size=6, labeled_bs=1), BallSource()).labeled_bs == 1
+    assert resolve_config(RunConfig(method="supervised", batch_size=1), BallSource()).batch_size == 1
+    with pytest.raises(ValueError, match="--batch_size 1: mean_teacher needs at least 2"):
+        resolve_config(RunConfig(batch_size=1), BallSource())

@@ -245,3 +245,8 @@ class NanSource(BallSource):
 def test_trainer_names_a_case_with_nan_voxels(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ball\d\d"):
         small_trainer(NanSource(), tmp_path).fit()
+
+
+def test_trainer_refuses_a_mean_teacher_without_unlabelled_cases(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no unlabelled case is left for mean_teacher; lower --labelnum"):
+        small_trainer(BallSource(cases=4, labeled=4), tmp_path, labelnum=3)  # the fourth is held out
