@@ -85,9 +85,8 @@ def main() -> None:
     print(f"patch {patch}, batch 4 (2 labelled), {settings.classes} classes, autocast {trainers['with'].amp}")
     for name, value in median.items():
         print(f"{name:8s} prototypes: {value:.3f} s per step (min {min(seconds[name]):.3f})")
-    print(
-        f"share of the step: {1 - median['without'] / median['with']:.1%} (ratio {median['with'] / median['without']:.3f})"
-    )
+    ratio = median["with"] / median["without"]
+    print(f"share of the step: {1 - 1 / ratio:.1%} (ratio {ratio:.3f})")
 
 
 if __name__ == "__main__":

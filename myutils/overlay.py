@@ -87,7 +87,8 @@ def save_overlay(
 
 def class_colours(num_classes: int) -> np.ndarray:
     """One RGB colour per class (K, 3); the background is black and never drawn."""
-    base = np.array(colormaps["tab10"].colors if num_classes <= 11 else colormaps["tab20"].colors)
+    colormap: Any = colormaps["tab10" if num_classes <= 11 else "tab20"]
+    base = np.array(colormap.colors)
     foreground = base[np.arange(max(0, num_classes - 1)) % len(base)]
     return np.concatenate([np.zeros((1, 3)), foreground])  # (K, 3)
 
