@@ -35,7 +35,7 @@ class CohortSettings:
     """
 
     shape: tuple[int, int, int] = (48, 56, 48)
-    voxel_mm: float = 3.6
+    voxel_mm: float = 3.8
     strength: float = 1.0
     seed: int = 0
 
