@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -116,6 +117,8 @@ class CaseSource(ABC):
         return None
 
 
+T = TypeVar("T")
+
 SOURCES: Registry[type[CaseSource]] = Registry("data set", "dataloaders")
 
 
@@ -146,8 +149,8 @@ def check_label(label: np.ndarray, image_shape: Sequence[int], num_classes: int,
     return whole.astype(np.uint8)
 
 
-def lookup_case(case_id: str, table: dict[str, Path], root: Path) -> Path:
-    """The path filed under ``case_id``, or a FileNotFoundError that names the folder and a few known ids."""
+def lookup_case(case_id: str, table: Mapping[str, T], root: Path) -> T:
+    """What is filed under ``case_id``, or a FileNotFoundError that names the folder and a few known ids."""
     if case_id in table:
         return table[case_id]
     known = ", ".join(list(table)[:3])

@@ -11,15 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dataloaders.base import (
-    SOURCES,
-    CaseSource,
-    SourceOptions,
-    TrainingDefaults,
-    Volume,
-    lookup_case,
-    require_root,
-)
+from dataloaders.base import SOURCES
 from dataloaders.case_lists import NIFTI_SUFFIXES, strip_nifti_suffix
 from dataloaders.class_names import (
     choose_modality,
@@ -28,14 +20,15 @@ from dataloaders.class_names import (
     read_dataset_json,
     stated_modality,
 )
-from dataloaders.geometry import GRID_TOLERANCE, nifti_channels, read_label, read_nifti
+from dataloaders.file_source import FileSource
+from dataloaders.geometry import GRID_TOLERANCE, Spacing, nifti_channels, read_nifti
 
 CHANNEL_SUFFIX = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 CaseTable = dict[str, tuple[tuple[Path, ...], Path | None]]  # id -> (channel files, label file)
 
 
 @SOURCES.register("decathlon")
-class DecathlonFolder(CaseSource):
+class DecathlonFolder(FileSource):
     """Cases of ``training`` (MSD) or of ``imagesTr/`` and ``labelsTr/`` (nnU-Net raw v2, ``<id>_0000.nii.gz``).
 
     A case without a label file is unlabelled. The images of ``test`` or ``imagesTs/`` come with no labels: they are
@@ -47,7 +40,7 @@ class DecathlonFolder(CaseSource):
         modality: "mr" or "ct"; None to take ``modality`` or ``channel_names``.
     """
 
-    defaults = TrainingDefaults(labelnum=4)
+    format_name = "decathlon"
 
     def __init__(self, root: Path, *, num_classes: int | None = None, modality: str | None = None) -> None:
         self.root = root
@@ -57,48 +50,24 @@ class DecathlonFolder(CaseSource):
         self.class_names = fit_class_names(stated, num_classes, str(description))
         self.num_classes = len(self.class_names)
         self.modality = choose_modality(modality, stated_modality(content))
-        self._cases = training_cases(root, content)
-        if not self._cases:
+        cases = training_cases(root, content)
+        if not cases:
             raise FileNotFoundError(f"{root}: neither 'training' in dataset.json nor imagesTr/ names a NIfTI image")
-        for case_id, images in unlabeled_images(root, content).items():
-            self._cases.setdefault(case_id, (images, None))
-        images, _ = next(iter(self._cases.values()))
-        self.in_channels = sum(nifti_channels(path) for path in images)
+        training = {case_id: images for case_id, (images, _) in cases.items()}
+        self.images = training | {k: v for k, v in unlabeled_images(root, content).items() if k not in training}
+        self.labels = {case_id: label for case_id, (_, label) in cases.items() if label is not None}
+        self.in_channels = sum(nifti_channels(path) for path in next(iter(self.images.values())))
 
-    @classmethod
-    def from_options(cls, options: SourceOptions) -> DecathlonFolder:
-        """Build from ``--dataset_path``, ``--num_classes`` and ``--modality``."""
-        root = require_root(options.root, "decathlon")
-        return cls(root, num_classes=options.num_classes, modality=options.modality)
-
-    def case_ids(self) -> list[str]:
-        """Training cases in the order of ``dataset.json``, then the unlabelled test images."""
-        return list(self._cases)
-
-    def labeled_ids(self) -> list[str]:
-        """Cases whose label file exists."""
-        return [case_id for case_id, (_, label) in self._cases.items() if label is not None]
-
-    def load(self, case_id: str, *, with_label: bool) -> Volume:
-        """Read one case; the label file is not opened unless asked for."""
-        lookup_case(case_id, {known: images[0] for known, (images, _) in self._cases.items()}, self.root)
-        paths, label_path = self._cases[case_id]
+    def read_image(self, case_id: str) -> tuple[np.ndarray, np.ndarray, Spacing]:
+        """Read one image, or the files of its channels, which must share a grid."""
+        paths = self.images[case_id]
         parts = [read_nifti(path) for path in paths]
         image, affine, spacing = parts[0]
+        tolerance = GRID_TOLERANCE * min(spacing)
         for path, (other, other_affine, _) in zip(paths[1:], parts[1:], strict=True):
-            if other.shape[1:] != image.shape[1:] or np.abs(other_affine - affine).max() > GRID_TOLERANCE * min(
-                spacing
-            ):
+            if other.shape[1:] != image.shape[1:] or np.abs(other_affine - affine).max() > tolerance:
                 raise ValueError(f"case {case_id}: {path} is not on the grid of {paths[0]}; resample it")
-        image = np.concatenate([part[0] for part in parts])  # (C, X, Y, Z)
-        if image.shape[0] != self.in_channels:
-            raise ValueError(f"case {case_id}: {image.shape[0]} channels, the first case has {self.in_channels}")
-        label = None
-        if with_label:
-            if label_path is None:
-                raise FileNotFoundError(f"case {case_id} of {self.root} has no label file; it is an unlabelled case")
-            label = read_label(label_path, case_id, image=image, affine=affine, num_classes=self.num_classes)
-        return Volume(case_id, image, label, affine, spacing)
+        return np.concatenate([part[0] for part in parts]), affine, spacing  # (C, X, Y, Z)
 
 
 def training_cases(root: Path, content: dict[str, Any]) -> CaseTable:

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import SimpleITK as sitk  # noqa: N813 - its usual name
 
-from dataloaders.base import (
-    SOURCES,
-    CaseSource,
-    SourceOptions,
-    TrainingDefaults,
-    Volume,
-    lookup_case,
-    require_root,
-)
+from dataloaders.base import SOURCES
 from dataloaders.class_names import choose_modality, fit_class_names, stated_class_names
-from dataloaders.geometry import read_dicom_series, read_label
+from dataloaders.file_source import FileSource
+from dataloaders.geometry import Spacing, read_dicom_series
 from dataloaders.nifti_folder import list_nifti
 
 LABEL_FOLDER = "labels"
@@ -24,7 +18,7 @@ MODALITY_TAG = "0008|0060"
 
 
 @SOURCES.register("dicom")
-class DicomFolders(CaseSource):
+class DicomFolders(FileSource):
     """Cases ``<id>/`` with the files of one series; label ``<id>.nii.gz`` in the root or in its ``labels/``, or none.
 
     The number of classes comes from ``num_classes``, or from a ``dataset.json`` or ``classes.txt`` in the root, as
@@ -37,13 +31,13 @@ class DicomFolders(CaseSource):
     """
 
     in_channels = 1
-    defaults = TrainingDefaults(labelnum=4)
+    format_name = "dicom"
 
     def __init__(self, root: Path, *, num_classes: int | None = None, modality: str | None = None) -> None:
         self.root = root
         folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-        self._series = {path.name: path for path in folders if path.name != LABEL_FOLDER}
-        if not self._series:
+        self.images = {path.name: path for path in folders if path.name != LABEL_FOLDER}
+        if not self.images:
             raise FileNotFoundError(
                 f"{root} has no case folders; put each case's DICOM series into a folder of its own"
             )
@@ -52,37 +46,14 @@ class DicomFolders(CaseSource):
         both = [case_id for case_id in beside if case_id in inside]
         if both:
             raise ValueError(f"case {both[0]} has the labels {beside[both[0]]} and {inside[both[0]]}; keep one")
-        self._labels = {**beside, **inside}
+        self.labels = {**beside, **inside}
         self.class_names = fit_class_names(stated_class_names(root), num_classes, str(root))
         self.num_classes = len(self.class_names)
-        self.modality = choose_modality(modality, header_modality(next(iter(self._series.values()))))
+        self.modality = choose_modality(modality, header_modality(next(iter(self.images.values()))))
 
-    @classmethod
-    def from_options(cls, options: SourceOptions) -> DicomFolders:
-        """Build from ``--dataset_path``, ``--num_classes`` and ``--modality``."""
-        root = require_root(options.root, "dicom")
-        return cls(root, num_classes=options.num_classes, modality=options.modality)
-
-    def case_ids(self) -> list[str]:
-        """The names of the case folders, sorted."""
-        return list(self._series)
-
-    def labeled_ids(self) -> list[str]:
-        """Cases with a NIfTI label."""
-        return [case_id for case_id in self._series if case_id in self._labels]
-
-    def load(self, case_id: str, *, with_label: bool) -> Volume:
-        """Read one series; the label file is not opened unless asked for."""
-        image, affine, spacing = read_dicom_series(lookup_case(case_id, self._series, self.root))
-        if image.shape[0] != self.in_channels:
-            raise ValueError(f"case {case_id}: {image.shape[0]} colour components; export a greyscale series")
-        label = None
-        if with_label:
-            if case_id not in self._labels:
-                raise FileNotFoundError(f"case {case_id}: no label {case_id}.nii.gz in {self.root} or its labels/")
-            label_path = self._labels[case_id]
-            label = read_label(label_path, case_id, image=image, affine=affine, num_classes=self.num_classes)
-        return Volume(case_id, image, label, affine, spacing)
+    def read_image(self, case_id: str) -> tuple[np.ndarray, np.ndarray, Spacing]:
+        """Read one series."""
+        return read_dicom_series(self.images[case_id])
 
 
 def header_modality(folder: Path) -> str:

@@ -5,15 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from dataloaders.base import (
-    SOURCES,
-    CaseSource,
-    SourceOptions,
-    TrainingDefaults,
-    Volume,
-    lookup_case,
-    require_root,
-)
+import numpy as np
+
+from dataloaders.base import SOURCES
 from dataloaders.case_lists import NIFTI_SUFFIXES, some, strip_nifti_suffix
 from dataloaders.class_names import (
     choose_modality,
@@ -22,7 +16,8 @@ from dataloaders.class_names import (
     stated_class_names,
     stated_modality,
 )
-from dataloaders.geometry import nifti_channels, read_label, read_nifti
+from dataloaders.file_source import FileSource
+from dataloaders.geometry import Spacing, nifti_channels, read_nifti
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +40,7 @@ def list_nifti(folder: Path) -> dict[str, Path]:
 
 
 @SOURCES.register("nifti")
-class NiftiFolder(CaseSource):
+class NiftiFolder(FileSource):
     """Cases ``images/<id>.nii.gz`` (or .nii; 4D is multi-channel) with ``labels/<id>.nii.gz`` where there is one.
 
     The number of classes is never read from labels, since training may not open those of unlabelled cases: it comes
@@ -58,17 +53,17 @@ class NiftiFolder(CaseSource):
         modality: "mr" or "ct"; None for the dataset.json's, else "mr".
     """
 
-    defaults = TrainingDefaults(labelnum=4)
+    format_name = "nifti"
 
     def __init__(self, root: Path, *, num_classes: int | None = None, modality: str | None = None) -> None:
         self.root = root
         if not (root / "images").is_dir():
             raise FileNotFoundError(f"{root} has no folder images/; put the scans there, one .nii.gz per case")
-        self._images = list_nifti(root / "images")
-        if not self._images:
+        self.images = list_nifti(root / "images")
+        if not self.images:
             raise FileNotFoundError(f"{root / 'images'} holds no .nii or .nii.gz file")
-        self._labels = list_nifti(root / "labels") if (root / "labels").is_dir() else {}
-        orphans = [case_id for case_id in self._labels if case_id not in self._images]
+        self.labels = list_nifti(root / "labels") if (root / "labels").is_dir() else {}
+        orphans = [case_id for case_id in self.labels if case_id not in self.images]
         if orphans:
             logger.warning("%s: labels without an image of the same name are left out: %s", root, some(orphans))
         self.class_names = fit_class_names(stated_class_names(root), num_classes, str(root))
@@ -76,32 +71,8 @@ class NiftiFolder(CaseSource):
         description = root / "dataset.json"
         stated = stated_modality(read_dataset_json(description)) if description.is_file() else "mr"
         self.modality = choose_modality(modality, stated)
-        self.in_channels = nifti_channels(next(iter(self._images.values())))
+        self.in_channels = nifti_channels(next(iter(self.images.values())))
 
-    @classmethod
-    def from_options(cls, options: SourceOptions) -> NiftiFolder:
-        """Build from ``--dataset_path``, ``--num_classes`` and ``--modality``."""
-        root = require_root(options.root, "nifti")
-        return cls(root, num_classes=options.num_classes, modality=options.modality)
-
-    def case_ids(self) -> list[str]:
-        """The image names without suffix, sorted."""
-        return list(self._images)
-
-    def labeled_ids(self) -> list[str]:
-        """Cases with a label file of the same name."""
-        return [case_id for case_id in self._images if case_id in self._labels]
-
-    def load(self, case_id: str, *, with_label: bool) -> Volume:
-        """Read one case; the label file is not opened unless asked for."""
-        path = lookup_case(case_id, self._images, self.root)
-        image, affine, spacing = read_nifti(path)
-        if image.shape[0] != self.in_channels:
-            raise ValueError(f"case {case_id}: {path} has {image.shape[0]} channels, the first case {self.in_channels}")
-        label = None
-        if with_label:
-            if case_id not in self._labels:
-                raise FileNotFoundError(f"case {case_id}: no label of that name in {self.root / 'labels'}")
-            label_path = self._labels[case_id]
-            label = read_label(label_path, case_id, image=image, affine=affine, num_classes=self.num_classes)
-        return Volume(case_id, image, label, affine, spacing)
+    def read_image(self, case_id: str) -> tuple[np.ndarray, np.ndarray, Spacing]:
+        """Read one image file."""
+        return read_nifti(self.images[case_id])

@@ -120,7 +120,7 @@ def test_case_with_other_channels_is_refused(tmp_path: Path) -> None:
     write_case(tmp_path, "a")
     make.write_nifti(tmp_path / "imagesTr/b.nii.gz", make.counting_image((*make.SHAPE, 2)))
     describe(tmp_path, training=[entry("a"), entry("b")])
-    with pytest.raises(ValueError, match="case b: 2 channels, the first case has 1"):
+    with pytest.raises(ValueError, match="case b: 2 channels, but this data set has 1"):
         DecathlonFolder(tmp_path).load("b", with_label=False)
 
 

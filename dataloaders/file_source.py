@@ -1,0 +1,61 @@
+"""What the formats with one image and perhaps one NIfTI label file per case share: listing, label look-up, checks."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataloaders.base import CaseSource, SourceOptions, TrainingDefaults, Volume, lookup_case, require_root
+from dataloaders.geometry import Spacing, read_label
+
+
+class FileSource(CaseSource):
+    """Base of the folder formats. A subclass fills the attributes in ``__init__(root, *, num_classes, modality)``.
+
+    Attributes:
+        format_name: The registered name, for messages.
+        root: The data folder.
+        images: Image file, series folder or channel files per case id, in the order of ``case_ids``.
+        labels: Label file per case id, for the cases that have one.
+    """
+
+    defaults = TrainingDefaults(labelnum=4)
+    format_name: str
+    root: Path
+    images: dict[str, Any]
+    labels: dict[str, Path]
+
+    @classmethod
+    def from_options(cls, options: SourceOptions) -> FileSource:
+        """Build from ``--dataset_path``, ``--num_classes`` and ``--modality``."""
+        root = require_root(options.root, cls.format_name)
+        return cls(root, num_classes=options.num_classes, modality=options.modality)  # type: ignore[call-arg]
+
+    def case_ids(self) -> list[str]:
+        """All cases in the order in which they were found."""
+        return list(self.images)
+
+    def labeled_ids(self) -> list[str]:
+        """Cases whose label file exists."""
+        return [case_id for case_id in self.images if case_id in self.labels]
+
+    @abstractmethod
+    def read_image(self, case_id: str) -> tuple[np.ndarray, np.ndarray, Spacing]:
+        """Image (C, X, Y, Z), affine (4, 4) and spacing of a known case."""
+
+    def load(self, case_id: str, *, with_label: bool) -> Volume:
+        """Read one case; the label file is not opened unless asked for."""
+        lookup_case(case_id, self.images, self.root)
+        image, affine, spacing = self.read_image(case_id)
+        if image.shape[0] != self.in_channels:
+            raise ValueError(f"case {case_id}: {image.shape[0]} channels, but this data set has {self.in_channels}")
+        label = None
+        if with_label:
+            if case_id not in self.labels:
+                raise FileNotFoundError(f"case {case_id} of {self.root} has no label file; it is an unlabelled case")
+            path = self.labels[case_id]
+            label = read_label(path, case_id, image=image, affine=affine, num_classes=self.num_classes)
+        return Volume(case_id, image, label, affine, spacing)
