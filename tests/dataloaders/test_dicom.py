@@ -51,7 +51,7 @@ def test_nifti_label_in_the_root_or_in_its_labels_folder(tmp_path: Path) -> None
     for name in ("a", "b"):
         label = source.load(name, with_label=True).label
         assert label is not None and label.sum() == 8 and label[:2, :2, :2].all()
-    with pytest.raises(FileNotFoundError, match="case c of .* has no label file"):
+    with pytest.raises(FileNotFoundError, match=r"case c of .* has no label file"):
         source.load("c", with_label=True)
 
 

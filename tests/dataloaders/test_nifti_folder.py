@@ -29,7 +29,7 @@ def test_images_and_labels_match_by_name(tmp_path: Path) -> None:
     volume = source.load("b", with_label=True)
     assert volume.image[0, 5, 4, 3] == 119 and volume.label is not None and volume.label.sum() == 8
     assert np.array_equal(volume.affine, make.AFFINE)
-    with pytest.raises(FileNotFoundError, match="case a of .* has no label file"):
+    with pytest.raises(FileNotFoundError, match=r"case a of .* has no label file"):
         source.load("a", with_label=True)
 
 
