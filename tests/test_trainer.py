@@ -28,9 +28,13 @@ def assert_same_weights(first: Trainer, second: Trainer) -> None:
     assert different == []
 
 
-@pytest.mark.parametrize(("method", "optimizer"), [("mean_teacher", "adamw"), ("supervised", "sgd")])
-def test_trainer_resumes_bit_identically(tmp_path: Path, method: str, optimizer: str) -> None:
-    changes = {"method": method, "optimizer": optimizer, "use_contrastive_prototype": True, "max_iteration": 6}
+@pytest.mark.parametrize(
+    ("method", "optimizer", "amp"),
+    [("mean_teacher", "adamw", "no"), ("mean_teacher", "adamw", "bf16"), ("supervised", "sgd", "no")],
+)
+def test_trainer_resumes_bit_identically(tmp_path: Path, method: str, optimizer: str, amp: str) -> None:
+    changes = {"method": method, "optimizer": optimizer, "amp": amp}
+    changes |= {"use_contrastive_prototype": True, "max_iteration": 6}
     whole = small_trainer(BallSource(), tmp_path / "whole", **changes)
     whole.fit()
 
