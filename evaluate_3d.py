@@ -40,7 +40,7 @@ from myutils.run_log import setup_logging
 logger = logging.getLogger("evaluate")
 
 DATA = "data"
-DATA_SETTINGS = ("dataset_name", "dataset_path", "num_classes", "voxel_size")
+DATA_SETTINGS = ("dataset_name", "dataset_path", "num_classes", "voxel_size", "cache_dir")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class EvaluateFlags(InferenceFlags):
     voxel_size: tuple[float, float, float] | None = option(
         None, help="voxel size in mm for formats that store none (LA); else the checkpoint's", group=DATA
     )
+    cache_dir: Path | None = option(None, help="folder for data made once (demo); else the checkpoint's", group=DATA)
 
 
 @dataclass(frozen=True)

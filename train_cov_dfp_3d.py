@@ -196,6 +196,8 @@ def evaluate(trained: dict[str, Path], trainer: Trainer) -> None:
     try:
         test_ids = make_test_ids(source, config.split_request(), trainer.state.split)
     except (ValueError, FileNotFoundError) as error:
+        if config.test_list is not None:  # the user's own list is wrong: no run may end as if it were scored
+            raise
         logger.warning("training is done; no evaluation: %s", error)
         return
     outcome = {name: evaluate_run(path, source, test_ids, trainer.device) for name, path in trained.items()}
@@ -233,7 +235,7 @@ def describe(trainer: Trainer) -> None:
     if state.step == trainer.max_iteration:
         logger.info("steps: all %d are done", state.step)
     else:
-        batch = f"batch {config.batch_size} ({config.labeled_bs} labelled)"
+        batch = f"batch {config.batch_size} ({trainer.labeled_bs} labelled)"
         patch = "x".join(map(str, config.patch_size or ()))
         logger.info(
             "steps: %d to %d, %s, patch %s, autocast %s", state.step, trainer.max_iteration, batch, patch, trainer.amp

@@ -195,7 +195,7 @@ def _typed(value: Any, hint: Any) -> Any:
 _RANGES: dict[str, tuple[float, float]] = {
     "val_num": (0, float("inf")),
     "labelnum": (1, float("inf")),
-    "num_classes": (2, 255),
+    "num_classes": (2, 256),
     "consistency": (0, float("inf")),
     "consistency_rampup": (0, float("inf")),
     "ema_decay": (0, 1),
@@ -238,7 +238,8 @@ def _check(config: RunConfig) -> None:
         value = getattr(config, name)
         if value is not None and not all(0 < part < math.inf for part in value):
             raise ValueError(f"--{name} {' '.join(map(str, value))}: every value must be finite and above 0")
-    if config.flip_axes is not None and not set(config.flip_axes) <= {0, 1, 2}:
-        raise ValueError(f"--flip_axes {' '.join(map(str, config.flip_axes))}: axes are 0, 1 and 2")
+    axes = config.flip_axes or ()
+    if not set(axes) <= {0, 1, 2} or len(set(axes)) != len(axes):
+        raise ValueError(f"--flip_axes {' '.join(map(str, axes))}: axes are 0, 1 and 2, each at most once")
     if config.exp is not None and (config.exp in ("", "..") or Path(config.exp).name != config.exp):
         raise ValueError(f"--exp {config.exp!r}: a plain folder name; put the parent folder into --output_dir")

@@ -254,7 +254,7 @@ class ContrastivePrototypeManager(PrototypeMemory):
         looks = on_host if self.check_finite is None else self.check_finite
         message = non_finite_message(vectors, class_labels) if looks else None
         if message:
-            raise ValueError(message)
+            raise checks.NonFiniteFeaturesError(message)
         return vectors
 
     @torch.no_grad()

@@ -92,7 +92,9 @@ def _with_test_list(request: SplitRequest, test_list: Path | None) -> SplitReque
 def _foreign_test_cases(source: CaseSource, bundle: InferenceBundle, test_list: Path | None) -> tuple[str, ...]:
     if test_list is not None or source.official_test() is not None:
         nothing = TrainingSplit((), (), ())
-        return make_test_ids(source, SplitRequest(labelnum=1, test_list=test_list), nothing)
+        ids = make_test_ids(source, SplitRequest(labelnum=1, test_list=test_list), nothing)
+        _warn_of_training_ids(ids, bundle)
+        return ids
     labeled = source.labeled_ids()
     fresh = tuple(case_id for case_id in labeled if case_id not in training_ids(bundle))
     if not fresh:
@@ -125,9 +127,13 @@ def _all_cases(source: CaseSource, bundle: InferenceBundle) -> tuple[str, ...]:
     ids = tuple(source.labeled_ids())
     if not ids:
         raise ValueError("--split all: the data have no labelled case; add labels")
+    _warn_of_training_ids(ids, bundle)
+    return ids
+
+
+def _warn_of_training_ids(ids: tuple[str, ...], bundle: InferenceBundle) -> None:
     seen = [case_id for case_id in ids if case_id in training_ids(bundle)]
     if seen:
         logger.warning(
             "%d of %d cases bear ids of training cases: these figures are no test result", len(seen), len(ids)
         )
-    return ids

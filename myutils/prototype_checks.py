@@ -8,6 +8,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 
+class NonFiniteFeaturesError(ValueError):
+    """Features hold NaN or infinity; the message names the classes."""
+
+
 def require_at_least(name: str, value: int, least: int) -> None:
     """Refuse anything but an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

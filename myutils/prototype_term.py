@@ -6,6 +6,7 @@ Voxels are sampled first and only they pass through the heads, so that the term 
 from __future__ import annotations
 
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,24 @@ from torch import Tensor, nn
 from myutils.config import RunConfig
 from myutils.contrastive_prototype_manager import ContrastivePrototypeManager
 from myutils.ema import make_teacher, update_teacher
-from myutils.prototype_sampling import gated_pseudo_labels, pick_voxels
+from myutils.prototype_sampling import pick_voxels
 from myutils.schedules import ema_decay_at
 from networks.base import SegmentationNetwork, SegmentationOutput
 from networks.heads import FeatureHead
 
 IGNORE = -1
+
+
+class PseudoVoxels(NamedTuple):
+    """Unlabelled patches for the term.
+
+    Attributes:
+        labels: Confident pseudo-labels (Bu, X, Y, Z), ``IGNORE`` elsewhere.
+        teacher: Teacher outputs of the weak views, voxel by voxel the same places.
+    """
+
+    labels: Tensor
+    teacher: SegmentationOutput
 
 
 class PrototypeTerm(nn.Module):
@@ -64,73 +77,67 @@ class PrototypeTerm(nn.Module):
         """Move the averaged projection toward the trained one."""
         update_teacher(self.teacher_projection, self.projection, ema_decay_at(step, self.config.ema_decay))
 
-    def labeled_losses(
-        self, student: SegmentationOutput, labels: Tensor, teacher: SegmentationOutput | None, step: int
-    ) -> dict[str, Tensor]:
-        """Raw losses of labelled voxels; the memory is refilled afterwards where ``refills_at(step)``.
-
-        Args:
-            student: Student outputs of the labelled patches, on the graph.
-            labels: True class ids (Bl, X, Y, Z).
-            teacher: Teacher outputs of the same patches on refill steps, None otherwise or without a teacher.
-            step: Training step.
-        """
-        positions, classes = self.manager.sample_positions(labels)
-        filled_by = student if teacher is None else teacher
-        return self._losses(
-            student,
-            filled_by,
-            positions,
-            classes=classes,
-            own_features=teacher is None,
-            update=self.refills_at(step),
-        )
-
-    def unlabeled_losses(
-        self, student: SegmentationOutput, teacher: SegmentationOutput, sources: Tensor | None, labeled: int
-    ) -> dict[str, Tensor]:
-        """Raw losses of unlabelled voxels under the teacher's confident pseudo-labels.
-
-        Args:
-            student: Student outputs of the strong views, on the graph.
-            teacher: Teacher outputs of the weak views.
-            sources: For each voxel (Bu, X, Y, Z) of the strong views the flat index of its source in the whole batch,
-                the ``labeled`` labelled patches first; None where each is its own. Pasted labelled voxels take no part.
-            labeled: Number of labelled patches.
-        """
-        pseudo = gated_pseudo_labels(teacher.logits, self.config.confidence_threshold, IGNORE)
-        if sources is not None:
-            pasted = sources < labeled * pseudo[0].numel()
-            pseudo = pseudo.masked_fill(pasted, IGNORE)
-        positions, _ = self.manager.sample_positions(pseudo)
-        return self._losses(student, teacher, positions, classes=None, own_features=False, update=True)
-
-    def _losses(
+    def forward(
         self,
         student: SegmentationOutput,
-        filled_by: SegmentationOutput,
-        positions: Tensor,
+        labels: Tensor,
+        step: int,
         *,
-        classes: Tensor | None,
-        own_features: bool,
-        update: bool,
+        teacher_l: SegmentationOutput | None = None,
+        pseudo: PseudoVoxels | None = None,
     ) -> dict[str, Tensor]:
-        with torch.autocast(student.logits.device.type, enabled=False):
-            projected = self.projection(pick_voxels(student.features, positions).float())  # (S, E)
-            memory_features = projected.detach()
-            if not own_features:
-                with torch.no_grad():
-                    memory_features = self.teacher_projection(pick_voxels(filled_by.features, positions).float())
-            config = self.config
-            _, losses = self.manager.update_and_compute_loss(
-                self.prediction(projected),
-                pick_voxels(filled_by.logits.detach(), positions).float(),
-                labels=classes,
-                is_labeled=classes is not None,
-                contrastive_weight=config.contrastive_weight,
-                intra_weight=config.intra_weight,
-                inter_weight=config.inter_weight,
-                memory_features=memory_features,
-                update=update,
-            )
+        """Raw losses of the labelled voxels, plus those of the unlabelled ones; the memory is refilled afterwards.
+
+        All sampled voxels are read from the student's features in one go: each read costs a gradient map of the size
+        of the features.
+
+        Args:
+            student: Student outputs of the whole batch, labelled patches first, on the graph.
+            labels: True class ids (Bl, X, Y, Z) of the labelled patches.
+            step: Training step; labelled features enter the memory where ``refills_at(step)``.
+            teacher_l: Teacher outputs of the labelled patches on refill steps; None for the student's own features.
+            pseudo: The unlabelled patches; None without any.
+        """
+        positions, classes = self.manager.sample_positions(labels)
+        rows, count = [positions], len(positions)
+        if pseudo is not None:
+            positions_u, _ = self.manager.sample_positions(pseudo.labels)
+            rows.append(positions_u + labels.numel())
+        with torch.autocast(labels.device.type, enabled=False):
+            projected = self.projection(pick_voxels(student.features, torch.cat(rows)).float())  # (S, E)
+            predicted = self.prediction(projected)
+            if teacher_l is None:
+                stored, logits = projected[:count].detach(), student.logits.detach()
+            else:
+                stored, logits = self._teacher_embeddings(teacher_l, positions), teacher_l.logits
+            seen = pick_voxels(logits, positions).float()
+            losses = self._compare(predicted[:count], seen, stored, classes, update=self.refills_at(step))
+            if pseudo is not None:
+                stored = self._teacher_embeddings(pseudo.teacher, positions_u)
+                seen = pick_voxels(pseudo.teacher.logits, positions_u).float()
+                extra = self._compare(predicted[count:], seen, stored, None, update=True)
+                losses = {name: losses[name] + extra[name] for name in losses}
+        return losses
+
+    @torch.no_grad()
+    def _teacher_embeddings(self, teacher: SegmentationOutput, positions: Tensor) -> Tensor:
+        """What enters the memory: teacher features (S, F) through the averaged projection, (S, E)."""
+        return self.teacher_projection(pick_voxels(teacher.features, positions).float())
+
+    def _compare(
+        self, features: Tensor, logits: Tensor, stored: Tensor, classes: Tensor | None, *, update: bool
+    ) -> dict[str, Tensor]:
+        """The manager's losses of sampled voxels: features (S, E), logits (S, K), true classes (S,) or None."""
+        config = self.config
+        _, losses = self.manager.update_and_compute_loss(
+            features,
+            logits,
+            labels=classes,
+            is_labeled=classes is not None,
+            contrastive_weight=config.contrastive_weight,
+            intra_weight=config.intra_weight,
+            inter_weight=config.inter_weight,
+            memory_features=stored,
+            update=update,
+        )
         return losses

@@ -27,6 +27,7 @@ from myutils.config import required
 from myutils.distributed import RankInfo, any_rank, autocast, barrier, mean_over_ranks, resolve_amp
 from myutils.evaluation import evaluate_cases, summarise
 from myutils.methods.base import StepOutput, batch_dice
+from myutils.prototype_checks import NonFiniteFeaturesError
 from myutils.run_log import RunLog, step_scalars
 from myutils.schedules import poly_lr
 from myutils.seeding import derive_seed, seed_everything
@@ -68,6 +69,7 @@ class Trainer:
                 f"--labelnum {config.labelnum}: no unlabelled case is left for {config.method}; "
                 "lower --labelnum or use --method supervised"
             )
+        self._sampler(state.step)  # refuses a batch that the ranks cannot share, before anything is written
         self.optimizer = build.build_optimizer(config, self.method)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
         self.cache = CaseCache(source, self.preprocess)
@@ -124,16 +126,20 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.amp, self.device):
-            output: StepOutput = network(batch, step)
+        try:
+            with autocast(self.amp, self.device):
+                output: StepOutput = network(batch, step)
+        except NonFiniteFeaturesError as error:
+            raise NonFiniteLossError(self._locate(f"the prototype term's {error}", batch, step)) from error
         total = output.total()
         if not torch.isfinite(total):
-            raise NonFiniteLossError(self._describe_non_finite(output, batch, step))
+            bad = [name for name, term in output.terms.items() if not torch.isfinite(term.value)]
+            raise NonFiniteLossError(self._locate(f"loss term {', '.join(bad)} is not finite", batch, step))
         self.scaler.scale(total).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.method.parameters(), config.grad_clip)
         if not (self.scaler.is_enabled() or torch.isfinite(norm)):  # the scaler skips such a step by itself
-            raise NonFiniteLossError(self._describe_non_finite(output, batch, step))
+            raise NonFiniteLossError(self._locate("the gradient is not finite", batch, step))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.method.after_step(step)
@@ -175,22 +181,25 @@ class Trainer:
         if stop or (last and self._stop_now(done)):
             raise TrainingInterrupted
 
+    @property
+    def labeled_bs(self) -> int:
+        """Labelled patches of a step, over all ranks."""
+        config = self.state.config
+        return required(config.labeled_bs, "labeled_bs") if self.method.uses_unlabeled else config.batch_size
+
+    def _sampler(self, first: int) -> StepSampler:
+        config, split, ranks = self.state.config, self.state.split, self.ranks
+        plan = StepPlan(split.labeled, split.unlabeled, config.batch_size, self.labeled_bs, config.seed)
+        limits = {"first_step": first, "max_iteration": self.max_iteration}
+        return StepSampler(plan, **limits, rank=ranks.rank, world_size=ranks.world_size)
+
     def _loader(self, first: int) -> Iterator[Batch]:
-        config, split = self.state.config, self.state.split
-        labeled_bs = required(config.labeled_bs, "labeled_bs") if self.method.uses_unlabeled else config.batch_size
-        plan = StepPlan(split.labeled, split.unlabeled, config.batch_size, labeled_bs, config.seed)
-        sampler = StepSampler(
-            plan,
-            first_step=first,
-            max_iteration=self.max_iteration,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-        )
+        config = self.state.config
         dataset = PatchDataset(self.cache, build.build_augmentation(config))
         return iter(
             DataLoader(
                 dataset,
-                batch_sampler=sampler,
+                batch_sampler=self._sampler(first),
                 num_workers=config.num_workers,
                 collate_fn=collate,
                 pin_memory=self.device.type == "cuda",
@@ -254,11 +263,10 @@ class Trainer:
         confer = done % self.state.config.log_every == 0 or done == self.max_iteration
         return confer and any_rank(self.interrupted, self.device)
 
-    def _describe_non_finite(self, output: StepOutput, batch: Batch, step: int) -> str:
-        bad = [name for name, term in output.terms.items() if not torch.isfinite(term.value)]
-        what = f"loss term {', '.join(bad)}" if bad else "the gradient"
+    def _locate(self, reason: str, batch: Batch, step: int) -> str:
+        """The message of a step that failed for ``reason``: where it happened and what to do."""
         return (
-            f"step {step}: {what} is not finite; cases: {', '.join(batch.cases_l + batch.cases_u)}. Look at these "
+            f"step {step}: {reason}; cases: {', '.join(batch.cases_l + batch.cases_u)}. Look at these "
             f"images, lower --base_lr or use --amp no; the last good checkpoint is {self.folder / 'last.pt'}"
         )
 

@@ -73,6 +73,8 @@ def test_a_typo_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
         ({"base_lr": 0.0}, "--base_lr 0.0"),
         ({"base_lr": float("nan")}, "--base_lr nan"),
         ({"flip_axes": (3,)}, "--flip_axes 3: axes are 0, 1 and 2"),
+        ({"flip_axes": (0, 0)}, "--flip_axes 0 0: axes are 0, 1 and 2, each at most once"),
+        ({"num_classes": 257}, r"--num_classes 257: must be in 2\.\.256"),
         ({"exp": "a/b"}, "a plain folder name"),
         ({"exp": ".."}, "a plain folder name"),
         ({"spacing": (float("nan"), 1.0, 1.0)}, "--spacing nan 1.0 1.0"),

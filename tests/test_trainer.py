@@ -101,6 +101,14 @@ def test_trainer_stops_at_a_non_finite_loss_and_keeps_the_checkpoint(tmp_path: P
     assert all(torch.isfinite(value).all() for value in kept.method.state_dict().values())
 
 
+def test_trainer_names_step_term_and_cases_of_non_finite_features(tmp_path: Path) -> None:
+    trainer = small_trainer(BallSource(), tmp_path, use_contrastive_prototype=True)
+    with torch.no_grad():
+        next(trainer.method.student.parameters()).fill_(1e38)  # finite weights, features that overflow
+    with pytest.raises(NonFiniteLossError, match=r"step 0: the prototype term's features .*class 0.*cases: l0, l1, u0"):
+        trainer.train_step(trainer.method, random_batch(), 0)
+
+
 def test_trainer_stops_at_a_non_finite_gradient_before_it_reaches_the_weights(tmp_path: Path) -> None:
     trainer = small_trainer(BallSource(), tmp_path)
     before = weights(trainer)
@@ -249,6 +257,13 @@ class NanSource(BallSource):
 def test_trainer_names_a_case_with_nan_voxels(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ball\d\d"):
         small_trainer(NanSource(), tmp_path).fit()
+
+
+def test_trainer_refuses_a_batch_that_its_ranks_cannot_share_before_it_writes(tmp_path: Path) -> None:
+    state = small_trainer(BallSource(), tmp_path).state
+    with pytest.raises(ValueError, match="--labeled_bs 2 and 2 unlabelled patches cannot be shared by 3 processes"):
+        Trainer(state, BallSource(), tmp_path, RankInfo(0, 3, 0), CPU)
+    assert not list(tmp_path.iterdir())
 
 
 def test_trainer_refuses_a_mean_teacher_without_unlabelled_cases(tmp_path: Path) -> None:

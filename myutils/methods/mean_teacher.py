@@ -16,6 +16,7 @@ from myutils.config import RunConfig
 from myutils.ema import make_teacher, update_teacher
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
+from myutils.prototype_term import IGNORE, PseudoVoxels
 from myutils.schedules import ema_decay_at
 from networks.base import SegmentationNetwork, SegmentationOutput
 
@@ -97,20 +98,23 @@ class MeanTeacher(Method):
         pseudo = pseudo_labels(teacher_u.logits)
         strong, target, sources = self._mix(batch, pseudo)
         student = self.student(torch.cat([batch.image_l, strong]))
-        student_l = SegmentationOutput(student.logits[:labeled], student.features[:labeled])
-        student_u = SegmentationOutput(student.logits[labeled:], student.features[labeled:])
+        logits_l, logits_u = student.logits[:labeled], student.logits[labeled:]
         gate = target.confidence > self.config.confidence_threshold
-        consistency = dice_ce_loss(student_u.logits, target.labels, gate.float())
+        consistency = dice_ce_loss(logits_u, target.labels, gate.float())
         terms = {
-            "supervised": LossTerm(dice_ce_loss(student_l.logits, batch.label_l), 1.0),
+            "supervised": LossTerm(dice_ce_loss(logits_l, batch.label_l), 1.0),
             "consistency": LossTerm(consistency, self.ramp(step) * self.config.consistency),
         }
         if self.prototypes is not None:
-            losses = self.prototypes.labeled_losses(student_l, batch.label_l, teacher=teacher_l, step=step)
-            unlabeled = self.prototypes.unlabeled_losses(student_u, teacher_u, sources, labeled)
-            terms |= self.prototype_loss_terms({name: losses[name] + unlabeled[name] for name in losses}, step)
+            confident = pseudo.labels.masked_fill(pseudo.confidence <= self.config.confidence_threshold, IGNORE)
+            if sources is not None:  # voxels pasted from labelled patches are no pseudo-labelled ones
+                confident = confident.masked_fill(sources < batch.label_l.numel(), IGNORE)
+            losses = self.prototypes(
+                student, batch.label_l, step, teacher_l=teacher_l, pseudo=PseudoVoxels(confident, teacher_u)
+            )
+            terms |= self.prototype_loss_terms(losses, step)
         scalars = {"confidence": pseudo.confidence.mean(), "gate_share": gate.float().mean()}
-        return StepOutput(terms, scalars, pseudo.labels, student_l.logits.detach())
+        return StepOutput(terms, scalars, pseudo.labels, logits_l.detach())
 
     def _mix(self, batch: Batch, pseudo: PseudoLabels) -> tuple[Tensor, PseudoLabels, Tensor | None]:
         """Strong views with boxes of labelled patches, their targets, and where each voxel came from."""

@@ -19,8 +19,7 @@ class Supervised(Method):
         output = self.student(batch.image_l)
         terms = {"supervised": LossTerm(dice_ce_loss(output.logits, batch.label_l), 1.0)}
         if self.prototypes is not None:
-            losses = self.prototypes.labeled_losses(output, batch.label_l, teacher=None, step=step)
-            terms |= self.prototype_loss_terms(losses, step)
+            terms |= self.prototype_loss_terms(self.prototypes(output, batch.label_l, step), step)
         return StepOutput(terms, logits_l=output.logits.detach())
 
     def inference_network(self) -> SegmentationNetwork:

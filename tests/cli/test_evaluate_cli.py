@@ -108,6 +108,31 @@ def test_other_data_are_scored_whole_or_by_their_list(
     assert evaluate(checkpoint, *flags) == 0
 
 
+def test_list_with_ids_of_training_cases_on_other_data_gives_a_warning(
+    cohort: Path, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_log(monkeypatch)
+    part = shutil.copytree(cohort, tmp_path / "part")
+    (part / "images" / f"{split_of(checkpoint)['unlabeled'][0]}.nii.gz").unlink()  # no longer the whole training set
+    (tmp_path / "list.txt").write_text(f"{split_of(checkpoint)['labeled'][0]}\n")
+    flags = ("--dataset_path", part, "--test_list", tmp_path / "list.txt", "--output_dir", tmp_path / "out")
+    with caplog.at_level(logging.WARNING):
+        assert evaluate(checkpoint, *flags) == 0
+    assert "1 of 1 cases bear ids of training cases" in caplog.text
+
+
+def test_cache_folder_of_another_machine_can_be_replaced(checkpoint: Path, tmp_path: Path) -> None:
+    job = evaluate_3d.prepare(evaluate_3d.EvaluateFlags(checkpoint=checkpoint, output_dir=tmp_path / "out"))
+    assert job.config.cache_dir != tmp_path
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_3d, "build_source", lambda config: seen.append(config.cache_dir) or job.source)
+        evaluate_3d.prepare(
+            evaluate_3d.EvaluateFlags(checkpoint=checkpoint, cache_dir=tmp_path, output_dir=tmp_path / "out")
+        )
+    assert seen == [tmp_path]
+
+
 def test_inference_flags_reach_the_summary(checkpoint: Path, tmp_path: Path) -> None:
     flags = ("--overlap", 0.25, "--flips", "--largest_component", "--amp", "no", "--output_dir", tmp_path)
     assert evaluate(checkpoint, *flags) == 0

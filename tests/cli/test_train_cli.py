@@ -9,7 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from train_job import different, job, nifti_job, one_thread, set_label, weights, write_list  # noqa: F401
+from train_job import different, job, nifti_job, one_thread, resume, set_label, weights, write_list  # noqa: F401
 
 import train_cov_dfp_3d as train
 
@@ -69,7 +69,11 @@ def test_supervised_needs_no_unlabelled_case(folder: Path, capsys: pytest.Captur
     train_list = write_list(folder / "train.txt", *range(2))
     assert train.main(job(folder, exp="sup", method="supervised", train_list=train_list, max_iteration="1")) == 0
     printed = capsys.readouterr()
-    assert "cases: 2 labelled, 0 unlabelled" in printed.err and "4 test cases" in printed.out
+    assert (
+        "cases: 2 labelled, 0 unlabelled" in printed.err
+        and "batch 4 (4 labelled)" in printed.err
+        and "4 test cases" in printed.out
+    )
 
 
 def test_folder_without_test_cases_trains_and_says_why_there_is_no_evaluation(
@@ -80,6 +84,18 @@ def test_folder_without_test_cases_trains_and_says_why_there_is_no_evaluation(
     printed = capsys.readouterr()
     assert "training is done; no evaluation: there are no test cases" in printed.err
     assert "--test_list" in printed.err and "last.pt" in printed.out
+
+
+def test_wrong_test_list_fails_the_run_and_a_right_one_completes_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lists = {"train_list": write_list(folder / "train.txt", *range(4)), "test_list": write_list(folder / "test.txt", 3)}
+    assert train.main(job(folder, exp="a", max_iteration="1", **lists)) == 1
+    printed = capsys.readouterr().err
+    assert "'ball03' are also training cases" in printed and "--resume" in printed
+    write_list(folder / "test.txt", 4)
+    assert train.main(resume(folder, "a")) == 0
+    assert (folder / "runs" / "a" / "test" / "cases.csv").exists()
 
 
 def test_validation_chooses_the_checkpoint_that_counts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ REFUSALS = {
     "val_num": ({"val_num": "2"}, "--val_num 2: ", "pass a value in 0..1"),
     "labeled_bs": ({"labeled_bs": "4"}, "--labeled_bs 4: must be below --batch_size 4"),
     "patch": ({"patch_size": "16 16 4"}, "--patch_size 16 16 4: unet_3d divides each axis by"),
-    "patch_zero": ({"patch_size": "16 0 16"}, "--patch_size 16 0 16: every value must be above 0"),
+    "patch_zero": ({"patch_size": "16 0 16"}, "--patch_size 16 0 16: every value must be finite and above 0"),
     "dataset": ({"dataset_name": "nifty"}, "unknown data set 'nifty'; did you mean 'nifti'?"),
     "model": ({"model": "unet3d"}, "unknown model 'unet3d'; did you mean 'unet_3d'?"),
     "method": ({"method": "meanteacher"}, "unknown method 'meanteacher'; did you mean 'mean_teacher'?"),
