@@ -101,7 +101,7 @@ class PrototypeTerm(nn.Module):
         positions, classes = self.manager.sample_positions(labels)
         rows, count = [positions], len(positions)
         if pseudo is not None:
-            positions_u, _ = self.manager.sample_positions(pseudo.labels)
+            positions_u, drawn = self.manager.sample_positions(pseudo.labels)
             rows.append(positions_u + labels.numel())
         with torch.autocast(labels.device.type, enabled=False):
             projected = self.projection(pick_voxels(student.features, torch.cat(rows)).float())  # (S, E)
@@ -115,6 +115,8 @@ class PrototypeTerm(nn.Module):
             if pseudo is not None:
                 stored = self._teacher_embeddings(pseudo.teacher, positions_u)
                 seen = pick_voxels(pseudo.teacher.logits, positions_u).float()
+                # On an accelerator unused slots point at any voxel, pasted ones too: NaN is below every gate.
+                seen = seen.masked_fill((drawn == IGNORE)[:, None], float("nan"))
                 extra = self._compare(predicted[count:], seen, stored, None, update=True)
                 losses = {name: losses[name] + extra[name] for name in losses}
         return losses
