@@ -36,9 +36,11 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated, not a NIfTI image, not 3D or 4D, or its affine is not invertible.
+        ValueError: If the file is truncated, not a NIfTI image, complex, not 3D or 4D, or its affine not invertible.
     """
     image = _open_nifti(path)
+    if image.get_data_dtype().kind == "c":
+        raise ValueError(f"{path}: the voxels are complex numbers; export the magnitude image")
     try:
         voxels = image.get_fdata(dtype=np.float32, caching="unchanged")
     except (*READ_ERRORS, TypeError) as error:

@@ -95,6 +95,12 @@ def test_colour_voxels_are_refused(tmp_path: Path) -> None:
         read_nifti(path)
 
 
+def test_complex_voxels_are_refused(tmp_path: Path) -> None:
+    path = make.write_nifti(tmp_path / "a.nii.gz", make.counting_image().astype(np.complex64))
+    with pytest.raises(ValueError, match=r"a\.nii\.gz: the voxels are complex numbers; export the magnitude"):
+        read_nifti(path)
+
+
 def test_label_affine_may_differ_by_rounding_alone(tmp_path: Path) -> None:
     image = make.counting_image()[None]
     near = make.AFFINE.copy()
