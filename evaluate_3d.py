@@ -116,6 +116,8 @@ def prepare(flags: EvaluateFlags) -> Job:
     config = flags.apply_to(bundle.config)
     options = inference_options(bundle, config, device)
     given = {name: getattr(flags, name) for name in DATA_SETTINGS if getattr(flags, name) is not None}
+    if flags.dataset_name not in (None, config.dataset_name):
+        given.setdefault("dataset_path", None)  # the folder of another format's data says nothing about these
     source = open_source(dataclasses.replace(config, **given), bundle, flags)
     require_match(source, bundle)
     case_ids = choose_cases(source, bundle, flags.split, test_list=flags.test_list, val_list=flags.val_list)

@@ -88,7 +88,8 @@ def keep_log(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_moved_data_are_still_the_training_data(cohort: Path, checkpoint: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(cohort, tmp_path / "moved")
     assert evaluate(checkpoint, "--dataset_path", moved, "--output_dir", tmp_path / "out") == 0
-    assert cases_in(tmp_path / "out") == cases_in(checkpoint.parent / "evaluation" / "test")
+    assert evaluate(checkpoint, "--output_dir", tmp_path / "there") == 0
+    assert cases_in(tmp_path / "out") == cases_in(tmp_path / "there")
 
 
 def test_other_data_are_scored_whole_or_by_their_list(
@@ -148,6 +149,12 @@ def test_data_that_do_not_fit_are_refused(checkpoint: Path, tmp_path: Path, caps
     more = write_cohort(tmp_path / "more", cases=2, labeled=2, prefix="more")
     (more / "classes.txt").write_text("background\nball\ncore\nshell\n")
     assert "4 classes" in refused(capsys, checkpoint, "--dataset_path", more)
+
+
+def test_another_format_does_not_take_the_checkpoints_folder(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "pass its folder as --dataset_path" in refused(capsys, checkpoint, "--dataset_name", "dicom")
 
 
 def test_impossible_requests_are_refused_in_one_line(
