@@ -53,7 +53,7 @@ def test_two_ranks_hold_equal_weights_and_memory(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_torchrun_trains_the_demo(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     command += [str(ROOT / "train_cov_dfp_3d.py"), "--max_iteration", "2", "--log_every", "1", "--patch_size"]
     command += ["16", "16", "16", "--no-baseline", "--no-evaluate", "--output_dir", str(tmp_path), "--exp", "two"]
     command += ["--cache_dir", str(tmp_path / "cache")]
