@@ -66,6 +66,11 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
     prototypes = config.use_contrastive_prototype
     method = METHODS.get(config.method)
     labeled_bs = config.labeled_bs or max(1, config.batch_size // 2)
+    prototypes = prototypes if prototypes is not None else method.prototypes_by_default
+    if prototypes and config.use_learned_selector and config.embedding_dim < 2:
+        raise ValueError(
+            f"--embedding_dim {config.embedding_dim}: at least 2 with selectors (--no-use_learned_selector)"
+        )
     if method.uses_unlabeled and labeled_bs >= config.batch_size:
         raise ValueError(f"--batch_size {config.batch_size}: {config.method} needs at least 2, one patch unlabelled")
     return dataclasses.replace(
@@ -79,7 +84,7 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
         modality=config.modality or source.modality,
         flip_axes=config.flip_axes if config.flip_axes is not None else tuple(source.flip_axes),
         baseline=config.baseline if config.baseline is not None else config.dataset_name == "demo",
-        use_contrastive_prototype=(prototypes if prototypes is not None else method.prototypes_by_default),
+        use_contrastive_prototype=prototypes,
         exp=config.exp or f"{config.dataset_name}_{config.method}_{labelnum}labels_seed{config.seed}",
     )
 
