@@ -96,7 +96,8 @@ def unlabeled_images(root: Path, content: dict[str, Any]) -> dict[str, tuple[Pat
     listed = content.get("test")
     if not listed:
         return group_channels(root / "imagesTs", content)
-    names = [item["image"] if isinstance(item, dict) else item for item in listed]
+    names = [item.get("image") if isinstance(item, dict) else item for item in listed]
+    _require_paths(names, "test")
     return {strip_nifti_suffix(Path(name).name): _image_files(root, [name]) for name in names}
 
 
@@ -134,8 +135,17 @@ def _entries(content: dict[str, Any]) -> list[tuple[str | None, list[str], str |
             raise ValueError(
                 f"dataset.json: training entry {item!r} has no 'image'; write {{'image': ..., 'label': ...}}"
             )
-        entries.append((case_id, [images] if isinstance(images, str) else list(images), item.get("label")))
+        files, label = images if isinstance(images, list) else [images], item.get("label")
+        _require_paths([*files, label or ""], "training")
+        entries.append((case_id, files, label))
     return entries
+
+
+def _require_paths(names: list[Any], where: str) -> None:
+    """Raise a ValueError for an entry of dataset.json that is no file name."""
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise ValueError(f"dataset.json: {where!r} names {wrong[0]!r}; write file names as text")
 
 
 def _image_files(root: Path, images: list[str]) -> tuple[Path, ...]:

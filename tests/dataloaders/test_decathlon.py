@@ -175,6 +175,17 @@ def test_bad_entries_are_refused(tmp_path: Path) -> None:
         DecathlonFolder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [{"training": [{"image": 5}]}, {"training": [entry("a") | {"label": 7}]}, {"training": [entry("a")], "test": [1]}],
+)
+def test_entries_that_are_no_file_names_are_refused(tmp_path: Path, content: dict[str, Any]) -> None:
+    write_case(tmp_path, "a")
+    describe(tmp_path, **content)
+    with pytest.raises(ValueError, match=r"dataset\.json: '(training|test)' names [571]; write file names as text"):
+        DecathlonFolder(tmp_path)
+
+
 def test_bad_dataset_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"dataset.json at its top"):
         DecathlonFolder(tmp_path)
