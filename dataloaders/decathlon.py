@@ -96,7 +96,7 @@ def unlabeled_images(root: Path, content: dict[str, Any]) -> dict[str, tuple[Pat
     listed = content.get("test")
     if not listed:
         return group_channels(root / "imagesTs", content)
-    names = [item.get("image") if isinstance(item, dict) else item for item in listed]
+    names: list[Any] = [item.get("image") if isinstance(item, dict) else item for item in listed]
     _require_paths(names, "test")
     return {strip_nifti_suffix(Path(name).name): _image_files(root, [name]) for name in names}
 
