@@ -118,7 +118,7 @@ def start_run(config: RunConfig, ranks: RankInfo, device: torch.device) -> Train
     if ranks.is_main:
         trainer.folder = claim_folder(trainer.folder, chosen=config.exp is not None)
     trainer.folder = broadcast_object(trainer.folder)
-    state.config = dataclasses.replace(resolved, exp=trainer.folder.name)
+    state.config = dataclasses.replace(resolved, exp=trainer.folder.name).with_absolute_paths()
     if ranks.is_main:
         write_json(trainer.folder / "config.json", state.config.to_dict())
         write_json(trainer.folder / "split.json", split.to_dict())
@@ -136,15 +136,16 @@ def resume_run(config: RunConfig, given: dict[str, Any], ranks: RankInfo, device
         hint = closest_hint(config.exp, known) if known else f"no run in {config.output_dir} has one"
         raise FileNotFoundError(f"--resume: {folder} holds no last.pt to go on from; {hint}")
     state, _ = read_checkpoint(folder / "last.pt", torch.device("cpu"))
-    changed = [
-        name for name, value in given.items() if name not in RESUME_FLAGS and value != getattr(state.config, name)
-    ]
+    asked, before = config.with_absolute_paths(), state.config.with_absolute_paths()
+    changed = [name for name in given if name not in RESUME_FLAGS and getattr(asked, name) != getattr(before, name)]
     if changed:
         raise ValueError(
             f"--resume: {', '.join('--' + name for name in changed)} differ from the stored run's; a resumed run keeps "
             "its settings, start a new --exp to change them"
         )
-    stored = dataclasses.replace(state.config, **{name: given[name] for name in KEPT_FROM_FLAGS if name in given})
+    stored = dataclasses.replace(
+        state.config, **{name: getattr(asked, name) for name in KEPT_FROM_FLAGS if name in given}
+    )
     source = build_source(stored)
     found, trained, split = DataFacts.of(source), state.facts, state.split
     if (found.class_names, found.in_channels) != (trained.class_names, trained.in_channels):

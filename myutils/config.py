@@ -156,6 +156,13 @@ class RunConfig:
             test_list=self.test_list,
         )
 
+    def with_absolute_paths(self) -> RunConfig:
+        """The same files and folders, found from any working directory: what a run stores."""
+        paths: dict[str, Any] = {
+            name: value.absolute() for name, value in vars(self).items() if isinstance(value, Path)
+        }
+        return dataclasses.replace(self, **paths)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; paths as strings, tuples as lists."""
         return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}

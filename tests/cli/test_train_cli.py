@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from train_job import different, job, nifti_job, one_thread, resume, set_label, weights, write_list  # noqa: F401
 
+import evaluate_3d
 import train_cov_dfp_3d as train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,6 +64,18 @@ def test_without_evaluation_the_checkpoint_is_named(folder: Path, capsys: pytest
     printed = capsys.readouterr().out
     assert str(folder / "runs" / "a" / "last.pt") in printed and "cases.csv" not in printed
     assert not (folder / "runs" / "a" / "test").exists()
+
+
+def test_run_finds_its_files_from_another_working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_list(folder / "train.txt", *range(5))
+    monkeypatch.chdir(folder)
+    flags = ["--no-evaluate", "--train_list", "train.txt"]
+    assert train.main(job(folder, *flags, exp="a", max_iteration="1", dataset_path="data")) == 0
+    assert train.main(resume(folder, "a", *flags, "--dataset_path", "data")) == 0  # the same flags, as typed before
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    assert evaluate_3d.main(["--checkpoint", str(folder / "runs" / "a" / "last.pt")]) == 0
+    assert train.main(resume(folder, "a")) == 0
 
 
 def test_supervised_needs_no_unlabelled_case(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
