@@ -55,7 +55,7 @@ class TrainingSplit:
     @property
     def digest(self) -> str:
         """SHA-256 of the ids and their roles, in hex."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return ids_digest(asdict(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Lists and digest, for JSON."""
@@ -77,6 +77,11 @@ class TrainingSplit:
                 f"stored split has digest {stored.get('digest')!r}, its ids give {split.digest}; restore it"
             )
         return split
+
+
+def ids_digest(ids: object) -> str:
+    """SHA-256, in hex, of lists or named lists of case ids."""
+    return hashlib.sha256(json.dumps(ids, sort_keys=True).encode()).hexdigest()
 
 
 def make_training_split(source: CaseSource, request: SplitRequest) -> TrainingSplit:

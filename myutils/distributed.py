@@ -6,12 +6,16 @@ import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
 logger = logging.getLogger(__name__)
+
+# Ranks wait for rank 0 while it validates whole volumes; the default of 10 minutes would end such a run.
+COLLECTIVE_TIMEOUT = timedelta(hours=4)
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def start_process_group(gpu: int | None = None) -> tuple[RankInfo, torch.device]
     device = select_device(gpu, info.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
     return info, device
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dataloaders.base import CaseSource
+from dataloaders.splits import ids_digest
 from myutils.build import build_inference
 from myutils.checkpoint import load_for_inference
 from myutils.distributed import resolve_amp
@@ -52,6 +53,7 @@ def evaluate_run(
     )
     summary = summarise(results, bundle.class_names)
     summary |= {"checkpoint": checkpoint.name, "step": bundle.step, "split_digest": bundle.split.digest}
+    summary |= {"test_ids": list(case_ids), "test_digest": ids_digest(case_ids)}
     write_cases_csv(folder / "test" / "cases.csv", results, bundle.class_names)
     write_summary_json(folder / "test" / "summary.json", summary)
     return results, summary
