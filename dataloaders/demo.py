@@ -46,7 +46,7 @@ class DemoCohort(CaseSource):
     in_channels = 1
     class_names = CLASS_NAMES
     flip_axes = (0,)  # the brain is symmetric from left to right, and in no other direction
-    defaults = TrainingDefaults(patch_size=(40, 40, 40), max_iteration=400, labelnum=4)
+    defaults = TrainingDefaults(patch_size=(40, 40, 40), max_iteration=480, labelnum=4)
 
     def __init__(
         self,
