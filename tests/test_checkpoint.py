@@ -90,7 +90,7 @@ def test_write_that_the_system_cuts_short_keeps_the_older_file(tmp_path: Path) -
     path = tmp_path / "last.pt"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", FULL_DISK, str(path)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=120)
     assert f"cannot write {path}" in result.stdout and "free space" in result.stdout, result.stderr
     assert len(result.stdout.splitlines()) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]

@@ -58,7 +58,7 @@ def test_torchrun_trains_the_demo(tmp_path: Path) -> None:
     command += ["16", "16", "16", "--no-baseline", "--no-evaluate", "--output_dir", str(tmp_path), "--exp", "two"]
     command += ["--cache_dir", str(tmp_path / "cache")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=170)
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", timeout=170)
     assert result.returncode == 0, result.stderr[-2000:]
     lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
