@@ -106,10 +106,9 @@ def start_run(config: RunConfig, ranks: RankInfo, device: torch.device) -> Train
         refuse_used_name(config.output_dir / config.exp)
     if config.evaluate and config.test_list is not None and not config.test_list.is_file():
         raise FileNotFoundError(f"--test_list {config.test_list}: there is no such file")  # known now, not after hours
-    if ranks.is_main:
-        build_source(config)  # what a source makes once is made by one process
+    source = build_source(config) if ranks.is_main else None  # what a source makes once is made by one process
     barrier()
-    source = build_source(config)
+    source = source or build_source(config)
     resolved = resolve_config(config, source)
     split = make_training_split(source, resolved.split_request())
     state = RunState(resolved, DataFacts.of(source), split)
