@@ -1,10 +1,10 @@
 """Share of a mean-teacher step that the prototype term takes, selectors on, refills of the memory included.
 
-    python -m benchmarks.prototype_share --patch_size 64 64 48 --rounds 5
+    python -m benchmarks.prototype_share --patch_size 64 64 48 --rounds 20
 
-Both trainers live in one process and take turns; a turn is ``--memory_interval`` steps, so that each holds one refill
-(a refill runs the labelled patches through the teacher). Printed: median seconds per step of both, and the share
-(with - without) / with.
+Both trainers live in one process and take turns, step by step. A round is ``--memory_interval`` steps of each, of which
+the first refills the memory (it runs the labelled patches through the teacher). Printed: seconds per step of both, as
+the mean over a round's steps of each one's median over rounds, and the share (with - without) / with.
 """
 
 from __future__ import annotations
@@ -63,30 +63,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--patch_size", type=int, nargs=3, default=(64, 64, 48))
     parser.add_argument("--classes", type=int, default=7)
-    parser.add_argument("--rounds", type=int, default=5, help="timed turns of each side")
+    parser.add_argument("--rounds", type=int, default=20, help="timed rounds")
     settings = parser.parse_args()
     _, device = start_process_group()
     patch = tuple(settings.patch_size)
     trainers = {name: make_trainer(name == "with", patch, settings.classes, device) for name in ("without", "with")}
     batch = make_batch(patch, settings.classes, device)
-    turn = trainers["with"].state.config.memory_interval
-    seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    steps = dict.fromkeys(trainers, 0)
-    for number in range(settings.rounds + 1):
+    interval = trainers["with"].state.config.memory_interval
+    seconds: dict[str, list[list[float]]] = {name: [[] for _ in range(interval)] for name in trainers}
+    for step in range((settings.rounds + 1) * interval):
         for name, trainer in trainers.items():
             started = time.perf_counter()
-            for _ in range(turn):
-                trainer.train_step(trainer.method, batch, steps[name])
-                steps[name] += 1
-            if number > 0:  # the first turn warms up
-                seconds[name].append((time.perf_counter() - started) / turn)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+            trainer.train_step(trainer.method, batch, step)
+            if step >= interval:  # the first round warms up
+                seconds[name][step % interval].append(time.perf_counter() - started)
+    typical = {name: statistics.mean(map(statistics.median, phases)) for name, phases in seconds.items()}
+    least = {name: statistics.mean(map(min, phases)) for name, phases in seconds.items()}
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
     print(f"patch {patch}, batch 4 (2 labelled), {settings.classes} classes, autocast {trainers['with'].amp}")
-    for name, value in median.items():
-        print(f"{name:8s} prototypes: {value:.3f} s per step (min {min(seconds[name]):.3f})")
-    ratio = median["with"] / median["without"]
-    print(f"share of the step: {1 - 1 / ratio:.1%} (ratio {ratio:.3f})")
+    for name, value in typical.items():
+        print(f"{name:8s} prototypes: {value:.3f} s per step (least {least[name]:.3f})")
+    for name, times in (("share of the step", typical), ("by the least times", least)):
+        print(f"{name}: {1 - times['without'] / times['with']:.1%} (ratio {times['with'] / times['without']:.3f})")
 
 
 if __name__ == "__main__":

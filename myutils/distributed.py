@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +31,18 @@ class RankInfo:
     def is_main(self) -> bool:
         """Whether this process writes files and talks to the terminal."""
         return self.rank == 0
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Largest memory so far in MB: allocated on a CUDA device, else resident in this process; NaN where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        return float("nan")
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def select_device(gpu: int | None = None, local_rank: int | None = None) -> torch.device:

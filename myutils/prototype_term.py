@@ -98,10 +98,13 @@ class PrototypeTerm(nn.Module):
             teacher_l: Teacher outputs of the labelled patches on refill steps; None for the student's own features.
             pseudo: The unlabelled patches; None without any.
         """
-        positions, classes = self.manager.sample_positions(labels)
+        quota = self.manager.samples_per_class  # of a class in the whole batch; both halves get as much
+        if pseudo is not None:
+            quota = max(1, quota // 2)
+        positions, classes = self.manager.sample_positions(labels, quota)
         rows, count = [positions], len(positions)
         if pseudo is not None:
-            positions_u, drawn = self.manager.sample_positions(pseudo.labels)
+            positions_u, drawn = self.manager.sample_positions(pseudo.labels, quota)
             rows.append(positions_u + labels.numel())
         with torch.autocast(labels.device.type, enabled=False):
             projected = self.projection(pick_voxels(student.features, torch.cat(rows)).float())  # (S, E)

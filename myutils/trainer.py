@@ -24,7 +24,15 @@ from dataloaders.samplers import StepPlan, StepSampler
 from myutils import build
 from myutils.checkpoint import RunState, load_weights, read_checkpoint, write_checkpoint
 from myutils.config import required
-from myutils.distributed import RankInfo, any_rank, autocast, barrier, mean_over_ranks, resolve_amp
+from myutils.distributed import (
+    RankInfo,
+    any_rank,
+    autocast,
+    barrier,
+    mean_over_ranks,
+    peak_memory_mb,
+    resolve_amp,
+)
 from myutils.evaluation import evaluate_cases, summarise
 from myutils.methods.base import StepOutput, batch_dice
 from myutils.prototype_checks import NonFiniteFeaturesError
@@ -214,6 +222,7 @@ class Trainer:
         if output.logits_l is not None:
             values["Train/dice"] = batch_dice(output.logits_l, batch.label_l.to(self.device))
         values["Train/seconds_per_step"] = seconds_per_step
+        values["Train/peak_memory_mb"] = peak_memory_mb(self.device)
         if self.method.prototypes is not None:
             values["Memory/fill"] = self.method.prototypes.memory_fill()
         tensors = torch.stack([torch.as_tensor(value, dtype=torch.float32).cpu() for value in values.values()])

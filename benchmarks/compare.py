@@ -1,0 +1,194 @@
+"""Methods side by side: the same network, steps, batch, augmentation and evaluation, several seeds, one table.
+
+    python -m benchmarks.compare --dataset_name decathlon --dataset_path Task04_Hippocampus --pool 160 --labelnum 8 \
+        --methods supervised,mean_teacher,best --full --seeds 0,1,2 --max_iteration 2000 \
+        --output_dir runs/hippocampus -- --patch_size 32 40 32
+
+The training pool is the first ``--pool`` cases, the test cases are those after it; the first ``--labelnum`` cases of
+the pool are labelled. ``supervised`` sees only these, and every patch of its batch is a labelled one, so that all rows
+see equally many patches; ``--full`` adds supervised training with all labels of the pool, the ceiling. The last
+checkpoint counts, no test case chooses anything. Several numbers of labels (``--labelnum 2,4,8,16``) give a table each
+and a plot of Dice against labels.
+
+``--row "NAME=FLAGS"`` adds a row with any flags, such as ``--row "no prototypes=--method best
+--no-use_contrastive_prototype"``. Everything after ``--`` goes to every training unchanged.
+
+Finished runs are kept and interrupted ones resumed, so that the same command goes on where it stopped; it also redraws
+the table. A run whose settings differ from those asked for is refused. Written to ``--output_dir``: ``table_N.md`` and
+``table_N.png`` per number of labels N, ``sweep.png``, and one folder and log per run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.comparison_tables import Row, draw_rows, draw_sweep, format_rows
+from dataloaders.base import SOURCES, SourceOptions
+
+ROOT = Path(__file__).resolve().parents[1]
+SUPERVISED, FULL = "supervised", "supervised, all labels"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One row of one table: its name, its number of labels and its flags."""
+
+    name: str
+    labelnum: int
+    flags: tuple[str, ...]
+
+    def folder_name(self, seed: int) -> str:
+        """Name of a run's folder; the number of labels tells full supervision from the rest."""
+        plain = re.sub(r"[^A-Za-z0-9_.+-]+", "_", self.name)
+        return f"{plain}_{self.labelnum}labels_seed{seed}"
+
+
+def main() -> None:
+    """Train what is missing, then print and write the tables and plots."""
+    settings = parse()
+    try:
+        lists = write_lists(settings)
+        plans = make_plans(settings)
+        rows = train_all(settings, plans, lists)
+        report(settings, rows)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise SystemExit(f"compare: {error}") from error
+
+
+def parse() -> argparse.Namespace:
+    """Flags of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset_name", required=True)
+    parser.add_argument("--dataset_path", type=Path, required=True)
+    parser.add_argument("--num_classes", type=int, help="for formats that do not store it")
+    parser.add_argument("--pool", type=int, required=True, help="the first cases, for training; the rest is the test")
+    parser.add_argument("--methods", type=names, default=[SUPERVISED, "mean_teacher"], help="names, with commas")
+    parser.add_argument("--row", action="append", default=[], metavar="NAME=FLAGS", help="one more row; repeatable")
+    parser.add_argument("--full", action="store_true", help="add supervised training with all labels of the pool")
+    parser.add_argument("--baseline", default=SUPERVISED, help="row that every other is paired with")
+    parser.add_argument("--labelnum", type=numbers, required=True, help="labelled cases, several with commas")
+    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="with commas")
+    parser.add_argument("--max_iteration", type=int, required=True, help="training steps of every row")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each")
+    parser.add_argument("flags", nargs="*", help="flags of the trainer for every row, after --")
+    return parser.parse_args()
+
+
+def names(text: str) -> list[str]:
+    """Names between commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers between commas."""
+    return [int(part) for part in names(text)]
+
+
+def write_lists(settings: argparse.Namespace) -> tuple[Path, Path]:
+    """Two list files in the output folder: the first ``--pool`` cases, and the rest."""
+    options = SourceOptions(root=settings.dataset_path, num_classes=settings.num_classes)
+    source = SOURCES.get(settings.dataset_name).from_options(options)
+    ids = list(source.official_train() or source.labeled_ids())
+    if not 0 < settings.pool < len(ids):
+        raise ValueError(f"--pool {settings.pool}: the data set has {len(ids)} labelled cases; leave some for the test")
+    if max(settings.labelnum) > settings.pool:
+        raise ValueError(f"--labelnum {max(settings.labelnum)}: the pool has {settings.pool} cases")
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    paths = settings.output_dir / "train.txt", settings.output_dir / "test.txt"
+    for path, part in zip(paths, (ids[: settings.pool], ids[settings.pool :]), strict=True):
+        path.write_text("\n".join(part) + "\n", encoding="utf-8")
+    return paths
+
+
+def make_plans(settings: argparse.Namespace) -> list[Plan]:
+    """All rows of all tables, the baseline and the ceiling first."""
+    asked: dict[str, tuple[str, ...]] = {name: ("--method", name) for name in settings.methods}
+    for row in settings.row:
+        name, equals, flags = row.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"--row {row!r}: write NAME=FLAGS")
+        if name.strip() in asked:
+            raise ValueError(f"--row {row!r}: there is a row of this name already")
+        asked[name.strip()] = tuple(shlex.split(flags))
+    if settings.baseline not in asked:
+        raise ValueError(f"--baseline {settings.baseline}: no such row; there are {', '.join(asked)}")
+    plans = [Plan(name, count, flags) for count in settings.labelnum for name, flags in asked.items()]
+    if settings.full:
+        plans.insert(0, Plan(FULL, settings.pool, ("--method", SUPERVISED)))
+    return plans
+
+
+def train_all(settings: argparse.Namespace, plans: list[Plan], lists: tuple[Path, Path]) -> dict[Plan, Row]:
+    """Run, resume or skip every training, seed by seed, so that an early end leaves whole seeds."""
+    common = ["--dataset_name", settings.dataset_name, "--dataset_path", str(settings.dataset_path.absolute())]
+    common += ["--train_list", str(lists[0].absolute()), "--test_list", str(lists[1].absolute())]
+    common += ["--max_iteration", str(settings.max_iteration), *settings.flags]
+    if settings.num_classes:
+        common += ["--num_classes", str(settings.num_classes)]
+    jobs: dict[Plan, list[Future[Path]]] = {plan: [] for plan in plans}
+    with ThreadPoolExecutor(settings.jobs) as pool:
+        for seed in settings.seeds:
+            for plan in plans:
+                flags = [*common, *plan.flags, "--labelnum", str(plan.labelnum), "--seed", str(seed)]
+                jobs[plan].append(pool.submit(train, settings, plan.folder_name(seed), flags))
+        try:
+            return {plan: Row(plan.name, tuple(job.result() for job in found)) for plan, found in jobs.items()}
+        except (RuntimeError, ValueError):
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def train(settings: argparse.Namespace, name: str, flags: list[str]) -> Path:
+    """Run, resume or skip one training; returns its folder."""
+    folder: Path = settings.output_dir / name
+    remembered = folder.with_suffix(".flags.json")
+    if remembered.exists() and json.loads(remembered.read_text("utf-8")) != flags:
+        raise ValueError(f"{folder} was trained with other flags ({remembered}); use another --output_dir")
+    remembered.write_text(json.dumps(flags), encoding="utf-8")
+    if (folder / "test" / "summary.json").exists():
+        return folder
+    command = [sys.executable, str(ROOT / "train_cov_dfp_3d.py"), "--output_dir", str(settings.output_dir)]
+    command += ["--exp", name] + (["--resume"] if (folder / "last.pt").exists() else flags)
+    environment = os.environ | {"OMP_NUM_THREADS": str(settings.threads)}
+    with folder.with_suffix(".log").open("a") as log:
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+    if code != 0:
+        raise RuntimeError(f"{name} ended with exit code {code}; see {folder.with_suffix('.log')}")
+    return folder
+
+
+def report(settings: argparse.Namespace, rows: dict[Plan, Row]) -> None:
+    """Print and write a table and a plot per number of labels, and the sweep over these numbers."""
+    full = next((row for plan, row in rows.items() if plan.name == FULL), None)
+    curves: dict[str, dict[int, Row]] = {}
+    for count in settings.labelnum:
+        chosen = [row for plan, row in rows.items() if plan.labelnum == count and plan.name != FULL]
+        base = next(row for row in chosen if row.name == settings.baseline)
+        table = format_rows([*chosen, *([full] if full else [])], base, full)
+        title = f"{settings.dataset_name}: {count} of {settings.pool} labelled, {settings.max_iteration} steps"
+        (settings.output_dir / f"table_{count}.md").write_text(f"{title}\n\n{table}\n", encoding="utf-8")
+        draw_rows(settings.output_dir / f"table_{count}.png", [*chosen, *([full] if full else [])], title)
+        sys.stdout.write(f"\n{title}\n\n{table}\n")
+        for row in chosen:
+            curves.setdefault(row.name, {})[count] = row
+    if len(settings.labelnum) > 1:
+        if full is not None:
+            curves.setdefault(SUPERVISED, {})[settings.pool] = full
+        draw_sweep(
+            settings.output_dir / "sweep.png", curves, f"{settings.dataset_name}, {settings.max_iteration} steps"
+        )
+
+
+if __name__ == "__main__":
+    main()

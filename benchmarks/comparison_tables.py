@@ -1,0 +1,173 @@
+"""Tables and plots over finished runs: spread over seeds and cases, paired differences, share of the gap, cost."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from scipy import stats
+
+from myutils.run_log import read_metrics
+
+METRICS = {"dice": ("Dice %", 100), "jaccard": ("Jaccard %", 100), "hd95_mm": ("HD95 mm", 1), "assd_mm": ("ASSD mm", 1)}
+_BOOTSTRAPS = 10_000
+COLOURS = ("#1f6fb4", "#d1603d", "#3b8f5a", "#8661a8", "#b08a1e", "#4b4b4b", "#c2498a", "#2ba3a3", "#8c564b")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Finished runs of one method, one folder per seed, all scored on the same cases.
+
+    Attributes:
+        name: Heading of the row.
+        folders: Run folders, in the order of the seeds.
+    """
+
+    name: str
+    folders: tuple[Path, ...]
+
+    def case_values(self, metric: str) -> np.ndarray:
+        """Mean over the classes (seeds, cases); infinite distances (a missed structure) are left out of it.
+
+        Raises:
+            ValueError: If the seeds were scored on different cases.
+        """
+        found = [_case_means(folder, metric) for folder in self.folders]
+        cases = sorted(found[0])
+        if any(sorted(scores) != cases for scores in found):
+            raise ValueError(f"{self.name}: its seeds were scored on different cases; use another --output_dir")
+        return np.array([[scores[case] for case in cases] for scores in found])
+
+    def missed(self) -> int:
+        """Structures without any predicted voxel, over all seeds and cases."""
+        summaries = [json.loads((folder / "test" / "summary.json").read_text("utf-8")) for folder in self.folders]
+        return sum(int(summary["mean"]["hd95_mm"]["n_missed"]) for summary in summaries)
+
+    def cost(self) -> tuple[float, float, float]:
+        """Training minutes, seconds per step and peak memory in MB: medians over the seeds."""
+        found = []
+        for folder in self.folders:
+            steps, seconds = read_metrics(folder, "Train/seconds_per_step")
+            memory = read_metrics(folder, "Train/peak_memory_mb")[1]
+            spans = np.diff([0, *steps])
+            found.append((float(spans @ seconds) / 60, float(np.median(seconds)), max(memory, default=np.nan)))
+        minutes, per_step, peak = np.median(found, axis=0)
+        return float(minutes), float(per_step), float(peak)
+
+
+def _case_means(folder: Path, metric: str) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    with (folder / "test" / "cases.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            values.setdefault(row["case"], []).append(float(row[metric]))
+    return {case: _mean(np.array(found)) for case, found in values.items()}
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean of the finite values, NaN without any."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
+
+
+def paired_difference(ours: Row, base: Row) -> tuple[float, float, float, float]:
+    """Dice difference in points, paired over cases (each the mean of its seeds).
+
+    Returns:
+        Mean, both ends of its 95 % bootstrap interval over cases, and the p value of Wilcoxon's signed-rank test.
+    """
+    mine, theirs = ours.case_values("dice").mean(0), base.case_values("dice").mean(0)
+    if mine.shape != theirs.shape:
+        raise ValueError(f"{ours.name} and {base.name} were scored on different cases; use another --output_dir")
+    difference = 100 * (mine - theirs)
+    rng = np.random.default_rng(0)
+    low, high = np.percentile(rng.choice(difference, (_BOOTSTRAPS, len(difference))).mean(1), [2.5, 97.5])
+    p_value = stats.wilcoxon(difference).pvalue if difference.any() else 1.0
+    return float(difference.mean()), float(low), float(high), float(p_value)
+
+
+def gap_share(row: Row, base: Row, full: Row) -> float:
+    """(row - base) / (full - base) on mean Dice: the share of the gap to full supervision that is closed."""
+    ours, low, high = (float(each.case_values("dice").mean()) for each in (row, base, full))
+    return (ours - low) / (high - low)
+
+
+def format_rows(rows: Sequence[Row], base: Row, full: Row | None) -> str:
+    """Markdown table; ``base`` is what every row is paired with, ``full`` the ceiling."""
+    lines = [
+        f"| row | {' | '.join(title for title, _ in METRICS.values())} | missed | Dice per seed | sd over cases "
+        f"| against {base.name}, paired | gap closed | minutes | s per step | peak MB |",
+        "|" + "---|" * (9 + len(METRICS)),
+    ]
+    for row in rows:
+        dice = 100 * row.case_values("dice")
+        cells = [row.name, *(_spread(scale * row.case_values(name), name) for name, (_, scale) in METRICS.items())]
+        cells += [str(row.missed()), ", ".join(f"{seed:.2f}" for seed in dice.mean(1))]
+        cells.append(f"{dice.mean(0).std(ddof=1):.2f}" if dice.shape[1] > 1 else "-")
+        if row is base:
+            cells += ["-", "-"]
+        else:
+            mean, low, high, p_value = paired_difference(row, base)
+            cells.append(f"{mean:+.2f} ({low:+.2f} to {high:+.2f}), p = {p_value:.2g}")
+            cells.append("-" if full is None else f"{gap_share(row, base, full):.0%}")
+        minutes, per_step, peak = row.cost()
+        cells += [f"{minutes:.1f}", f"{per_step:.3f}", f"{peak:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _spread(values: np.ndarray, metric: str) -> str:
+    """Mean ± sd over seeds of values (seeds, cases); a case without a finite value is left out."""
+    seeds = np.array([_mean(seed) for seed in values])
+    text = f"{seeds.mean():.2f}"
+    return text + (f" ± {seeds.std(ddof=1):.2f}" if len(seeds) > 1 else "")
+
+
+def draw_rows(path: Path, rows: Sequence[Row], title: str) -> None:
+    """PNG: mean Dice of each row as a bar, each seed as a point."""
+    figure = Figure(figsize=(7.0, 1.2 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, row in enumerate(rows):
+        seeds = 100 * row.case_values("dice").mean(1)
+        axes.barh(place, seeds.mean(), color="#c7d8e8")
+        axes.plot(seeds, np.full(len(seeds), place), "o", color=COLOURS[0], markersize=4)
+        axes.annotate(f"{seeds.mean():.2f}", (seeds.max(), place), (6, -3), textcoords="offset points", fontsize=8)
+    values = [100 * row.case_values("dice").mean(1) for row in rows]
+    low, high = min(map(np.min, values)), max(map(np.max, values))
+    margin = max(1.0, 0.2 * (high - low))
+    axes.set_xlim(low - margin, high + margin)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("Dice %, mean over cases; points: seeds (the axis does not start at 0)")
+    axes.set_title(title, fontsize=10)
+    _save(figure, path)
+
+
+def draw_sweep(path: Path, curves: Mapping[str, Mapping[int, Row]], title: str) -> None:
+    """PNG: Dice against the number of labels, a line per method with one standard deviation over seeds."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for colour, (name, by_count) in zip(COLOURS * 3, curves.items(), strict=False):
+        counts = sorted(by_count)
+        seeds = [100 * by_count[count].case_values("dice").mean(1) for count in counts]
+        spread = [values.std(ddof=1) if len(values) > 1 else 0.0 for values in seeds]
+        axes.errorbar(counts, [v.mean() for v in seeds], yerr=spread, marker="o", capsize=3, label=name, color=colour)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({count for by_count in curves.values() for count in by_count})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xlabel("labelled cases")
+    axes.set_ylabel("Dice %")
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=150)
