@@ -1,31 +1,52 @@
-"""MONAI's DynUNet and SegResNet behind the project's contract: their last decoder features come with the logits."""
+"""MONAI's DynUNet and SegResNet behind the project's contract, taken apart into encoder, decoder and classifier."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from monai.networks.nets import DynUNet, SegResNet
 from torch import Tensor, nn
 
-from networks.base import NETWORKS, SegmentationNetwork, SegmentationOutput
+from networks.base import NETWORKS, Branch, SegmentationNetwork
 
 
-class _InputTap(nn.Module):
-    """Stands in for a final layer: keeps that layer's input for one forward pass and applies the layer."""
+class _DynDecoder(nn.Module):
+    """MONAI's upsampling blocks; each joins the skip connection itself."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, blocks: nn.ModuleList) -> None:
         super().__init__()
-        self.layer = layer
-        self.seen: Tensor | None = None
+        self.blocks = blocks
 
-    def forward(self, features: Tensor) -> Tensor:
-        self.seen = features
-        return self.layer(features)
-
-    def take(self) -> Tensor:
-        """The features of this forward pass; the reference is dropped so that nothing outlives the step."""
-        features, self.seen = self.seen, None
-        if features is None:
-            raise RuntimeError("the network's final layer was not reached: no features to return")
+    def forward(self, encoded: list[Tensor]) -> Tensor:
+        *skips, features = encoded
+        for block, skip in zip(self.blocks, reversed(skips), strict=True):
+            features = block(features, skip)
         return features
+
+
+class _ResDecoder(nn.Module):
+    """MONAI's upsampling layers; skip connections are added."""
+
+    def __init__(self, upsample: nn.ModuleList, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self.upsample = upsample
+        self.layers = layers
+
+    def forward(self, encoded: list[Tensor]) -> Tensor:
+        *skips, features = encoded
+        for upsample, layer, skip in zip(self.upsample, self.layers, reversed(skips), strict=True):
+            features = layer(upsample(features) + skip)
+        return features
+
+
+def _chain(blocks: Sequence[nn.Module], images: Tensor) -> list[Tensor]:
+    """What each block makes of the one before, the first of the images."""
+    encoded = []
+    features = images
+    for block in blocks:
+        features = block(features)
+        encoded.append(features)
+    return encoded
 
 
 @NETWORKS.register("dynunet")
@@ -37,7 +58,7 @@ class DynUNet3D(SegmentationNetwork):
         levels = len(filters)
         self.feature_dim = filters[0]
         self.stride = (2 ** (levels - 1),) * 3
-        self.backbone = DynUNet(
+        whole = DynUNet(
             spatial_dims=3,
             in_channels=in_channels,
             out_channels=num_classes,
@@ -47,13 +68,12 @@ class DynUNet3D(SegmentationNetwork):
             filters=list(filters),
             norm_name=("INSTANCE", {"affine": True}),
         )
-        self.tap = _InputTap(self.backbone.output_block)
-        self.backbone.output_block = self.tap
+        self.encoder = nn.ModuleList([whole.input_block, *whole.downsamples, whole.bottleneck])
+        self.branch = Branch(_DynDecoder(whole.upsamples), whole.output_block)
 
-    def forward_padded(self, images: Tensor) -> SegmentationOutput:
+    def encode(self, images: Tensor) -> list[Tensor]:
         """See the base class."""
-        logits = self.backbone(images)
-        return SegmentationOutput(logits, self.tap.take())
+        return _chain(list(self.encoder), images)
 
 
 @NETWORKS.register("segresnet")
@@ -64,13 +84,11 @@ class SegResNet3D(SegmentationNetwork):
         super().__init__(in_channels, num_classes)
         self.feature_dim = filters
         self.stride = (8, 8, 8)
-        self.backbone = SegResNet(
-            spatial_dims=3, init_filters=filters, in_channels=in_channels, out_channels=num_classes
-        )
-        self.tap = _InputTap(self.backbone.conv_final)
-        self.backbone.conv_final = self.tap
+        whole = SegResNet(spatial_dims=3, init_filters=filters, in_channels=in_channels, out_channels=num_classes)
+        self.stem = whole.convInit
+        self.encoder = whole.down_layers
+        self.branch = Branch(_ResDecoder(whole.up_samples, whole.up_layers), whole.conv_final)
 
-    def forward_padded(self, images: Tensor) -> SegmentationOutput:
+    def encode(self, images: Tensor) -> list[Tensor]:
         """See the base class."""
-        logits = self.backbone(images)
-        return SegmentationOutput(logits, self.tap.take())
+        return _chain(list(self.encoder), self.stem(images))

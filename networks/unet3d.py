@@ -7,8 +7,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from networks.base import NETWORKS, SegmentationNetwork, SegmentationOutput
+from networks.base import NETWORKS, Branch, SegmentationNetwork
 from networks.blocks import conv_block, kaiming_init
+
+
+class _Decoder(nn.Module):
+    """Upsample, join the skip connection, convolve twice, level by level."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.upsample = nn.ModuleList()
+        self.blocks = nn.ModuleList()
+        for coarse, fine in zip(widths[:0:-1], widths[-2::-1], strict=True):
+            self.upsample.append(nn.ConvTranspose3d(coarse, fine, kernel_size=2, stride=2))
+            self.blocks.append(nn.Sequential(conv_block(2 * fine, fine), conv_block(fine, fine)))
+
+    def forward(self, encoded: list[Tensor]) -> Tensor:
+        *skips, features = encoded
+        for upsample, block, skip in zip(self.upsample, self.blocks, reversed(skips), strict=True):
+            features = block(torch.cat([upsample(features), skip], dim=1))  # (B, fine, X, Y, Z)
+        return features
 
 
 @NETWORKS.register("unet_3d")
@@ -30,22 +48,14 @@ class UNet3D(SegmentationNetwork):
         for level, width in enumerate(widths):
             first = conv_block(in_channels if level == 0 else widths[level - 1], width, step=1 if level == 0 else 2)
             self.encoder.append(nn.Sequential(first, conv_block(width, width)))
-        self.upsample = nn.ModuleList()
-        self.decoder = nn.ModuleList()
-        for coarse, fine in zip(widths[:0:-1], widths[-2::-1], strict=True):
-            self.upsample.append(nn.ConvTranspose3d(coarse, fine, kernel_size=2, stride=2))
-            self.decoder.append(nn.Sequential(conv_block(2 * fine, fine), conv_block(fine, fine)))
-        self.classifier = nn.Conv3d(widths[0], num_classes, kernel_size=1)
+        self.branch = Branch(_Decoder(widths), nn.Conv3d(widths[0], num_classes, kernel_size=1))
         self.apply(kaiming_init)
 
-    def forward_padded(self, images: Tensor) -> SegmentationOutput:
+    def encode(self, images: Tensor) -> list[Tensor]:
         """See the base class."""
-        skips = []
+        encoded = []
         features = images
         for block in self.encoder:
             features = block(features)
-            skips.append(features)
-        skips.pop()
-        for upsample, block in zip(self.upsample, self.decoder, strict=True):
-            features = block(torch.cat([upsample(features), skips.pop()], dim=1))  # (B, fine, X, Y, Z)
-        return SegmentationOutput(self.classifier(features), features)
+            encoded.append(features)
+        return encoded

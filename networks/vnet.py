@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
-from networks.base import NETWORKS, SegmentationNetwork, SegmentationOutput
+from networks.base import NETWORKS, Branch, SegmentationNetwork
 from networks.blocks import kaiming_init
 
 _CONVOLUTIONS = (1, 2, 3, 3, 3)  # per level, the finest first
@@ -23,6 +25,27 @@ def _stage(width_in: int, width: int, count: int) -> nn.Sequential:
 
 def _resample(convolution: nn.Module, width: int) -> nn.Sequential:
     return nn.Sequential(convolution, nn.InstanceNorm3d(width, affine=True), nn.ReLU(inplace=True))
+
+
+class _Decoder(nn.Module):
+    """Upsample, add the skip connection, convolve, level by level; a dropout on the bottleneck before."""
+
+    def __init__(self, widths: Sequence[int], dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout3d(dropout)
+        self.up = nn.ModuleList()
+        self.stages = nn.ModuleList()
+        for level in range(len(widths) - 2, -1, -1):
+            width = widths[level]
+            self.up.append(_resample(nn.ConvTranspose3d(2 * width, width, kernel_size=2, stride=2), width))
+            self.stages.append(_stage(width, width, _CONVOLUTIONS[level]))
+
+    def forward(self, encoded: list[Tensor]) -> Tensor:
+        *skips, features = encoded
+        features = self.dropout(features)
+        for up, stage, skip in zip(self.up, self.stages, reversed(skips), strict=True):
+            features = stage(up(features) + skip)  # (B, width, X, Y, Z)
+        return features
 
 
 @NETWORKS.register("vnet")
@@ -51,27 +74,17 @@ class VNet(SegmentationNetwork):
             self.encoder.append(_stage(in_channels if level == 0 else width, width, count))
             if level + 1 < len(widths):
                 self.down.append(_resample(nn.Conv3d(width, 2 * width, kernel_size=2, stride=2), 2 * width))
-        self.up = nn.ModuleList()
-        self.decoder = nn.ModuleList()
-        for level in range(len(widths) - 2, -1, -1):
-            width = widths[level]
-            self.up.append(_resample(nn.ConvTranspose3d(2 * width, width, kernel_size=2, stride=2), width))
-            self.decoder.append(_stage(width, width, _CONVOLUTIONS[level]))
-        self.bottleneck_dropout = nn.Dropout3d(dropout)
-        self.feature_dropout = nn.Dropout3d(dropout)
-        self.classifier = nn.Conv3d(filters, num_classes, kernel_size=1)
+        classifier = nn.Sequential(nn.Dropout3d(dropout), nn.Conv3d(filters, num_classes, kernel_size=1))
+        self.branch = Branch(_Decoder(widths, dropout), classifier)
         self.apply(kaiming_init)
 
-    def forward_padded(self, images: Tensor) -> SegmentationOutput:
-        """See the base class; ``features`` are taken before the last dropout."""
-        skips = []
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """See the base class."""
+        encoded = []
         features = images
         for level, stage in enumerate(self.encoder):
             features = stage(features)
+            encoded.append(features)
             if level < len(self.down):
-                skips.append(features)
                 features = self.down[level](features)
-        features = self.bottleneck_dropout(features)
-        for up, stage in zip(self.up, self.decoder, strict=True):
-            features = stage(up(features) + skips.pop())  # (B, width, X, Y, Z)
-        return SegmentationOutput(self.classifier(self.feature_dropout(features)), features)
+        return encoded

@@ -122,7 +122,7 @@ def test_memory_holds_teacher_features_of_labelled_voxels() -> None:
 def test_after_step_moves_the_teacher_toward_the_student() -> None:
     method = make(ema_decay=0.5)
     with torch.no_grad():
-        method.student.classifier.bias.fill_(4.0)
-        method.teacher.classifier.bias.fill_(0.0)
+        method.student.branch.classifier.bias.fill_(4.0)
+        method.teacher.branch.classifier.bias.fill_(0.0)
     method.after_step(100)
-    assert method.teacher.classifier.bias.tolist() == pytest.approx([2.0] * 3)
+    assert method.teacher.branch.classifier.bias.tolist() == pytest.approx([2.0] * 3)

@@ -71,7 +71,9 @@ def test_trainer_depends_on_the_seed(tmp_path: Path) -> None:
     second = small_trainer(BallSource(), tmp_path / "b", seed=1)
     first.fit()
     second.fit()
-    assert not torch.equal(first.method.student.classifier.weight, second.method.student.classifier.weight)
+    assert not torch.equal(
+        first.method.student.branch.classifier.weight, second.method.student.branch.classifier.weight
+    )
 
 
 def test_trainer_never_reads_labels_of_unlabelled_cases(tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_trainer_names_step_term_and_cases_of_non_finite_features(tmp_path: Path
 def test_trainer_stops_at_a_non_finite_gradient_before_it_reaches_the_weights(tmp_path: Path) -> None:
     trainer = small_trainer(BallSource(), tmp_path)
     before = weights(trainer)
-    trainer.method.student.classifier.weight.register_hook(lambda gradient: gradient * float("inf"))
+    trainer.method.student.branch.classifier.weight.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(NonFiniteLossError, match=r"step 0: the gradient is not finite; cases: l0, l1, u0"):
         trainer.train_step(trainer.method, random_batch(), 0)
     after = weights(trainer)

@@ -27,6 +27,28 @@ def test_network_classifies_its_own_features(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS.names())
+def test_network_runs_a_second_branch_on_the_same_encoder(name: str) -> None:
+    torch.manual_seed(0)
+    network = NETWORKS.get(name)(1, 2).eval()
+    other = network.fresh_copy().eval()
+    images = torch.randn(1, 1, 17, 9, 21)
+    own, second = network.run_branches(images, [network.branch, other.branch])
+    assert torch.equal(own.logits, network(images).logits)
+    assert second.logits.shape == own.logits.shape
+    assert not torch.allclose(second.logits, own.logits)
+
+
+@pytest.mark.parametrize("name", NETWORKS.names())
+def test_network_decodes_changed_encoder_features(name: str) -> None:
+    network = NETWORKS.get(name)(1, 2).eval()
+    images = torch.randn(1, 1, 16, 16, 16)
+    (doubled,) = network.run_branches(
+        images, [network.branch], lambda levels: [level.repeat(2, 1, 1, 1, 1) for level in levels]
+    )
+    assert torch.allclose(doubled.logits[1], network(images).logits[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NETWORKS.names())
 def test_network_trains_every_parameter(name: str) -> None:
     network = NETWORKS.get(name)(1, 2)
     network(torch.randn(2, 1, 16, 16, 16)).logits.square().mean().backward()
