@@ -79,6 +79,7 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
         labeled_bs=labeled_bs,
         patch_size=config.patch_size or defaults.patch_size,
         max_iteration=config.max_iteration or defaults.max_iteration,
+        consistency=config.consistency if config.consistency is not None else method.consistency_weight,
         base_lr=config.base_lr if config.base_lr is not None else base_lr,
         weight_decay=config.weight_decay if config.weight_decay is not None else weight_decay,
         modality=config.modality or source.modality,

@@ -49,13 +49,23 @@ class RunConfig:
 
     method: str = option("mean_teacher", help="training method: supervised, mean_teacher", group=METHOD)
     model: str = option("unet_3d", help="network: unet_3d, vnet, dynunet, segresnet", group=METHOD)
-    consistency: float = option(1.0, help="weight of the pseudo-label loss after its ramp-up, >= 0", group=METHOD)
+    consistency: float | None = option(
+        None,
+        help="weight of the loss on unlabelled patches after its ramp-up, >= 0; else the method's own",
+        group=METHOD,
+    )
     consistency_rampup: int | None = option(
         None, help="steps of the sigmoid ramp-up of the unlabelled losses; else 30 % of the training", group=METHOD
     )
     ema_decay: float = option(0.99, help="decay of the teacher's moving average after warm-up, 0..1", group=METHOD)
     confidence_threshold: float = option(
         0.8, help="least probability of a pseudo-label that counts, 0..1", group=METHOD
+    )
+    uncertainty_passes: int = option(8, help="noisy teacher passes of ua_mt, >= 2", group=METHOD)
+    feature_perturbation: bool = option(False, help="fixmatch: a second stream with dropped features", group=METHOD)
+    decoders: int = option(2, help="decoders of mc_net, >= 2", group=METHOD)
+    pretrain_iteration: int | None = option(
+        None, help="steps of bcp's first phase, labelled patches only; else 20 % of the training", group=METHOD
     )
     copy_paste: bool = option(True, help="paste labelled boxes into unlabelled patches", group=METHOD)
 
@@ -207,6 +217,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "num_classes": (2, 256),
     "consistency": (0, float("inf")),
     "consistency_rampup": (0, float("inf")),
+    "uncertainty_passes": (2, float("inf")),
+    "decoders": (2, float("inf")),
+    "pretrain_iteration": (0, float("inf")),
     "ema_decay": (0, 1),
     "confidence_threshold": (0, 0.9999),
     "contrastive_weight": (0, float("inf")),

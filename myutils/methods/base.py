@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from dataloaders.patches import Batch
 from myutils.config import RunConfig, required
-from myutils.prototype_term import PrototypeTerm
+from myutils.prototype_term import IGNORE, PrototypeTerm, PseudoVoxels
+from myutils.pseudo_labels import pseudo_labels
 from myutils.registry import Registry
 from myutils.schedules import fraction_rampup, sigmoid_rampup
-from networks.base import SegmentationNetwork
+from networks.base import SegmentationNetwork, SegmentationOutput
 
 
 @dataclass
@@ -53,10 +54,12 @@ class Method(nn.Module, ABC):
     Attributes:
         uses_unlabeled: Whether steps hold unlabelled patches; if not, all patches of a step are labelled.
         prototypes_by_default: Whether the prototype term is on when no flag says so.
+        consistency_weight: ``--consistency`` when no flag says so.
     """
 
     uses_unlabeled: bool = True
     prototypes_by_default: bool = False
+    consistency_weight: float = 1.0
 
     def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:
         super().__init__()
@@ -84,8 +87,41 @@ class Method(nn.Module, ABC):
         """Ramp-up factor of everything that rests on the model's own predictions."""
         return sigmoid_rampup(step, self.rampup)
 
-    def prototype_loss_terms(self, losses: dict[str, Tensor], step: int) -> dict[str, LossTerm]:
-        """The prototype term's raw parts with their ramped weights."""
+    def unlabeled_weight(self, step: int) -> float:
+        """Weight of the method's loss on unlabelled patches: ``--consistency`` after its ramp-up."""
+        return self.ramp(step) * required(self.config.consistency, "consistency")
+
+    def prototype_terms(
+        self,
+        student: SegmentationOutput,
+        labels: Tensor,
+        step: int,
+        *,
+        teacher_l: SegmentationOutput | None = None,
+        teacher_u: SegmentationOutput | None = None,
+        foreign: Tensor | None = None,
+    ) -> dict[str, LossTerm]:
+        """The prototype term's raw parts with their ramped weights; nothing without ``--use_contrastive_prototype``.
+
+        Args:
+            student: Student outputs of the whole batch, labelled patches first, on the graph.
+            labels: Class ids (Bl, X, Y, Z) of the labelled patches; ``IGNORE`` where a voxel is not theirs.
+            step: Training step.
+            teacher_l: Teacher outputs of the labelled patches where the memory refills; None for the student's own.
+            teacher_u: Outputs that give the unlabelled patches' pseudo-labels and memory features, teacher's or
+                student's; no gradient flows into them. None leaves these patches out.
+            foreign: Voxels (Bu, X, Y, Z) of the student's unlabelled patches that belong to another patch.
+        """
+        if self.prototypes is None:
+            return {}
+        pseudo = None
+        if teacher_u is not None:
+            source = SegmentationOutput(*(part.detach() for part in teacher_u))
+            found = pseudo_labels(source.logits)
+            doubtful = found.confidence <= self.config.confidence_threshold
+            confident = found.labels.masked_fill(doubtful if foreign is None else doubtful | foreign, IGNORE)
+            pseudo = PseudoVoxels(confident, source)
+        losses = self.prototypes(student, labels, step, teacher_l=teacher_l, pseudo=pseudo)
         config, ramp = self.config, self.ramp(step)
         return {
             "contrastive_loss": LossTerm(losses["contrastive_loss"], ramp * config.contrastive_weight),

@@ -18,8 +18,7 @@ class Supervised(Method):
         """See the base class."""
         output = self.student(batch.image_l)
         terms = {"supervised": LossTerm(dice_ce_loss(output.logits, batch.label_l), 1.0)}
-        if self.prototypes is not None:
-            terms |= self.prototype_loss_terms(self.prototypes(output, batch.label_l, step), step)
+        terms |= self.prototype_terms(output, batch.label_l, step)
         return StepOutput(terms, logits_l=output.logits.detach())
 
     def inference_network(self) -> SegmentationNetwork:

@@ -1,0 +1,109 @@
+"""Bidirectional copy-paste: labelled and unlabelled patches are pasted into each other, both ways.
+
+Source: Bai et al. 2023, arXiv:2305.00673. M is 0 in a random box of 2/3 of each axis and 1 outside. First phase
+(``--pretrain_iteration`` steps), labelled patches only: ``x = a M + b (1 - M)`` with the labels mixed alike. Second
+phase, the teacher starting from the student: with y_u the teacher's labels, reduced to the largest component of each
+class::
+
+    inward  = labelled * M + unlabelled * (1 - M),    outward = unlabelled * M + labelled * (1 - M)
+    L = loss(true region) + 1/2 loss(pseudo region)      of both, loss = (Dice + cross-entropy) / 2
+
+Deviations: every pair of the batch is mixed both ways, so that a step sees as many patches as any other method's (the
+published one splits its labelled and unlabelled halves once more, with a batch of 8); one box per pair; the teacher
+segments (published: the student). ``--consistency`` is the weight 1/2, which the published code does not ramp up.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from dataloaders.patches import Batch
+from myutils.config import required
+from myutils.losses.segmentation import dice_ce_loss
+from myutils.methods.averaged_teacher import TeacherMethod
+from myutils.methods.base import METHODS, LossTerm, StepOutput
+from myutils.prototype_term import IGNORE
+from myutils.pseudo_labels import random_box
+from myutils.schedules import fraction_rampup
+
+_BOX_SIDE = 2 / 3
+_PRETRAIN_SHARE = 0.2
+
+
+def paste_masks(count: int, size: torch.Size, device: torch.device) -> Tensor:
+    """Masks (count, X, Y, Z), bool: False in a random box of two thirds of each axis."""
+    masks = torch.ones(count, *size, dtype=torch.bool, device=device)
+    for mask in masks:
+        mask[random_box(size, _BOX_SIDE)] = False
+    return masks
+
+
+def largest_components(labels: Tensor) -> Tensor:
+    """Label maps (B, X, Y, Z) with all but the largest 6-connected component of each foreground class removed."""
+    maps = labels.cpu().numpy()
+    kept = np.zeros_like(maps)
+    for index, found in enumerate(maps):
+        for class_id in np.unique(found[found > 0]):
+            parts, count = ndimage.label(found == class_id)
+            sizes = np.bincount(parts.ravel(), minlength=count + 1)[1:]
+            kept[index][parts == 1 + int(sizes.argmax())] = class_id
+    return torch.from_numpy(kept).to(labels.device)
+
+
+@METHODS.register("bcp")
+class BidirectionalCopyPaste(TeacherMethod):
+    """Two phases on one schedule; the prototype term sees the unpasted voxels of each patch."""
+
+    consistency_weight = 0.5
+
+    @property
+    def pretrain_steps(self) -> int:
+        """Steps of the first phase."""
+        config = self.config
+        steps = required(config.max_iteration, "max_iteration")
+        return fraction_rampup(config.pretrain_iteration, steps, _PRETRAIN_SHARE)
+
+    def forward(self, batch: Batch, step: int) -> StepOutput:
+        """See the base class."""
+        return self._pretrain(batch, step) if step < self.pretrain_steps else self._train(batch, step)
+
+    def after_step(self, step: int) -> None:
+        """Move the teacher; at the end of the first phase it becomes the student."""
+        super().after_step(step)
+        if step + 1 == self.pretrain_steps:
+            self.teacher.load_state_dict(self.student.state_dict())
+
+    def _pretrain(self, batch: Batch, step: int) -> StepOutput:
+        """Each labelled patch with a box of the next one."""
+        images, labels = batch.image_l, batch.label_l
+        masks = paste_masks(len(images), images.shape[2:], images.device)
+        mixed = images.where(masks.unsqueeze(1), images.roll(1, 0))
+        target = labels.where(masks, labels.roll(1, 0))
+        student = self.student(mixed)
+        terms = {"supervised": LossTerm(dice_ce_loss(student.logits, target), 1.0)}
+        terms |= self.prototype_terms(student, target, step)
+        return StepOutput(terms, {}, None, student.logits.detach())
+
+    def _train(self, batch: Batch, step: int) -> StepOutput:
+        """Pairs of labelled and unlabelled patches, mixed inward and outward."""
+        count = min(len(batch.image_l), len(batch.image_u))
+        image_l, image_u = batch.image_l[:count], batch.image_u[:count]
+        label_l = batch.label_l[:count]
+        teacher_u = self.teach(batch, image_u, with_labeled=False)[1]
+        label_u = largest_components(teacher_u.logits.argmax(1))
+        true = torch.cat([mask := paste_masks(count, image_l.shape[2:], image_l.device), ~mask])  # inward, outward
+        images = torch.cat([image_l, image_l]).where(true.unsqueeze(1), torch.cat([image_u, image_u]))
+        labels = torch.cat([label_l, label_l]).where(true, torch.cat([label_u, label_u]))
+        student = self.student(images)
+        terms = {
+            "supervised": LossTerm(dice_ce_loss(student.logits, labels, true.float()), 1.0),
+            "consistency": LossTerm(
+                dice_ce_loss(student.logits, labels, (~true).float()), required(self.config.consistency, "consistency")
+            ),
+        }
+        own = label_l.masked_fill(~mask, IGNORE)
+        terms |= self.prototype_terms(student, own, step, teacher_u=teacher_u, foreign=~mask)
+        return StepOutput(terms, {}, label_u, student.logits[:count].detach())

@@ -1,0 +1,53 @@
+"""Cross pseudo supervision: two networks with different initial weights teach each other hard labels.
+
+Source: Chen et al. 2021, arXiv:2106.01226. With ``y_a``, ``y_b`` the most probable classes::
+
+    L_u = CE(p_a, y_b) + CE(p_b, y_a)      on unlabelled patches
+
+Deviations: on unlabelled patches only, as SSL4MIS does in 3D; weak views without CutMix. The first network segments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from dataloaders.patches import Batch
+from myutils.config import RunConfig
+from myutils.losses.segmentation import dice_ce_loss
+from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
+from networks.base import SegmentationNetwork, SegmentationOutput
+
+
+@METHODS.register("cps")
+class CrossPseudoSupervision(Method):
+    """Two students; the prototype term takes its pseudo-labels and features from the first."""
+
+    consistency_weight = 0.1
+
+    def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:
+        super().__init__(network, config)
+        self.second = network.fresh_copy()
+
+    def forward(self, batch: Batch, step: int) -> StepOutput:
+        """See the base class."""
+        labeled = len(batch.image_l)
+        images = torch.cat([batch.image_l, batch.image_u])
+        student, logits_b = self.student(images), self.second(images).logits
+        logits_a = student.logits
+        supervised = dice_ce_loss(logits_a[:labeled], batch.label_l) + dice_ce_loss(logits_b[:labeled], batch.label_l)
+        free_a, free_b = logits_a[labeled:].float(), logits_b[labeled:].float()
+        labels_a, labels_b = free_a.detach().argmax(1), free_b.detach().argmax(1)
+        cross = functional.cross_entropy(free_a, labels_b) + functional.cross_entropy(free_b, labels_a)
+        terms = {
+            "supervised": LossTerm(supervised, 1.0),
+            "consistency": LossTerm(cross, self.unlabeled_weight(step)),
+        }
+        own = SegmentationOutput(*(part[labeled:] for part in student))
+        terms |= self.prototype_terms(student, batch.label_l, step, teacher_u=own)
+        scalars = {"agreement": (labels_a == labels_b).float().mean()}
+        return StepOutput(terms, scalars, labels_a, logits_a[:labeled].detach())
+
+    def inference_network(self) -> SegmentationNetwork:
+        """The first network."""
+        return self.student

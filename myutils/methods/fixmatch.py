@@ -1,0 +1,63 @@
+"""FixMatch: the student's own confident labels of weak views are its targets on strong ones.
+
+Sources: Sohn et al. 2020, arXiv:2001.07685; with ``--feature_perturbation`` also the feature stream of UniMatch, Yang
+et al. 2023, arXiv:2208.09910: the weak view is decoded a second time from encoder features of which half the channels
+are dropped, with the same target::
+
+    L_u = mean_v [c_v > threshold] CE(p_strong, y_weak)      or the mean of this and the dropped stream's
+
+Deviations: ``--confidence_threshold`` is 0.8 for every method here (published: 0.95); one strong stream instead of
+UniMatch's two; no CutMix.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dataloaders.patches import Batch
+from myutils.losses.segmentation import dice_ce_loss
+from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
+from myutils.pseudo_labels import PseudoLabels, pseudo_labels
+from networks.base import SegmentationNetwork, SegmentationOutput
+
+
+@METHODS.register("fixmatch")
+class FixMatch(Method):
+    """One network; labels come from it without gradient."""
+
+    def forward(self, batch: Batch, step: int) -> StepOutput:
+        """See the base class."""
+        labeled = len(batch.image_l)
+        with torch.no_grad():
+            weak = self.student(batch.image_u)
+        target = pseudo_labels(weak.logits)
+        gate = (target.confidence > self.config.confidence_threshold).float()
+        student = self.student(torch.cat([batch.image_l, batch.image_u_strong]))
+        logits_l = student.logits[:labeled]
+        consistency = gated_cross_entropy(student.logits[labeled:], target, gate)
+        if self.config.feature_perturbation:
+            dropped = self.student.run_branches(batch.image_u, [self.student.branch], drop_channels)[0]
+            consistency = 0.5 * (consistency + gated_cross_entropy(dropped.logits, target, gate))
+        terms = {
+            "supervised": LossTerm(dice_ce_loss(logits_l, batch.label_l), 1.0),
+            "consistency": LossTerm(consistency, self.unlabeled_weight(step)),
+        }
+        terms |= self.prototype_terms(student, batch.label_l, step, teacher_u=SegmentationOutput(*weak))
+        scalars = {"confidence": target.confidence.mean(), "gate_share": gate.mean()}
+        return StepOutput(terms, scalars, target.labels, logits_l.detach())
+
+    def inference_network(self) -> SegmentationNetwork:
+        """The student."""
+        return self.student
+
+
+def gated_cross_entropy(logits: Tensor, target: PseudoLabels, gate: Tensor) -> Tensor:
+    """Cross-entropy of logits (B, K, X, Y, Z) weighted by the gate (B, X, Y, Z), averaged over all voxels."""
+    return (functional.cross_entropy(logits.float(), target.labels, reduction="none") * gate).mean()
+
+
+def drop_channels(encoded: list[Tensor]) -> list[Tensor]:
+    """Half of the channels of every level dropped at random, the others doubled."""
+    return [functional.dropout3d(level, 0.5) for level in encoded]

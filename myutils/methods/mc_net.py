@@ -1,0 +1,66 @@
+"""Mutual consistency: several decoders on one encoder, each learning the sharpened predictions of the others.
+
+Source: Wu et al. 2021, arXiv:2103.02911, and MC-Net+, arXiv:2109.09960. With p_i the probabilities of decoder i and
+``sharp(p)_k = p_k^(1/T) / sum_j p_j^(1/T)``, T = 0.1::
+
+    L_c = mean over i != j of |p_i - sharp(p_j)|^2      on labelled and unlabelled patches
+
+Deviations: the decoders (``--decoders``, 2 as in MC-Net) are of one kind and differ in their initial weights, not in
+how they upsample, so that every network of this project can have them; the sharpened target carries no gradient. The
+first decoder segments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dataloaders.patches import Batch
+from myutils.config import RunConfig
+from myutils.losses.segmentation import dice_ce_loss
+from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
+from networks.base import Branch, SegmentationNetwork, SegmentationOutput
+
+_TEMPERATURE = 0.1
+
+
+def sharpen(probs: Tensor, temperature: float = _TEMPERATURE) -> Tensor:
+    """Probabilities (B, K, X, Y, Z) raised to 1 / temperature and renormalised, without gradient."""
+    # Through logarithms: 0.5 ** 10 is far from underflow, but a mean of many classes need not be.
+    return (probs.detach().clamp(min=1e-8).log() / temperature).softmax(1)
+
+
+@METHODS.register("mc_net")
+class MutualConsistency(Method):
+    """One encoder with several branches; the prototype term looks at the first."""
+
+    consistency_weight = 0.1
+
+    def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:
+        super().__init__(network, config)
+        self.others = nn.ModuleList(network.fresh_copy().branch for _ in range(config.decoders - 1))
+
+    def forward(self, batch: Batch, step: int) -> StepOutput:
+        """See the base class."""
+        labeled = len(batch.image_l)
+        outputs = self.student.run_branches(torch.cat([batch.image_l, batch.image_u]), self._branches())
+        probs = [output.logits.float().softmax(1) for output in outputs]
+        sharp = [sharpen(each) for each in probs]
+        pairs = [(probs[i] - sharp[j]).square().mean() for i in range(len(probs)) for j in range(len(probs)) if i != j]
+        supervised = torch.stack([dice_ce_loss(output.logits[:labeled], batch.label_l) for output in outputs])
+        terms = {
+            "supervised": LossTerm(supervised.mean(), 1.0),
+            "consistency": LossTerm(torch.stack(pairs).mean(), self.unlabeled_weight(step)),
+        }
+        first = outputs[0]
+        own = SegmentationOutput(*(part[labeled:] for part in first))
+        terms |= self.prototype_terms(first, batch.label_l, step, teacher_u=own)
+        scalars = {"disagreement": (probs[0].argmax(1) != probs[1].argmax(1)).float().mean()}
+        return StepOutput(terms, scalars, own.logits.detach().argmax(1), first.logits[:labeled].detach())
+
+    def _branches(self) -> list[Branch]:
+        return [self.student.branch, *(branch for branch in self.others if isinstance(branch, Branch))]
+
+    def inference_network(self) -> SegmentationNetwork:
+        """The student with its own branch."""
+        return self.student

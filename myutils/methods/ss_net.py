@@ -1,0 +1,71 @@
+"""SS-Net: predictions that an adversarial perturbation barely moves, and features pulled to class prototypes.
+
+Source: Wu et al. 2022, arXiv:2203.01324; the perturbation from Miyato et al. 2018, arXiv:1704.03976. With p the
+student's own prediction, q that of a perturbed image, and D(p, q) = 1 - mean_v sum_k p_vk q_vk::
+
+    d = unit(grad_d D(p, f(x + 10 d))) from a random unit d,    L_s = D(p, f(x + 10 d))      on all patches
+
+The published distance is kept: D(p, p) is not 0 but falls with confidence, so that the term minimises entropy under
+perturbation as well. Both weights follow the same ramp-up (published: lambda and 0.1 lambda).
+
+Deviations: the supervised loss is Dice + cross-entropy as everywhere here (published: Dice); the prototype term is
+this project's manager fed by the student (background has a memory, pseudo-labels are gated; docs/methods.md).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dataloaders.patches import Batch
+from myutils.losses.segmentation import dice_ce_loss
+from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
+from networks.base import SegmentationNetwork, SegmentationOutput
+
+_PROBE, _RADIUS = 10.0, 10.0  # lengths (L2, per patch) of the probing and of the final perturbation
+
+
+def overlap_distance(first: Tensor, second: Tensor) -> Tensor:
+    """1 - mean over voxels of the inner product of two class distributions (B, K, X, Y, Z)."""
+    return 1.0 - (first * second).sum(1).mean()
+
+
+def unit_patches(images: Tensor) -> Tensor:
+    """Each image of (B, C, X, Y, Z) divided by its L2 norm; a zero image stays zero."""
+    norms = images.flatten(1).norm(dim=1).clamp(min=1e-8)
+    return images / norms.reshape(-1, 1, 1, 1, 1)
+
+
+@METHODS.register("ss_net")
+class SSNet(Method):
+    """One student, two further passes for the perturbation, prototypes from the student."""
+
+    prototypes_by_default = True
+
+    def forward(self, batch: Batch, step: int) -> StepOutput:
+        """See the base class."""
+        labeled = len(batch.image_l)
+        images = torch.cat([batch.image_l, batch.image_u])
+        student = self.student(images)
+        logits_l = student.logits[:labeled]
+        terms = {
+            "supervised": LossTerm(dice_ce_loss(logits_l, batch.label_l), 1.0),
+            "consistency": LossTerm(self._smoothness(images, student.logits), self.unlabeled_weight(step)),
+        }
+        own = SegmentationOutput(*(part[labeled:] for part in student))
+        terms |= self.prototype_terms(student, batch.label_l, step, teacher_u=own)
+        return StepOutput(terms, {}, own.logits.detach().argmax(1), logits_l.detach())
+
+    def _smoothness(self, images: Tensor, logits: Tensor) -> Tensor:
+        """Distance between the prediction and that of the worst nearby image."""
+        target = logits.detach().float().softmax(1)
+        direction = unit_patches(torch.rand_like(images) - 0.5).requires_grad_()
+        with torch.enable_grad():
+            probed = self.student(images + _PROBE * direction).logits.float().softmax(1)
+            (slope,) = torch.autograd.grad(overlap_distance(probed, target), direction)
+        moved = self.student(images + _RADIUS * unit_patches(slope)).logits.float().softmax(1)
+        return overlap_distance(moved, target)
+
+    def inference_network(self) -> SegmentationNetwork:
+        """The student."""
+        return self.student

@@ -1,0 +1,78 @@
+"""Uncertainty-aware mean teacher: consistency only where the teacher, asked several times, is sure of itself.
+
+Source: Yu et al. 2019, arXiv:1907.07034. The teacher looks at ``--uncertainty_passes`` noisy copies of an unlabelled
+patch with its dropout on; the entropy u of its mean prediction masks the squared error::
+
+    L_u = sum_v [u_v < H(t)] mean_k (s_vk - t_vk)^2 / sum_v [u_v < H(t)],    H(t) = (3/4 + 1/4 r(t)) ln K
+
+Deviations: the noise is added to the same weak view for every network of this project, and networks without dropout
+get their randomness from it alone; the teacher's own target pass runs without dropout.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dataloaders.patches import Batch
+from myutils.losses.segmentation import dice_ce_loss
+from myutils.methods.averaged_teacher import TeacherMethod
+from myutils.methods.base import METHODS, LossTerm, StepOutput
+from myutils.pseudo_labels import pseudo_labels
+from myutils.schedules import sigmoid_rampup
+
+_NOISE, _LARGEST_NOISE = 0.1, 0.2  # of images with unit variance, as published
+
+
+def input_noise(images: Tensor) -> Tensor:
+    """Gaussian noise of standard deviation 0.1, cut at 0.2, shaped like ``images``."""
+    return (_NOISE * torch.randn_like(images)).clamp(-_LARGEST_NOISE, _LARGEST_NOISE)
+
+
+def predictive_entropy(probs: Tensor) -> Tensor:
+    """Entropy in nats (B, X, Y, Z) of class probabilities (B, K, X, Y, Z)."""
+    return -torch.special.xlogy(probs, probs).sum(1)
+
+
+def masked_square(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Squared error of probabilities (B, K, X, Y, Z), mean over classes and over the masked voxels (B, X, Y, Z)."""
+    return ((student - teacher).square().mean(1) * mask).sum() / mask.sum().clamp(min=1)
+
+
+@METHODS.register("ua_mt")
+class UncertaintyAwareMeanTeacher(TeacherMethod):
+    """Dice + cross-entropy on labelled patches, masked squared error to the teacher on weak unlabelled views."""
+
+    consistency_weight = 0.1
+
+    def forward(self, batch: Batch, step: int) -> StepOutput:
+        """See the base class."""
+        labeled, views = len(batch.image_l), batch.image_u
+        student = self.student(torch.cat([batch.image_l, views]))
+        teacher_l, teacher_u = self.teach(batch, views + input_noise(views), with_labeled=self.refills_at(step))
+        entropy = predictive_entropy(self._mean_prediction(views))
+        ceiling = math.log(self.student.num_classes)
+        sure = entropy < (0.75 + 0.25 * sigmoid_rampup(step, self.rampup)) * ceiling
+        logits_l, logits_u = student.logits[:labeled], student.logits[labeled:]
+        consistency = masked_square(logits_u.float().softmax(1), teacher_u.logits.float().softmax(1), sure)
+        terms = {
+            "supervised": LossTerm(dice_ce_loss(logits_l, batch.label_l), 1.0),
+            "consistency": LossTerm(consistency, self.unlabeled_weight(step)),
+        }
+        terms |= self.prototype_terms(student, batch.label_l, step, teacher_l=teacher_l, teacher_u=teacher_u)
+        scalars = {"uncertainty": entropy.mean(), "gate_share": sure.float().mean()}
+        return StepOutput(terms, scalars, pseudo_labels(teacher_u.logits).labels, logits_l.detach())
+
+    @torch.no_grad()
+    def _mean_prediction(self, views: Tensor) -> Tensor:
+        """Mean probabilities (Bu, K, X, Y, Z) of the teacher over noisy passes with dropout."""
+        dropouts = [m for m in self.teacher.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+        for module in dropouts:
+            module.train()
+        passes = self.config.uncertainty_passes
+        total = sum(self.teacher(views + input_noise(views)).logits.float().softmax(1) for _ in range(passes))
+        for module in dropouts:
+            module.eval()
+        return torch.as_tensor(total / passes)

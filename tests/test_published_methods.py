@@ -1,0 +1,262 @@
+"""The formulas of the published methods against values worked out by hand or by a naive loop."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import BallSource
+from helpers_runs import random_batch, small_config
+from torch.nn import functional
+
+from myutils.build import DataFacts, build_method, resolve_config
+from myutils.config import RunConfig
+from myutils.losses.segmentation import dice_ce_loss
+from myutils.methods.base import Method
+from myutils.methods.bcp import largest_components, paste_masks
+from myutils.methods.dtc import signed_distances
+from myutils.methods.fixmatch import drop_channels, gated_cross_entropy
+from myutils.methods.mc_net import sharpen
+from myutils.methods.ss_net import overlap_distance, unit_patches
+from myutils.methods.ua_mt import input_noise, masked_square, predictive_entropy
+from myutils.pseudo_labels import PseudoLabels
+
+
+def make(name: str, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    source = BallSource()
+    settings = {"method": name, "use_contrastive_prototype": False} | changes
+    return build_method(small_config(source, **settings), DataFacts.of(source)).train()
+
+
+def term(method: Method, name: str, step: int = 3, seed: int = 1) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return method(random_batch(), step).terms[name].value
+
+
+# ua_mt
+
+
+def test_predictive_entropy_of_even_and_certain_predictions() -> None:
+    even = torch.full((1, 4, 1, 1, 1), 0.25)
+    certain = torch.tensor([1.0, 0.0, 0.0, 0.0]).reshape(1, 4, 1, 1, 1)
+    assert predictive_entropy(even).item() == pytest.approx(math.log(4))
+    assert predictive_entropy(certain).item() == 0.0
+
+
+def test_masked_square_is_the_mean_over_masked_voxels_and_zero_without_any() -> None:
+    student = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).reshape(1, 2, 2, 1, 1)
+    teacher = torch.tensor([[0.5, 0.0], [0.5, 1.0]]).reshape(1, 2, 2, 1, 1)
+    first = torch.tensor([True, False]).reshape(1, 2, 1, 1)
+    assert masked_square(student, teacher, first).item() == pytest.approx(0.25)
+    assert masked_square(student, teacher, torch.ones_like(first)).item() == pytest.approx(0.625)
+    assert masked_square(student, teacher, torch.zeros_like(first)).item() == 0.0
+
+
+def test_input_noise_is_cut() -> None:
+    noise = input_noise(torch.zeros(1, 1, 32, 32, 32))
+    assert noise.abs().max() == pytest.approx(0.2)
+    assert noise.std() == pytest.approx(0.0954, abs=0.003)  # of a normal cut at two standard deviations
+
+
+def test_ua_mt_asks_the_teacher_with_its_dropout_and_puts_it_back() -> None:
+    method = make("ua_mt", model="vnet", patch_size=(32, 32, 32))
+    active: list[bool] = []
+    dropout = next(m for m in method.teacher.modules() if isinstance(m, torch.nn.Dropout3d))
+    dropout.register_forward_hook(lambda module, *_: active.append(module.training))
+    views = torch.randn(1, 1, 32, 32, 32)
+    probs = method._mean_prediction(views)
+    assert active == [True] * method.config.uncertainty_passes
+    assert not dropout.training
+    assert torch.allclose(probs.sum(1), torch.ones(1, 32, 32, 32), atol=1e-5)
+
+
+# cps
+
+
+def test_cps_networks_differ_and_learn_from_each_other() -> None:
+    method = make("cps")
+    loss = term(method, "consistency")
+    torch.manual_seed(1)
+    batch = random_batch()
+    a, b = method.student(batch.image_u).logits, method.second(batch.image_u).logits
+    by_hand = functional.cross_entropy(a, b.argmax(1)) + functional.cross_entropy(b, a.argmax(1))
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-4)
+    loss.backward()
+    for network in (method.student, method.second):
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.branch.classifier.parameters())
+    assert not torch.equal(method.student.branch.classifier.weight, method.second.branch.classifier.weight)
+
+
+# fixmatch
+
+
+def test_gated_cross_entropy_divides_by_all_voxels() -> None:
+    logits = torch.randn(1, 3, 2, 2, 1)
+    target = PseudoLabels(torch.tensor([0, 1, 2, 1]).reshape(1, 2, 2, 1), torch.ones(1, 2, 2, 1))
+    gate = torch.tensor([1.0, 0.0, 0.0, 1.0]).reshape(1, 2, 2, 1)
+    log_probs = logits.log_softmax(1)
+    by_hand = -(log_probs[0, 0, 0, 0, 0] + log_probs[0, 1, 1, 1, 0]) / 4
+    assert gated_cross_entropy(logits, target, gate).item() == pytest.approx(by_hand.item())
+
+
+def test_fixmatch_feature_stream_changes_the_loss_and_keeps_the_mean_of_features() -> None:
+    plain, perturbed = make("fixmatch"), make("fixmatch", feature_perturbation=True)
+    assert term(plain, "consistency").item() != term(perturbed, "consistency").item()
+    level = torch.ones(64, 64, 2, 2, 2)
+    dropped = drop_channels([level])[0]
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.1)
+
+
+# mc_net
+
+
+def test_sharpen_by_hand_and_without_gradient() -> None:
+    probs = torch.tensor([0.6, 0.4]).reshape(1, 2, 1, 1, 1).requires_grad_()
+    sharp = sharpen(probs)
+    assert sharp.flatten()[0].item() == pytest.approx(0.6**10 / (0.6**10 + 0.4**10), rel=1e-4)
+    assert not sharp.requires_grad
+    certain = sharpen(torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1, 1))
+    assert certain.flatten().tolist() == pytest.approx([1.0, 0.0])
+
+
+def test_mc_net_has_as_many_decoders_as_asked_for_and_they_differ() -> None:
+    method = make("mc_net", decoders=3)
+    branches = method._branches()
+    assert len(branches) == 3
+    weights = [branch.classifier.weight for branch in branches]
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+    term(method, "consistency").backward()
+    assert all(branch.classifier.weight.grad.abs().sum() > 0 for branch in branches)
+
+
+# bcp
+
+
+def test_paste_masks_leave_out_a_box_of_two_thirds() -> None:
+    masks = paste_masks(3, torch.Size((9, 12, 6)), torch.device("cpu"))
+    assert (~masks).sum(dim=(1, 2, 3)).tolist() == [6 * 8 * 4] * 3
+    hole = (~masks[0]).nonzero()
+    assert (hole.max(0).values - hole.min(0).values + 1).tolist() == [6, 8, 4]
+
+
+def test_largest_components_drops_the_rest_of_each_class() -> None:
+    labels = torch.zeros(1, 7, 1, 1, dtype=torch.int64)
+    labels[0, :, 0, 0] = torch.tensor([1, 0, 1, 1, 2, 0, 2])
+    assert largest_components(labels).flatten().tolist() == [0, 0, 1, 1, 2, 0, 0]
+    assert largest_components(torch.zeros(2, 3, 3, 3, dtype=torch.int64)).sum() == 0
+
+
+def test_bcp_phases_and_the_teacher_starts_from_the_student() -> None:
+    method = make("bcp", pretrain_iteration=2, ema_decay=0.9999)
+    assert set(method(random_batch(), 1).terms) == {"supervised"}
+    with torch.no_grad():
+        method.student.branch.classifier.bias.fill_(3.0)
+    method.after_step(1)
+    assert method.teacher.branch.classifier.bias.tolist() == [3.0] * 3
+    output = method(random_batch(), 2)
+    assert output.terms["consistency"].weight == 0.5
+
+
+def test_bcp_second_phase_against_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = make("bcp", pretrain_iteration=0)
+    batch = random_batch()
+    mask = torch.ones(2, 16, 16, 16, dtype=torch.bool)
+    mask[:, 3:13, 3:13, 3:13] = False
+    monkeypatch.setattr("myutils.methods.bcp.paste_masks", lambda *_: mask)
+    output = method(batch, 2)
+    pseudo = largest_components(method.teacher(batch.image_u).logits.argmax(1))
+    inward = batch.image_l * mask[:, None] + batch.image_u * ~mask[:, None]
+    outward = batch.image_u * mask[:, None] + batch.image_l * ~mask[:, None]
+    logits = method.student(torch.cat([inward, outward])).logits
+    labels = torch.cat([batch.label_l * mask + pseudo * ~mask, pseudo * mask + batch.label_l * ~mask])
+    true = torch.cat([mask, ~mask]).float()
+    assert output.terms["supervised"].value.item() == pytest.approx(dice_ce_loss(logits, labels, true).item(), rel=1e-4)
+    expected = dice_ce_loss(logits, labels, 1 - true).item()
+    assert output.terms["consistency"].value.item() == pytest.approx(expected, rel=1e-4)
+
+
+# dtc
+
+
+def test_signed_distances_by_hand() -> None:
+    labels = torch.tensor([0, 0, 1, 1, 1, 0]).reshape(1, 6, 1, 1)
+    found = signed_distances(labels, 3)
+    assert found.shape == (1, 2, 6, 1, 1)
+    assert found[0, 0].flatten().tolist() == pytest.approx([1.0, 0.5, -0.5, -1.0, -0.5, 0.5])
+    assert (found[0, 1] == 1.0).all()  # class 2 is absent
+    assert (signed_distances(torch.ones(1, 2, 2, 2, dtype=torch.int64), 2) == -1.0).all()
+
+
+def test_dtc_distance_term_moves_the_head_and_the_student() -> None:
+    method = make("dtc")
+    term(method, "distance").backward()
+    assert method.distance_head.weight.grad.abs().sum() > 0
+    assert next(method.student.parameters()).grad.abs().sum() > 0
+
+
+# ss_net
+
+
+def test_overlap_distance_falls_with_confidence() -> None:
+    even = torch.full((1, 2, 1, 1, 1), 0.5)
+    certain = torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1, 1)
+    assert overlap_distance(even, even).item() == pytest.approx(0.5)
+    assert overlap_distance(certain, certain).item() == 0.0
+    assert overlap_distance(certain, 1 - certain).item() == 1.0
+
+
+def test_unit_patches_have_length_one_each() -> None:
+    images = torch.randn(2, 1, 4, 4, 4)
+    images[1] = 0.0
+    lengths = unit_patches(images).flatten(1).norm(dim=1)
+    assert lengths.tolist() == pytest.approx([1.0, 0.0])
+
+
+def test_ss_net_perturbs_harder_than_chance_and_leaves_no_gradient_of_the_probe() -> None:
+    method = make("ss_net")
+    torch.manual_seed(3)
+    batch = random_batch()
+    images = torch.cat([batch.image_l, batch.image_u])
+    logits = method.student(images).logits
+    target = logits.detach().softmax(1)
+    smoothness = method._smoothness(images, logits)
+    assert all(parameter.grad is None for parameter in method.student.parameters())
+    chance = [
+        overlap_distance(method.student(images + 10 * unit_patches(torch.randn_like(images))).logits.softmax(1), target)
+        for _ in range(3)
+    ]
+    assert smoothness.item() > max(value.item() for value in chance)
+
+
+@pytest.mark.parametrize(("name", "weight"), [("mean_teacher", 1.0), ("ua_mt", 0.1), ("bcp", 0.5), ("ss_net", 1.0)])
+def test_consistency_weight_is_the_methods_own_unless_given(name: str, weight: float) -> None:
+    source = BallSource()
+    assert resolve_config(RunConfig(method=name), source).consistency == weight
+    assert resolve_config(RunConfig(method=name, consistency=0.0), source).consistency == 0.0
+
+
+def test_naive_component_sizes_agree_with_scipy_labels() -> None:
+    rng = np.random.default_rng(0)
+    labels = torch.from_numpy((rng.random((1, 8, 8, 8)) < 0.3).astype(np.int64))
+    kept = largest_components(labels)[0].numpy()
+    seen, best = np.zeros_like(kept, dtype=bool), 0
+    for start in np.argwhere(labels[0].numpy() == 1):
+        stack, size = [tuple(start)], 0
+        while stack:
+            here = stack.pop()
+            inside = all(0 <= c < 8 for c in here)
+            if not inside or seen[here] or labels[0][here] == 0:
+                continue
+            seen[here] = True
+            size += 1
+            stack += [
+                tuple(np.add(here, s)) for s in ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1))
+            ]
+        best = max(best, size)
+    assert kept.sum() == best
