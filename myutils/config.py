@@ -77,6 +77,12 @@ class RunConfig:
     )
     intra_weight: float = option(0.01, help="weight of the term's within-class loss, >= 0", group=PROTOTYPES)
     inter_weight: float = option(0.01, help="weight of the term's between-class loss, >= 0", group=PROTOTYPES)
+    prototype_loss: str = option(
+        "ssnet",
+        help="form of the memory loss: 1 - cosine, or contrasts with other classes as negatives",
+        group=PROTOTYPES,
+        choices=("ssnet", "infonce", "multiproto"),
+    )
     memory_from_unlabeled: bool = option(
         False, help="pseudo-labelled features may replace labelled ones in memory", group=PROTOTYPES
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from myutils import prototype_checks as checks
+from myutils import prototype_forms as forms
 from myutils import prototype_losses as losses
 from myutils.prototype_memory import (
     RANKINGS,
@@ -53,6 +54,8 @@ class ContrastivePrototypeManager(PrototypeMemory):
             or by confidence without selectors; ``confidence`` always by the highest confidence; ``random`` by chance.
         samples_per_class: Voxels drawn per class and batch, background included.
         overwrite_with_unlabeled: Let pseudo-labelled voxels replace a memory that came from labelled ones.
+        prototype_loss: Form of the contrastive loss: ``ssnet`` (1 - cosine, the published one), or ``infonce`` and
+            ``multiproto`` (``myutils.prototype_forms``), for which other classes are negatives.
         ignore_index: Label of voxels without a class, outside 0..K-1.
         check_finite: Refuse non-finite features, naming the class. ``None`` looks on the CPU only: on an accelerator
             each look makes the host wait, so call ``explain_non_finite`` there once a loss is not finite.
@@ -80,6 +83,7 @@ class ContrastivePrototypeManager(PrototypeMemory):
         ranking: str = "highest",
         samples_per_class: int = 2048,
         overwrite_with_unlabeled: bool = False,
+        prototype_loss: str = "ssnet",
         ignore_index: int = -1,
         check_finite: bool | None = None,
     ) -> None:
@@ -91,6 +95,8 @@ class ContrastivePrototypeManager(PrototypeMemory):
             raise ValueError(f"confidence_threshold {confidence_threshold}: pass a probability in [0, 1)")
         if ranking not in RANKINGS:
             raise ValueError(f"ranking {ranking!r}: pass one of {', '.join(RANKINGS)}")
+        if prototype_loss not in forms.LOSS_FORMS:
+            raise ValueError(f"prototype_loss {prototype_loss!r}: pass one of {', '.join(forms.LOSS_FORMS)}")
         if 0 <= ignore_index < num_classes:
             raise ValueError(f"ignore_index {ignore_index} is a class id; pass a value outside 0..{num_classes - 1}")
         super().__init__(num_classes, feature_dim, elements_per_class)
@@ -99,6 +105,7 @@ class ContrastivePrototypeManager(PrototypeMemory):
         self.ranking = ranking
         self.samples_per_class = samples_per_class
         self.overwrite_with_unlabeled = overwrite_with_unlabeled
+        self.prototype_loss = prototype_loss
         self.ignore_index = ignore_index
         self.check_finite = check_finite
         self.feature_selectors: nn.ModuleList | None = None
@@ -164,7 +171,7 @@ class ContrastivePrototypeManager(PrototypeMemory):
             class_labels: Class ids (N,), ``ignore_index`` for rows to leave out.
 
         Returns:
-            Scalar in [0, 2]; 0, still on the graph, if no class takes part.
+            Scalar, in [0, 2] for ``ssnet``; 0, still on the graph, if no class takes part.
 
         Raises:
             ValueError: On wrong shapes; on the CPU also on unknown class ids or non-finite features.
@@ -277,7 +284,13 @@ class ContrastivePrototypeManager(PrototypeMemory):
         feature_weights = losses.score_weights(feature_logits, member)  # (K, N)
         memory_weights = losses.score_weights(memory_logits, used)  # (K, M)
         taking_part = member.any(dim=1) & (self.memory_count > 0)
-        return losses.class_to_class_loss(units, feature_weights, memory, memory_weights, taking_part)
+        if self.prototype_loss == "ssnet":
+            return losses.class_to_class_loss(units, feature_weights, memory, memory_weights, taking_part)
+        if self.prototype_loss == "infonce":
+            similarities = forms.infonce_similarities(units, memory, memory_weights)
+        else:
+            similarities = forms.multiproto_similarities(units, memory, used)
+        return forms.class_contrast(similarities, class_labels, feature_weights, taking_part)
 
     def _draw(
         self, features: Tensor, predictions: Tensor, labels: Tensor | None, memory_features: Tensor | None

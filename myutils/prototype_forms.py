@@ -1,0 +1,100 @@
+"""Forms of the contrastive term that use more of the memory than its mean: other classes are negatives.
+
+Contract: as ``myutils.prototype_losses``. Both forms are a cross-entropy over classes; they differ in how similar a
+voxel is to a class.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from myutils.prototype_losses import mean_over
+from myutils.prototype_memory import unit_vectors
+
+LOSS_FORMS = ("ssnet", "infonce", "multiproto")
+TEMPERATURE = 0.1
+ABSENT = -1e4  # similarity to a class without memory: no share in a softmax, and no inf - inf in its gradient
+_CENTRES, _LLOYD_STEPS = 4, 3
+
+
+def infonce_similarities(units: Tensor, memory: Tensor, memory_weights: Tensor) -> Tensor:
+    """Similarity of each voxel to each class: ``log sum_j v_cj exp(<f, m_cj> / T)``, T = 0.1.
+
+    Source: van den Oord et al. 2018, arXiv:1807.03748, with every memory vector of a class as a positive.
+
+    Args:
+        units: Features of length 1 (N, E).
+        memory: (K, M, E).
+        memory_weights: (K, M), rows sum to 1 or are zero (an empty class).
+
+    Returns:
+        (N, K), at most 10; near ``ABSENT`` for an empty class.
+    """
+    scores = torch.einsum("ne,kme->nkm", units, unit_vectors(memory)) / TEMPERATURE
+    filled = memory_weights > 0
+    log_weights = memory_weights.where(filled, 1.0).log().where(filled, ABSENT)
+    return (scores + log_weights).logsumexp(2)
+
+
+def multiproto_similarities(units: Tensor, memory: Tensor, used: Tensor) -> Tensor:
+    """Similarity of each voxel to each class: ``max_p <f, c_kp> / T`` over a few prototypes per class, T = 0.1.
+
+    The prototypes are spherical k-means centres of the class's memory; the nearest one pulls, as in MPER (2025,
+    arXiv:2503.14343). No gradient flows into them.
+
+    Args:
+        units: Features of length 1 (N, E).
+        memory: (K, M, E).
+        used: Filled slots (K, M), bool, from slot 0.
+
+    Returns:
+        (N, K), at most 10; near ``ABSENT`` for an empty class.
+    """
+    centres, valid = class_centres(memory.detach(), used)
+    scores = torch.einsum("ne,kpe->nkp", units, centres) / TEMPERATURE
+    return scores.masked_fill(~valid, ABSENT).amax(2)
+
+
+@torch.no_grad()
+def class_centres(memory: Tensor, used: Tensor, count: int = _CENTRES) -> tuple[Tensor, Tensor]:
+    """Spherical k-means of each class's vectors, started at the first and then the farthest ones; no random draw.
+
+    Args:
+        memory: (K, M, E).
+        used: (K, M), bool.
+        count: Centres P per class, fewer where the memory holds fewer vectors.
+
+    Returns:
+        Unit centres (K, P, E), and which are in use (K, P), bool.
+    """
+    vectors = unit_vectors(memory)
+    classes, slots, _ = vectors.shape
+    count = min(count, slots)
+    rows = torch.arange(classes, device=memory.device)
+    centres = vectors[:, :1]  # (K, 1, E)
+    for _ in range(count - 1):
+        nearest = torch.einsum("kme,kpe->kmp", vectors, centres).amax(2).masked_fill(~used, float("inf"))  # (K, M)
+        centres = torch.cat([centres, vectors[rows, nearest.argmin(1)].unsqueeze(1)], dim=1)
+    for _ in range(_LLOYD_STEPS):
+        own = torch.einsum("kme,kpe->kmp", vectors, centres).argmax(2)  # (K, M)
+        member = torch.nn.functional.one_hot(own, count) * used.unsqueeze(2)  # (K, M, P)
+        sums = torch.einsum("kmp,kme->kpe", member.to(vectors), vectors)
+        centres = unit_vectors(sums).where(member.any(1).unsqueeze(2), centres)
+    valid = torch.arange(count, device=memory.device) < used.sum(1, keepdim=True)
+    return centres, valid
+
+
+def class_contrast(similarities: Tensor, class_labels: Tensor, feature_weights: Tensor, taking_part: Tensor) -> Tensor:
+    """Cross-entropy over classes, weighted within each class and averaged over the classes that take part.
+
+    Args:
+        similarities: (N, K), ``ABSENT`` where a class is empty.
+        class_labels: Class ids (N,).
+        feature_weights: (K, N), rows sum to 1 or are zero.
+        taking_part: Classes (K,) with both features and memory, bool.
+    """
+    known = class_labels.clamp(0, similarities.shape[1] - 1)
+    usable = taking_part[known] & (class_labels >= 0)  # (N,)
+    losses = -similarities.log_softmax(1).gather(1, known[:, None]).squeeze(1)  # (N,)
+    return mean_over(feature_weights @ losses.where(usable, 0.0), taking_part)

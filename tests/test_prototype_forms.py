@@ -1,0 +1,131 @@
+"""infonce and multiproto against naive loops, their gradients, and their edge cases."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from myutils.contrastive_prototype_manager import ContrastivePrototypeManager
+from myutils.prototype_forms import ABSENT, class_centres, class_contrast, infonce_similarities, multiproto_similarities
+
+
+def manager(form: str, **settings: object) -> ContrastivePrototypeManager:
+    torch.manual_seed(0)
+    built = ContrastivePrototypeManager(3, 8, elements_per_class=6, prototype_loss=form, **settings)  # type: ignore[arg-type]
+    built.update_memory({0: torch.randn(6, 8), 1: torch.randn(4, 8), 2: torch.randn(6, 8)})
+    return built
+
+
+def test_infonce_equals_the_naive_loop() -> None:
+    torch.manual_seed(1)
+    memory, units = torch.randn(2, 3, 4), functional.normalize(torch.randn(5, 4), dim=1)
+    weights = torch.tensor([[0.2, 0.3, 0.5], [0.5, 0.5, 0.0]])
+    found = infonce_similarities(units, memory, weights)
+    for n in range(5):
+        for k in range(2):
+            total = 0.0
+            for m in range(3):
+                cosine = float(units[n] @ memory[k, m] / memory[k, m].norm())
+                total += float(weights[k, m]) * math.exp(cosine / 0.1)
+            assert found[n, k].item() == pytest.approx(math.log(total), rel=1e-4)
+
+
+def test_multiproto_takes_the_nearest_of_the_centres() -> None:
+    vectors = torch.tensor([[1.0, 0.0], [0.98, 0.02], [0.0, 1.0], [0.02, 0.98], [-1.0, 0.0], [-0.7, -0.7]])
+    used = torch.ones(1, 6, dtype=torch.bool)
+    centres, valid = class_centres(vectors[None], used, count=4)
+    assert valid.all()
+    assert centres.norm(dim=2).flatten().tolist() == pytest.approx([1.0] * 4)
+    similarities = multiproto_similarities(torch.tensor([[0.0, 1.0]]), vectors[None], used)
+    nearest = max(float(centre[1]) for centre in centres[0])
+    assert similarities.item() == pytest.approx(nearest / 0.1)
+    assert nearest > 0.99
+
+
+def test_centres_of_fewer_vectors_than_asked_for() -> None:
+    memory = torch.zeros(2, 6, 3)
+    memory[0, :2] = torch.eye(3)[:2]
+    used = torch.zeros(2, 6, dtype=torch.bool)
+    used[0, :2] = True
+    centres, valid = class_centres(memory, used)
+    assert valid.tolist() == [[True, True, False, False], [False] * 4]
+    assert {tuple(centre.tolist()) for centre in centres[0, :2]} == {(1.0, 0.0, 0.0), (0.0, 1.0, 0.0)}
+    assert (multiproto_similarities(torch.eye(3), memory, used)[:, 1] == ABSENT).all()
+
+
+def test_contrast_equals_the_naive_loop_and_leaves_out_what_takes_no_part() -> None:
+    similarities = torch.tensor([[2.0, 1.0, ABSENT], [0.5, 3.0, ABSENT], [1.0, 1.0, ABSENT], [0.0, 0.0, 0.0]])
+    labels = torch.tensor([0, 1, 2, -1])
+    weights = torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 1.0, 0]])
+    taking_part = torch.tensor([True, True, False])
+    by_hand = (math.log(1 + math.exp(-1.0)) + math.log(1 + math.exp(-2.5))) / 2
+    assert class_contrast(similarities, labels, weights, taking_part).item() == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("form", ["infonce", "multiproto"])
+def test_form_pulls_a_feature_to_its_own_class(form: str) -> None:
+    built = manager(form)
+    features = torch.randn(30, 8, requires_grad=True)
+    labels = torch.arange(30) % 3
+    before = built.contrastive_class_to_class_learned_memory(features, labels)
+    before.backward()
+    assert features.grad is not None
+    assert torch.isfinite(features.grad).all()
+    assert (features.grad.abs().sum(1) > 0).all()
+    after = built.contrastive_class_to_class_learned_memory(features.detach() - features.grad * 5, labels)
+    assert after < before
+
+
+@pytest.mark.parametrize("form", ["infonce", "multiproto"])
+def test_form_trains_the_feature_selectors(form: str) -> None:
+    built = manager(form, use_learned_selector=True)
+    selectors, memory_selectors = built.get_selectors()
+    assert selectors is not None and memory_selectors is not None
+    built.contrastive_class_to_class_learned_memory(torch.randn(30, 8), torch.arange(30) % 3).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in selectors.parameters())
+    if form == "infonce":  # the centres of multiproto weigh all memory vectors alike
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in memory_selectors.parameters())
+
+
+@pytest.mark.parametrize("form", ["infonce", "multiproto"])
+def test_form_is_zero_on_the_graph_without_a_class_in_both(form: str) -> None:
+    built = ContrastivePrototypeManager(3, 8, prototype_loss=form)
+    features = torch.randn(4, 8, requires_grad=True)
+    loss = built.contrastive_class_to_class_learned_memory(features, torch.tensor([0, 1, 2, 0]))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert features.grad is not None and torch.isfinite(features.grad).all()
+
+
+@pytest.mark.parametrize("form", ["infonce", "multiproto"])
+def test_form_ignores_rows_without_a_class(form: str) -> None:
+    built = manager(form)
+    features, labels = torch.randn(6, 8), torch.tensor([0, 1, 2, -1, -1, 0])
+    kept = labels >= 0
+    whole = built.contrastive_class_to_class_learned_memory(features, labels)
+    part = built.contrastive_class_to_class_learned_memory(features[kept], labels[kept])
+    assert whole.item() == pytest.approx(part.item(), rel=1e-5)
+
+
+def test_a_mean_is_not_all_that_counts() -> None:
+    """Two memories with the same mean direction: ssnet cannot tell them apart, infonce and multiproto can."""
+    tight, wide = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.6, 0.8], [0.6, -0.8]])
+    other = torch.tensor([[-1.0, 0.0], [-1.0, 0.0]])
+    features, labels = torch.tensor([[0.0, 1.0]]), torch.tensor([0])
+    losses: dict[str, list[float]] = {}
+    for form in ("ssnet", "infonce", "multiproto"):
+        for own in (tight, wide):
+            built = ContrastivePrototypeManager(2, 2, elements_per_class=2, prototype_loss=form)
+            built.update_memory({0: own, 1: other})
+            losses.setdefault(form, []).append(built.contrastive_class_to_class_learned_memory(features, labels).item())
+    assert losses["ssnet"][0] == pytest.approx(losses["ssnet"][1])
+    assert losses["infonce"][0] > losses["infonce"][1] + 0.1
+    assert losses["multiproto"][0] > losses["multiproto"][1] + 0.1
+
+
+def test_unknown_form_is_refused() -> None:
+    with pytest.raises(ValueError, match="ssnet, infonce, multiproto"):
+        ContrastivePrototypeManager(3, 8, prototype_loss="cosine")
