@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -106,10 +107,18 @@ def _targets(label: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 class PatchDataset(Dataset[dict[str, object]]):
-    """Cuts the patch that a ``SampleKey`` describes; the same key gives the same patch in any process."""
+    """Cuts the patch that a ``SampleKey`` describes; the same key gives the same patch in any process.
 
-    def __init__(self, cache: CaseCache, options: AugmentOptions) -> None:
-        self._cache, self._options = cache, options
+    Args:
+        cache: Where the cases come from.
+        options: Patch size and random changes.
+        guides: Ids of labelled cases. Where an unlabelled case has no voxels to centre a crop on, one is taken from a
+            random guide, at the same relative place: scans of one protocol show an organ at roughly the same place.
+            Empty: unlabelled crops lie anywhere.
+    """
+
+    def __init__(self, cache: CaseCache, options: AugmentOptions, guides: Sequence[str] = ()) -> None:
+        self._cache, self._options, self._guides = cache, options, tuple(guides)
 
     def __getitem__(self, key: SampleKey) -> dict[str, object]:
         rng = np.random.default_rng(key.seed)
@@ -124,10 +133,7 @@ class PatchDataset(Dataset[dict[str, object]]):
 
     def _cut(self, case: PreparedCase, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         options, volume = self._options, case.volume
-        target = None
-        if case.targets and rng.random() < options.foreground_share:
-            of_class = case.targets[rng.integers(len(case.targets))]
-            target = of_class[rng.integers(len(of_class))]
+        target = self._target(case, rng) if rng.random() < options.foreground_share else None
         corner = choose_center(volume.image.shape[1:], options.patch_size, rng, target)
         fill = float(volume.image.min())
         if rng.random() < options.affine_share:
@@ -142,6 +148,18 @@ class PatchDataset(Dataset[dict[str, object]]):
         arrays = [image] if label is None else [image, label]
         arrays = mirror_and_turn(arrays, rng, options)
         return arrays[0], arrays[-1]
+
+    def _target(self, case: PreparedCase, rng: np.random.Generator) -> np.ndarray | None:
+        """A voxel (3,) of a random class of the case, or of a guide at the same relative place; None without any."""
+        model = case
+        if case.volume.label is None and self._guides:
+            model = self._cache.get(self._guides[rng.integers(len(self._guides))], with_label=True)
+        if not model.targets:
+            return None
+        of_class = model.targets[rng.integers(len(model.targets))]
+        voxel = of_class[rng.integers(len(of_class))]
+        here, there = np.array(case.volume.image.shape[1:]), np.array(model.volume.image.shape[1:])
+        return voxel if model is case else (voxel + 0.5) * here // there
 
 
 def collate(samples: list[dict[str, object]]) -> Batch:

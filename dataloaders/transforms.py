@@ -21,7 +21,7 @@ class AugmentOptions:
         patch_size: Voxels of the patch along X, Y, Z.
         flip_axes: Image axes along which a mirrored patch is plausible.
         rotate90: Quarter turns in the X-Y plane; used where the patch is square there.
-        foreground_share: Share of labelled patches that are centred on a structure.
+        foreground_share: Share of patches that are centred on a structure, where one is known or guessed.
         affine_share: Share of patches that are rotated and scaled.
         intensity: Whether labelled patches get mild intensity changes, and strong views exist at all.
         max_angle: Largest rotation about each axis, in degrees.

@@ -118,7 +118,10 @@ class RunConfig:
         None, help="axes (0 1 2) to mirror along; empty: never", group=AUGMENTATION
     )
     rotate90: bool = option(False, help="quarter turns in the X-Y plane", group=AUGMENTATION)
-    foreground_share: float = option(0.5, help="share of labelled crops centred on a structure", group=AUGMENTATION)
+    foreground_share: float = option(0.5, help="share of crops centred on a structure", group=AUGMENTATION)
+    place_prior: bool = option(
+        True, help="centre unlabelled crops where labelled cases have structures", group=AUGMENTATION
+    )
 
     exp: str | None = option(
         None, help="name of the run, its folder in output_dir; else data_method_labels_seed", group=RUN

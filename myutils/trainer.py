@@ -203,10 +203,10 @@ class Trainer:
 
     def _loader(self, first: int) -> Iterator[Batch]:
         config = self.state.config
-        dataset = PatchDataset(self.cache, build.build_augmentation(config))
+        guides = self.state.split.labeled if config.place_prior else ()
         return iter(
             DataLoader(
-                dataset,
+                PatchDataset(self.cache, build.build_augmentation(config), guides),
                 batch_sampler=self._sampler(first),
                 num_workers=config.num_workers,
                 collate_fn=collate,

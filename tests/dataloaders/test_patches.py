@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import BallSource
 
-from dataloaders.patches import CaseCache, PatchDataset, collate
+from dataloaders.base import Volume
+from dataloaders.patches import CaseCache, PatchDataset, PreparedCase, collate
 from dataloaders.preprocess import Preprocess
 from dataloaders.samplers import SampleKey, StepPlan, StepSampler
 from dataloaders.transforms import (
@@ -122,6 +123,34 @@ def test_dataset_never_reads_the_label_of_an_unlabelled_key() -> None:
     source = BallSource()
     sample = dataset(source)[SampleKey("ball01", False, 3)]
     assert source.label_reads == [] and "label" not in sample
+
+
+def test_dataset_centres_unlabelled_crops_where_a_guide_has_its_structure() -> None:
+    source = BallSource(size=(40, 40, 40))
+    cache, options = CaseCache(source, Preprocess("mr")), AugmentOptions(PATCH, foreground_share=1.0, intensity=False)
+    shares = {}
+    for guides in ((), ("ball00",)):
+        source.label_reads.clear()
+        patches = PatchDataset(cache, options, guides)
+        images = [patches[SampleKey("ball01", False, seed)]["image"] for seed in range(40)]
+        shares[guides] = float(np.mean([float((image > 1.0).float().mean()) for image in images]))
+        assert set(source.label_reads) <= set(guides)
+    assert shares[("ball00",)] > 1.3 * shares[()]
+
+
+def test_dataset_maps_a_guides_voxel_to_the_same_relative_place() -> None:
+    source = BallSource()
+    patches = PatchDataset(CaseCache(source, Preprocess("mr")), AugmentOptions(PATCH), ("ball00",))
+    volume = Volume("x", np.zeros((1, 10, 80, 40), np.float32), None, np.eye(4), (1.0, 1.0, 1.0))
+    guide = patches._cache.get("ball00", with_label=True)
+    size = np.array(guide.volume.image.shape[1:])
+    for seed in range(20):
+        place = patches._target(PreparedCase(volume, ()), np.random.default_rng(seed))
+        assert place is not None
+        assert ((place >= 0) & (place < (10, 80, 40))).all()
+        relative = (place + 0.5) / (10, 80, 40)
+        candidates = (np.concatenate(guide.targets) + 0.5) / size
+        assert np.abs(candidates - relative).max(1).min() < 0.06
 
 
 def test_dataset_oversamples_foreground() -> None:
