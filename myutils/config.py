@@ -13,7 +13,7 @@ from dataloaders.base import SourceOptions
 from dataloaders.splits import SplitRequest
 from myutils.flags import option
 
-DATA, METHOD, PROTOTYPES = "data", "method", "prototypes"
+DATA, METHOD, PROTOTYPES, DFP = "data", "method", "prototypes", "covariance feature pools (cov_dfp)"
 OPTIMISATION, AUGMENTATION, RUN, EVALUATION = "optimisation", "augmentation", "run", "evaluation"
 
 Triple = tuple[int, int, int]
@@ -99,6 +99,20 @@ class RunConfig:
     )
     memory_interval: int = option(8, help="steps between refills of the memory by the teacher, >= 1", group=PROTOTYPES)
     embedding_dim: int = option(64, help="width of the projection and prediction heads, >= 1", group=PROTOTYPES)
+
+    dfp_start_iter: int | None = option(None, help="step of the first pools; else 20 % of the training", group=DFP)
+    dfp_reconstruct_interval: int = option(200, help="steps between rebuilds of the pools, >= 1", group=DFP)
+    selector_train_iter: int = option(20, help="steps after a rebuild that train the pool selector, >= 0", group=DFP)
+    max_global_features: int = option(50_000, help="features kept over all classes", group=DFP)
+    max_store: int = option(256, help="features per class that a step may store and compare, >= 1", group=DFP)
+    num_dfp: int = option(8, help="patterns of co-variation, one pool each", group=DFP)
+    use_dfp: bool = option(True, help="pull features to the leading patterns of their class", group=DFP)
+    num_eigenvectors: int = option(8, help="leading patterns (anchors) per class", group=DFP)
+    ema_alpha: float = option(0.9, help="share of the old anchors that a rebuild keeps, 0..1", group=DFP)
+    anchor_weight: float = option(0.05, help="weight of the anchor loss after ramp-up, >= 0", group=DFP)
+    compact_weight: float = option(0.01, help="weight of compactness within pools, >= 0", group=DFP)
+    separation_weight: float = option(0.01, help="weight of separation between pools, >= 0", group=DFP)
+    consistency_o: float = option(0.05, help="weight of the correlation consistency after ramp-up, >= 0", group=DFP)
 
     max_iteration: int | None = option(None, help="training steps, >= 1", group=OPTIMISATION)
     batch_size: int = option(4, help="patches per step, over all ranks", group=OPTIMISATION)
@@ -238,6 +252,15 @@ _RANGES: dict[str, tuple[float, float]] = {
     "prototype_samples": (1, float("inf")),
     "memory_interval": (1, float("inf")),
     "embedding_dim": (1, float("inf")),
+    "dfp_start_iter": (0, float("inf")),
+    "dfp_reconstruct_interval": (1, float("inf")),
+    "selector_train_iter": (0, float("inf")),
+    "max_store": (1, float("inf")),
+    "ema_alpha": (0, 1),
+    "anchor_weight": (0, float("inf")),
+    "compact_weight": (0, float("inf")),
+    "separation_weight": (0, float("inf")),
+    "consistency_o": (0, float("inf")),
     "max_iteration": (1, float("inf")),
     "batch_size": (1, float("inf")),
     "labeled_bs": (1, float("inf")),

@@ -6,6 +6,8 @@ Sources: Tarvainen & Valpola 2017, arXiv:1703.01780 (the averaged teacher); Sohn
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,25 @@ from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.averaged_teacher import TeacherMethod
 from myutils.methods.base import METHODS, LossTerm, StepOutput
 from myutils.pseudo_labels import PseudoLabels, mixing_sources, pseudo_labels, take_voxels
+from networks.base import SegmentationOutput
+
+
+class StepParts(NamedTuple):
+    """What a step has at hand.
+
+    Attributes:
+        batch: The step's patches.
+        student: Student outputs, labelled patches first, on the graph.
+        teacher_l: Teacher outputs of the labelled patches where ``refills_at(step)``.
+        teacher_u: Teacher outputs of the weak views.
+        foreign: Voxels (Bu, X, Y, Z) that were pasted into the student's unlabelled patches; None without pasting.
+    """
+
+    batch: Batch
+    student: SegmentationOutput
+    teacher_l: SegmentationOutput | None
+    teacher_u: SegmentationOutput
+    foreign: Tensor | None
 
 
 @METHODS.register("mean_teacher")
@@ -38,8 +59,13 @@ class MeanTeacher(TeacherMethod):
         terms |= self.prototype_terms(
             student, batch.label_l, step, teacher_l=teacher_l, teacher_u=teacher_u, foreign=foreign
         )
-        scalars = {"confidence": pseudo.confidence.mean(), "gate_share": gate.float().mean()}
-        return StepOutput(terms, scalars, pseudo.labels, logits_l.detach())
+        further, scalars = self.further_terms(StepParts(batch, student, teacher_l, teacher_u, foreign), step)
+        scalars |= {"confidence": pseudo.confidence.mean(), "gate_share": gate.float().mean()}
+        return StepOutput(terms | further, scalars, pseudo.labels, logits_l.detach())
+
+    def further_terms(self, parts: StepParts, step: int) -> tuple[dict[str, LossTerm], dict[str, Tensor]]:
+        """Terms and logged scalars that a subclass adds to the step."""
+        return {}, {}
 
     def _mix(self, batch: Batch, pseudo: PseudoLabels) -> tuple[Tensor, PseudoLabels, Tensor | None]:
         """Strong views with boxes of labelled patches, their targets, and which voxels were pasted."""

@@ -1,0 +1,242 @@
+"""Covariance dynamic feature pools: how the channels of reliable features vary together, and losses built on it.
+
+Contract: everything in float32; statistics are sums over the stored features, so no N x N matrix is ever made; what the
+pool stores is detached, and every loss here has a gradient into the features it is given.
+
+Source: the trainer's original design (covariance dynamic feature pool); the correlation consistency is CORN's,
+arXiv:2410.15916.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional
+
+from myutils.prototype_losses import class_membership, mean_over
+from myutils.prototype_memory import unit_vectors
+
+_SMALLEST_DEVIATION = 1e-6
+
+
+class Moments(NamedTuple):
+    """Mean (E,), standard deviation (E,), 1 where a channel is constant, and correlation matrix (E, E)."""
+
+    mean: Tensor
+    deviation: Tensor
+    correlation: Tensor
+
+    def standardise(self, features: Tensor) -> Tensor:
+        """Features (N, E) with these moments taken out."""
+        return (features - self.mean) / self.deviation
+
+
+def moments(features: Tensor, weights: Tensor | None = None) -> Moments:
+    """Moments of features (N, E), of which those with weight 1 count (N,); safe for constant channels and small N.
+
+    The correlation matrix is ``R = A^-1 Sigma A^-1`` with A the diagonal of standard deviations; a constant channel
+    correlates with nothing, itself included. On the graph of the features.
+    """
+    weights = torch.ones_like(features[:, 0]) if weights is None else weights.to(features)
+    total = weights.sum().clamp(min=1)
+    mean = (weights @ features) / total  # (E,)
+    centred = (features - mean) * weights.sqrt()[:, None]  # (N, E)
+    covariance = centred.T @ centred / total  # (E, E)
+    variance = covariance.diagonal()
+    varies = variance > _SMALLEST_DEVIATION**2
+    deviation = variance.where(varies, 1.0).sqrt()  # the root of a constant channel's 0 would have no gradient
+    both = varies[:, None] & varies
+    correlation = (covariance / (deviation[:, None] * deviation)).where(both, 0.0)
+    return Moments(mean, deviation, correlation)
+
+
+def leading_patterns(symmetric: Tensor, count: int) -> Tensor:
+    """The ``count`` eigenvectors (count, E) with the largest eigenvalues of a symmetric matrix (E, E), no gradient."""
+    _, vectors = torch.linalg.eigh(symmetric.detach().float())  # rising eigenvalues, columns
+    return vectors.flip(1)[:, :count].T.contiguous()
+
+
+class DynamicFeaturePool(nn.Module):
+    """A ring buffer of reliable features per class, and what is derived from it when it is rebuilt.
+
+    Args:
+        num_classes: Classes K.
+        feature_dim: Channels E.
+        capacity: Features kept over all classes; each class gets an equal part.
+        num_pools: Patterns of co-variation, and pools, J <= E.
+        num_anchors: Leading patterns per class, A <= E.
+        anchor_decay: Share of the old anchors that a rebuild keeps, 0..1.
+
+    Attributes:
+        store: Features (K, P, E).
+        count: Features held per class (K,).
+        cursor: Slot that the next feature of a class takes (K,).
+        built: Whether patterns exist.
+        centres: Centre of each pool (J, E), of standardised features.
+        anchors: Leading patterns per class (K, A, E), pointing to the class's side.
+        sizes: Features that each pool got when it was built (J,).
+    """
+
+    store: Tensor
+    count: Tensor
+    cursor: Tensor
+    built: Tensor
+    mean: Tensor
+    deviation: Tensor
+    centres: Tensor
+    anchors: Tensor
+    sizes: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        feature_dim: int,
+        *,
+        capacity: int = 50_000,
+        num_pools: int = 8,
+        num_anchors: int = 8,
+        anchor_decay: float = 0.9,
+    ) -> None:
+        super().__init__()
+        for name, value in (("--num_dfp", num_pools), ("--num_eigenvectors", num_anchors)):
+            if not 1 <= value <= feature_dim:
+                raise ValueError(
+                    f"{name} {value}: the network has {feature_dim} feature channels; pass 1..{feature_dim}"
+                )
+        slots = capacity // num_classes
+        if slots < 2:
+            raise ValueError(f"--max_global_features {capacity}: at least {2 * num_classes}, two per class")
+        self.num_classes = num_classes
+        self.anchor_decay = anchor_decay
+        self.register_buffer("store", torch.zeros(num_classes, slots, feature_dim))
+        self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("cursor", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("built", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("mean", torch.zeros(feature_dim))
+        self.register_buffer("deviation", torch.ones(feature_dim))
+        self.register_buffer("centres", torch.zeros(num_pools, feature_dim))
+        self.register_buffer("anchors", torch.zeros(num_classes, num_anchors, feature_dim))
+        self.register_buffer("sizes", torch.zeros(num_pools, dtype=torch.int64))
+
+    @torch.no_grad()
+    def push(self, features: Tensor, class_labels: Tensor) -> None:
+        """Store features (N, E) of class ids (N,), the oldest of a class giving way; other ids are left out.
+
+        With several ranks a collective call: N must be equal on all, and all store the features of all.
+        """
+        features, class_labels = gather_rows(features.detach().float(), class_labels)
+        slots = self.store.shape[1]
+        member = class_membership(class_labels, self.num_classes)  # (K, N)
+        rank = member.cumsum(1) - 1  # (K, N): how many of the class came before
+        newest = member & (rank >= member.sum(1, keepdim=True) - slots)
+        classes, rows = newest.nonzero(as_tuple=True)
+        self.store[classes, (self.cursor[classes] + rank[classes, rows]) % slots] = features[rows]
+        added = member.sum(1)
+        self.cursor.copy_((self.cursor + added) % slots)
+        self.count.copy_((self.count + added).clamp(max=slots))
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Used slots: features (N, E) and their class ids (N,)."""
+        used = torch.arange(self.store.shape[1], device=self.store.device) < self.count[:, None]  # (K, P)
+        classes, slots = used.nonzero(as_tuple=True)
+        return self.store[classes, slots], classes
+
+    @torch.no_grad()
+    def rebuild(self) -> None:
+        """Derive patterns, pools, centres and anchors from what is stored; nothing happens while it is empty."""
+        features, class_labels = self.stored()
+        if not len(features):
+            return
+        found = moments(features)
+        self.mean.copy_(found.mean)
+        self.deviation.copy_(found.deviation)
+        standard = found.standardise(features)  # (N, E)
+        patterns = leading_patterns(found.correlation, len(self.centres))  # (J, E)
+        pools = (standard @ patterns.T).abs().argmax(1)  # (N,)
+        member = class_membership(pools, len(patterns)).to(standard)  # (J, N)
+        self.sizes.copy_(member.sum(1).long())
+        # An empty pool keeps its pattern as centre, so that it can win features later.
+        self.centres.copy_(
+            ((member @ standard) / member.sum(1, keepdim=True).clamp(min=1)).where(
+                member.any(1, keepdim=True), patterns
+            )
+        )
+        for class_id in range(self.num_classes):
+            self._rebuild_anchors(class_id, standard[class_labels == class_id])
+        self.built.fill_(True)
+
+    def _rebuild_anchors(self, class_id: int, standard: Tensor) -> None:
+        """Leading directions of one class's second moment, signed to its side, averaged with the old ones."""
+        if not len(standard):
+            return
+        fresh = leading_patterns(standard.T @ standard / len(standard), self.anchors.shape[1])  # (A, E)
+        fresh = fresh * torch.where(fresh @ standard.mean(0) < 0, -1.0, 1.0)[:, None]
+        old = self.anchors[class_id]
+        if old.any():
+            # An eigenvector's order changes from one rebuild to the next: average with the most similar old one.
+            nearest = old[(fresh @ old.T).argmax(1)]
+            fresh = unit_vectors(self.anchor_decay * nearest + (1 - self.anchor_decay) * fresh)
+        self.anchors[class_id] = fresh
+
+    def standardise(self, features: Tensor) -> Tensor:
+        """Features (N, E) in the coordinates of patterns, centres and anchors."""
+        return (features.float() - self.mean) / self.deviation
+
+    def nearest_pools(self, features: Tensor) -> Tensor:
+        """Index (N,) of the centre with the highest cosine to each feature (N, E), without gradient."""
+        standard = unit_vectors(self.standardise(features.detach()))
+        return (standard @ unit_vectors(self.centres).T).argmax(1)
+
+    def anchor_loss(self, features: Tensor, class_labels: Tensor) -> Tensor:
+        """1 - cosine of features (N, E) to the nearest anchor of their class (N,): mean over classes of class means."""
+        units = unit_vectors(self.standardise(features))
+        member = class_membership(class_labels, self.num_classes)  # (K, N)
+        known = class_labels.clamp(0, self.num_classes - 1)
+        nearest = torch.einsum("ne,nae->na", units, self.anchors[known]).amax(1)  # (N,)
+        counts = member.sum(1)
+        means = member.to(nearest) @ (1.0 - nearest) / counts.clamp(min=1)  # (K,)
+        return mean_over(means, (counts > 0) & self.anchors.any(2).any(1))
+
+    def pool_losses(self, regions: Tensor, pools: Tensor, margin: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Compactness and separation of region features (R, E) that a selector assigned to pools (R,).
+
+        Compactness: mean of 1 - cosine to the pool's centre. Separation: mean over pairs of pools of
+        ``relu(margin - distance)^2`` between the unit means of their regions.
+        """
+        units = unit_vectors(self.standardise(regions))
+        own = unit_vectors(self.centres)[pools]  # (R, E)
+        compact = (1.0 - (units * own).sum(1)).mean() if len(units) else 0.0 * units.sum()
+        member = class_membership(pools, len(self.centres))  # (J, R)
+        counts = member.sum(1)
+        means = unit_vectors((member.to(units) @ units) / counts.clamp(min=1)[:, None])  # (J, E)
+        squares = (means[:, None] - means[None]).square().sum(2)
+        distances = squares.clamp(min=1e-12).sqrt()
+        present = counts > 0
+        pairs = torch.triu(present[:, None] & present, diagonal=1)
+        return compact, mean_over(functional.relu(margin - distances).square(), pairs)
+
+
+def correlation_consistency(features_l: Tensor, features_u: Tensor, known_l: Tensor, known_u: Tensor) -> Tensor:
+    """Mean squared difference of the correlation matrices of labelled (N, E) and unlabelled features (M, E).
+
+    CORN's consistency (arXiv:2410.15916): unlabelled features must vary together as labelled ones do. The labelled
+    side is the reference and gets no gradient. Rows count where ``known_l`` (N,) and ``known_u`` (M,) say so; 0 on
+    the graph where either side has fewer than two.
+    """
+    reference = moments(features_l.detach().float(), known_l).correlation
+    gap = (moments(features_u.float(), known_u).correlation - reference).square().mean()
+    return gap * ((known_l.sum() > 1) & (known_u.sum() > 1))
+
+
+def gather_rows(features: Tensor, class_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows (N, E) and ids (N,) of all ranks; N must be equal on every rank."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return features, class_labels
+    packed = torch.cat([features, class_labels.to(features)[:, None]], dim=1).contiguous()
+    gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, packed)
+    everything = torch.cat(gathered)
+    return everything[:, :-1], everything[:, -1].long()

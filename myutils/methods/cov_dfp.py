@@ -1,0 +1,122 @@
+"""Covariance dynamic feature pools on top of the mean teacher.
+
+The teacher's reliable features of labelled patches (predicted correctly, above the confidence threshold) fill a ring
+buffer. Its correlation matrix gives the leading patterns of co-variation, and each pattern a pool with a centre
+(``myutils.dynamic_feature_pool``). Three stages:
+
+1. before ``--dfp_start_iter``: train as ``mean_teacher`` does, and collect;
+2. for ``--selector_train_iter`` steps after each build: the selector learns to name the nearest pool of a region;
+3. else: the terms below act on the student; pools are rebuilt every ``--dfp_reconstruct_interval`` steps.
+
+Terms, all ramped up: ``anchor`` (1 - cosine to the nearest leading pattern of the own class), ``compact`` and
+``separation`` (regions gather at the centre of the pool that the selector names, and pools part), ``correlation``
+(unlabelled features vary together as labelled ones do, CORN, arXiv:2410.15916).
+
+Note:
+    The published trainer of this name stops training the network in stage 2 and takes anchor features without a
+    gradient; here the network learns in every step and every term reaches it. Features are the last decoder features,
+    regions are means over 4 x 4 x 4 voxels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from myutils.config import RunConfig, required
+from myutils.dynamic_feature_pool import DynamicFeaturePool, correlation_consistency
+from myutils.methods.base import METHODS, LossTerm
+from myutils.methods.mean_teacher import MeanTeacher, StepParts
+from myutils.prototype_sampling import gated_pseudo_labels, pick_voxels, sample_per_class
+from myutils.prototype_term import IGNORE
+from myutils.schedules import fraction_rampup
+from networks.base import SegmentationNetwork, SegmentationOutput
+
+_REGION = 4
+_START_SHARE = 0.2
+
+
+@METHODS.register("cov_dfp")
+class CovarianceFeaturePools(MeanTeacher):
+    """Mean teacher with feature pools; the prototype term is off unless its flag says otherwise."""
+
+    prototypes_by_default = False
+
+    def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:
+        super().__init__(network, config)
+        width = network.feature_dim
+        self.pool = DynamicFeaturePool(
+            network.num_classes,
+            width,
+            capacity=config.max_global_features,
+            num_pools=config.num_dfp,
+            num_anchors=config.num_eigenvectors,
+            anchor_decay=config.ema_alpha,
+        )
+        self.selector = nn.Sequential(
+            nn.Linear(width, width), nn.LayerNorm(width), nn.LeakyReLU(0.2), nn.Linear(width, config.num_dfp)
+        )
+        steps = required(config.max_iteration, "max_iteration")
+        self.start = fraction_rampup(config.dfp_start_iter, steps, _START_SHARE)
+
+    def refills_at(self, step: int) -> bool:
+        """The pool collects as often as the prototype memory refills, and in the step that builds it."""
+        return step % self.config.memory_interval == 0 or self._rebuilds_at(step)
+
+    def _rebuilds_at(self, step: int) -> bool:
+        return step >= self.start and (step - self.start) % self.config.dfp_reconstruct_interval == 0
+
+    def stage(self, step: int) -> int:
+        """1 collecting, 2 training the selector, 3 acting on the student."""
+        if step < self.start:
+            return 1
+        since = (step - self.start) % self.config.dfp_reconstruct_interval
+        return 2 if since < self.config.selector_train_iter else 3
+
+    def further_terms(self, parts: StepParts, step: int) -> tuple[dict[str, LossTerm], dict[str, Tensor]]:
+        """The pool's terms; all are computed in every stage, so that each parameter always takes part."""
+        config, stage = self.config, self.stage(step)
+        labels_u = gated_pseudo_labels(parts.teacher_u.logits, config.confidence_threshold, IGNORE)
+        if parts.foreign is not None:
+            labels_u = labels_u.masked_fill(parts.foreign, IGNORE)
+        positions_l, classes_l = self._draw(parts.batch.label_l)
+        positions_u, classes_u = self._draw(labels_u)
+        with torch.autocast(labels_u.device.type, enabled=False):
+            if parts.teacher_l is not None:
+                self._collect(parts.teacher_l, positions_l, classes_l)
+            if self._rebuilds_at(step):
+                self.pool.rebuild()
+            both = torch.cat([positions_l, positions_u + parts.batch.label_l.numel()])
+            features = pick_voxels(parts.student.features, both).float()  # (S, E)
+            anchor = self.pool.anchor_loss(features, torch.cat([classes_l, classes_u]))
+            split = len(positions_l)
+            known_l, known_u = classes_l != IGNORE, classes_u != IGNORE
+            correlation = correlation_consistency(features[:split], features[split:], known_l, known_u)
+            regions = functional.avg_pool3d(parts.student.features.float(), _REGION).movedim(1, -1).flatten(0, 3)
+            target = self.pool.nearest_pools(regions)
+            named = self.selector(self.pool.standardise(regions.detach()))  # (R, J)
+            compact, separation = self.pool.pool_losses(regions, named.argmax(1))
+        weight = self.ramp(step) if stage == 3 else 0.0
+        terms = {
+            "dfp_selector": LossTerm(functional.cross_entropy(named, target), 1.0 if stage == 2 else 0.0),
+            "dfp_anchor": LossTerm(anchor, weight * config.anchor_weight * config.use_dfp),
+            "dfp_compact": LossTerm(compact, weight * config.compact_weight),
+            "dfp_separation": LossTerm(separation, weight * config.separation_weight),
+            "dfp_correlation": LossTerm(correlation, weight * config.consistency_o),
+        }
+        scalars = {f"dfp_pool_{index}": size.float() for index, size in enumerate(self.pool.sizes)}
+        scalars["dfp_stage"] = regions.new_tensor(float(stage))
+        scalars["dfp_selector_accuracy"] = (named.argmax(1) == target).float().mean()
+        return terms, scalars
+
+    def _draw(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions (S,) and classes (S,) of up to ``--max_store`` voxels per class; S does not depend on the rank."""
+        return sample_per_class(labels, self.student.num_classes, self.config.max_store, IGNORE, fixed_size=True)
+
+    @torch.no_grad()
+    def _collect(self, teacher: SegmentationOutput, positions: Tensor, classes: Tensor) -> None:
+        """Store the drawn voxels that the teacher predicts correctly and with confidence."""
+        confidence, predicted = pick_voxels(teacher.logits, positions).float().softmax(1).max(1)
+        reliable = (confidence > self.config.confidence_threshold) & (predicted == classes)
+        self.pool.push(pick_voxels(teacher.features, positions).float(), classes.masked_fill(~reliable, IGNORE))
