@@ -47,7 +47,11 @@ class RunConfig:
     spacing: Spacing | None = option(None, help="resample images to this voxel size in mm; else none", group=DATA)
     interpolation: str = option("linear", help="of images, for --spacing", group=DATA, choices=("linear", "cubic"))
 
-    method: str = option("mean_teacher", help="training method: supervised, mean_teacher", group=METHOD)
+    method: str = option(
+        "mean_teacher",
+        help="training method: supervised, mean_teacher, ua_mt, cps, fixmatch, mc_net, dtc, bcp, ss_net, cov_dfp",
+        group=METHOD,
+    )
     model: str = option("unet_3d", help="network: unet_3d, vnet, dynunet, segresnet", group=METHOD)
     consistency: float | None = option(
         None,
