@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from dataloaders.base import CaseSource
 from dataloaders.patches import Batch
@@ -15,6 +17,32 @@ from myutils.checkpoint import RunState
 from myutils.config import RunConfig
 from myutils.distributed import RankInfo
 from myutils.trainer import Trainer
+from networks.base import Branch, SegmentationNetwork, SegmentationOutput
+
+
+class PointwiseNetwork(SegmentationNetwork):
+    """A network whose output is a given function of the padded images, without weights."""
+
+    def __init__(
+        self, function: Callable[[Tensor], SegmentationOutput], num_classes: int, in_channels: int = 1
+    ) -> None:
+        super().__init__(in_channels, num_classes)
+        self.feature_dim, self.stride = 1, (1, 1, 1)
+        self.branch = PointwiseBranch(function)
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        return [images]
+
+
+class PointwiseBranch(Branch):
+    """Applies a function to the images that the encoder passed on."""
+
+    def __init__(self, function: Callable[[Tensor], SegmentationOutput]) -> None:
+        super().__init__(nn.Identity(), nn.Identity())
+        self.function = function
+
+    def forward(self, encoded: list[Tensor]) -> SegmentationOutput:
+        return self.function(encoded[0])
 
 
 def small_config(source: CaseSource, **changes: Any) -> RunConfig:

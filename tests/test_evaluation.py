@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BallSource
+from helpers_runs import PointwiseNetwork
 from torch import Tensor
 
 from dataloaders.base import Volume
@@ -28,7 +29,7 @@ from myutils.evaluation import (
 )
 from myutils.inference import InferenceOptions
 from myutils.metrics import CaseMetrics
-from networks.base import SegmentationNetwork, SegmentationOutput
+from networks.base import SegmentationOutput
 
 CPU = torch.device("cpu")
 OPTIONS = InferenceOptions((16, 16, 16))
@@ -36,18 +37,15 @@ NAMES = ("background", "ball", "core")
 MISSED = CaseMetrics(0.0, 0.0, math.inf, math.inf)
 
 
-class ThresholdNetwork(SegmentationNetwork):
+def threshold_network(low: float, high: float) -> PointwiseNetwork:
     """Classes 0, 1, 2 below, between and above two thresholds of the normalised image; exact on clean ball images."""
 
-    def __init__(self, low: float, high: float) -> None:
-        super().__init__(in_channels=1, num_classes=3)
-        self.feature_dim, self.stride = 1, (1, 1, 1)
-        self.low, self.high = low, high
-
-    def forward_padded(self, images: Tensor) -> SegmentationOutput:
-        classes = (images > self.low).long() + (images > self.high).long()
+    def segment(images: Tensor) -> SegmentationOutput:
+        classes = (images > low).long() + (images > high).long()
         logits = 20.0 * torch.nn.functional.one_hot(classes[:, 0], 3).movedim(-1, 1).float()
         return SegmentationOutput(logits, images)
+
+    return PointwiseNetwork(segment, num_classes=3)
 
 
 class CleanSource(BallSource):
@@ -60,10 +58,10 @@ class CleanSource(BallSource):
         )
 
 
-def network_for(source: BallSource) -> ThresholdNetwork:
+def network_for(source: BallSource) -> PointwiseNetwork:
     """Thresholds between the normalised values of the three classes of the first case."""
     values = np.unique(Preprocess("mr")(source.load("ball00", with_label=True)).image)
-    return ThresholdNetwork(float(values[:2].mean()), float(values[1:].mean()))
+    return threshold_network(float(values[:2].mean()), float(values[1:].mean()))
 
 
 def result(case_id: str, first: CaseMetrics, second: CaseMetrics) -> CaseResult:
@@ -99,7 +97,7 @@ def test_distances_are_in_mm_of_the_original_grid_with_resampling() -> None:
     source = BallSource()
     preprocess = Preprocess("mr", spacing=(2.0, 2.0, 2.0))
     (scored,) = evaluate_cases(
-        ThresholdNetwork(-9.0, 99.0), source, ["ball01"], preprocess, OPTIONS, CPU, progress=False
+        threshold_network(-9.0, 99.0), source, ["ball01"], preprocess, OPTIONS, CPU, progress=False
     )
     volume = source.load("ball01", with_label=True)
     everything = np.ones(volume.image.shape[1:], np.uint8)  # the network calls every voxel class 1
@@ -108,7 +106,7 @@ def test_distances_are_in_mm_of_the_original_grid_with_resampling() -> None:
 
 
 def test_training_mode_survives_and_bad_requests_are_named() -> None:
-    source, network = CleanSource(), ThresholdNetwork(0.0, 1.0).train()
+    source, network = CleanSource(), threshold_network(0.0, 1.0).train()
     evaluate_cases(network, source, ["ball00"], Preprocess("mr"), OPTIONS, CPU, progress=False)
     assert network.training
     with pytest.raises(ValueError, match="split is empty"):

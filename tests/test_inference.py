@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers_runs import PointwiseNetwork
 from torch import Tensor
 
 from dataloaders.base import Volume
@@ -17,24 +18,23 @@ from myutils.inference import (
     predict_probabilities,
     sliding_window_probabilities,
 )
-from networks.base import SegmentationNetwork, SegmentationOutput
+from networks.base import SegmentationOutput
 
 CPU = torch.device("cpu")
 
 
-class VoxelwiseNetwork(SegmentationNetwork):
+class VoxelwiseNetwork(PointwiseNetwork):
     """Logits (0, image) per voxel: the answer does not depend on the window. Records what it was run with."""
 
     def __init__(self, in_channels: int = 1) -> None:
-        super().__init__(in_channels, num_classes=2)
-        self.feature_dim, self.stride = 1, (1, 1, 1)
+        super().__init__(self.segment, 2, in_channels)
         self.noise = torch.nn.Dropout(0.5)
         self.shapes: list[tuple[int, ...]] = []
         self.dtypes: set[torch.dtype] = set()
         self.product = torch.nn.Conv3d(in_channels, 1, 1, bias=False)
         torch.nn.init.ones_(self.product.weight)
 
-    def forward_padded(self, images: Tensor) -> SegmentationOutput:
+    def segment(self, images: Tensor) -> SegmentationOutput:
         self.shapes.append(tuple(images.shape))
         score = self.noise(self.product(images))  # (B, 1, X, Y, Z)
         self.dtypes.add(score.dtype)
@@ -44,7 +44,7 @@ class VoxelwiseNetwork(SegmentationNetwork):
 class LeftNetwork(VoxelwiseNetwork):
     """Class 1 is sure in the lower half of axis 0 of every window, whatever the image."""
 
-    def forward_padded(self, images: Tensor) -> SegmentationOutput:
+    def segment(self, images: Tensor) -> SegmentationOutput:
         score = torch.full_like(images, -50.0)
         score[:, :, : images.shape[2] // 2] = 50.0
         return SegmentationOutput(torch.cat([torch.zeros_like(score), score], 1), score)
