@@ -71,6 +71,9 @@ class RunConfig:
     pretrain_iteration: int | None = option(
         None, help="steps of bcp's first phase, labelled patches only; else 20 % of the training", group=METHOD
     )
+    soft_labels: bool = option(
+        True, help="mean_teacher: learn the teacher's probabilities, not only its confident classes", group=METHOD
+    )
     copy_paste: bool = option(True, help="paste labelled boxes into unlabelled patches", group=METHOD)
 
     use_contrastive_prototype: bool | None = option(

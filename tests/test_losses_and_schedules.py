@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from myutils.ema import make_teacher, update_teacher
-from myutils.losses.segmentation import dice_ce_loss, one_hot_labels, soft_dice_loss
+from myutils.losses.segmentation import dice_ce_loss, one_hot_labels, soft_dice_loss, soft_label_loss
 from myutils.methods.base import batch_dice
 from myutils.schedules import ema_decay_at, fraction_rampup, poly_lr, sigmoid_rampup
 
@@ -109,3 +109,29 @@ def test_update_teacher_by_hand() -> None:
     assert teacher.weight.item() == pytest.approx(0.9 * 1 + 0.1 * 3)
     assert teacher.running_mean.item() == 5  # buffers are copied
     assert not teacher.weight.requires_grad and not teacher.training
+
+
+def test_soft_label_loss_of_one_hot_targets_is_dice_ce() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 3, 4, 4, 4), torch.randint(0, 3, (2, 4, 4, 4))
+    ones = torch.ones(2, 4, 4, 4)
+    soft = soft_label_loss(logits, one_hot_labels(labels, 3), ones)
+    assert soft.item() == pytest.approx(dice_ce_loss(logits, labels).item(), rel=1e-6)
+
+
+def test_soft_label_cross_entropy_rests_where_the_prediction_is_the_target() -> None:
+    logits = torch.tensor([0.3, -0.4]).reshape(1, 2, 1, 1, 1).requires_grad_()
+    targets = logits.detach().softmax(1)
+    soft_label_loss(logits, targets, torch.zeros(1, 1, 1, 1)).backward()
+    assert logits.grad is not None
+    assert logits.grad.abs().max().item() == pytest.approx(0.0, abs=1e-7)
+
+
+def test_soft_label_loss_by_hand() -> None:
+    logits = torch.zeros(1, 2, 1, 1, 2)
+    targets = torch.tensor([[0.25, 1.0], [0.75, 0.0]]).reshape(1, 2, 1, 1, 2)
+    mask = torch.tensor([1.0, 0.0]).reshape(1, 1, 1, 2)
+    dice = 1 - (2 * 0.5 + 1e-5) / (0.5 + 1.0 + 1e-5)  # the first voxel alone: probability 1/2, label 1
+    expected = 0.5 * (math.log(2) + dice)
+    assert soft_label_loss(logits, targets, mask).item() == pytest.approx(expected, rel=1e-4)
+    assert soft_label_loss(logits[:0], targets[:0], mask[:0]).item() == 0.0

@@ -9,7 +9,7 @@ from helpers_runs import random_batch, small_config
 
 from myutils.build import DataFacts, build_method
 from myutils.methods.mean_teacher import MeanTeacher
-from myutils.pseudo_labels import PseudoLabels, mixing_sources, pseudo_labels, take_voxels
+from myutils.pseudo_labels import mixing_sources, pseudo_labels, take_voxels
 
 CPU = torch.device("cpu")
 
@@ -65,24 +65,28 @@ def test_take_voxels_by_hand() -> None:
     assert take_voxels(images, sources).flatten().tolist() == [10, 21, 110, 121]
 
 
-def test_mix_gives_true_labels_full_confidence_where_they_were_pasted() -> None:
+def test_mix_gives_true_labels_for_certain_where_they_were_pasted() -> None:
     method = make()
     batch = random_batch()
-    pseudo = PseudoLabels(torch.full_like(batch.label_l, 2), torch.full(batch.label_l.shape, 0.5))
-    mixed, target, pasted = method._mix(batch, pseudo)
+    believed = torch.tensor([0.2, 0.3, 0.5]).reshape(1, 3, 1, 1, 1).expand(2, 3, 16, 16, 16)
+    mixed, target, pasted = method._mix(batch, believed)
     assert pasted is not None
-    assert (target.confidence[pasted] == 1).all() and (target.confidence[~pasted] == 0.5).all()
+    confidence, labels = target.max(1)
+    assert (confidence[pasted] == 1).all() and (confidence[~pasted] == 0.5).all()
     # A box keeps its place, so a pasted label is that of one of the labelled patches at the same voxel.
-    assert ((batch.label_l[:, None] == target.labels).any(0) | ~pasted).all()
-    assert (target.labels[~pasted] == 2).all()
+    assert ((batch.label_l[:, None] == labels).any(0) | ~pasted).all()
+    assert (labels[~pasted] == 2).all()
     assert torch.equal(mixed[:, 0][~pasted], batch.image_u_strong[:, 0][~pasted])
 
 
-def test_consistency_counts_only_voxels_above_the_gate() -> None:
-    method = make(copy_paste=False, confidence_threshold=0.9999, use_contrastive_prototype=False)
-    output = method(random_batch(), 3)
-    assert output.terms["consistency"].value.item() == 0
-    assert output.scalars["gate_share"].item() == 0
+def test_hard_labels_count_above_the_gate_only_and_soft_ones_everywhere() -> None:
+    settings = {"copy_paste": False, "use_contrastive_prototype": False, "confidence_threshold": 0.9999}
+    batch = random_batch()
+    hard = make(soft_labels=False, **settings)(batch, 3)
+    soft = make(soft_labels=True, **settings)(batch, 3)
+    assert hard.terms["consistency"].value.item() == 0.0
+    assert soft.terms["consistency"].value.item() > 0.1
+    assert hard.scalars["gate_share"].item() == 0.0
 
 
 def test_consistency_weight_ramps_up_once() -> None:

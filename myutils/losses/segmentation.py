@@ -1,4 +1,4 @@
-"""Dice + cross-entropy for true labels and for gated pseudo-labels; gradients reach the logits only."""
+"""Dice + cross-entropy for true labels, gated pseudo-labels and soft ones; gradients reach the logits only."""
 
 from __future__ import annotations
 
@@ -59,3 +59,24 @@ def dice_ce_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> 
     if mask is not None:
         cross_entropy = cross_entropy * mask
     return 0.5 * (cross_entropy.mean() + soft_dice_loss(log_probs.exp(), labels, mask))
+
+
+def soft_label_loss(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the cross-entropy to class probabilities and of the soft Dice loss to their hard labels, in float32.
+
+    Cross-entropy to probabilities needs no gate: an unsure target asks for an unsure prediction. Dice has no such
+    form (its minimum is not at the target), so that it looks at the most probable class of reliable voxels.
+
+    Args:
+        logits: (B, K, X, Y, Z), any floating type.
+        targets: Probabilities (B, K, X, Y, Z) that sum to 1 over K, without gradient.
+        mask: Voxels (B, X, Y, Z) that take part in the Dice loss, 0..1.
+
+    Returns:
+        A scalar on the graph, 0 for an empty batch. For one-hot targets and a mask of ones it is ``dice_ce_loss``.
+    """
+    if logits.shape[0] == 0:
+        return 0.0 * logits.float().sum()
+    log_probs = functional.log_softmax(logits.float(), dim=1)
+    cross_entropy = -(targets * log_probs).sum(1).mean()
+    return 0.5 * (cross_entropy + soft_dice_loss(log_probs.exp(), targets.argmax(1), mask))

@@ -1,4 +1,4 @@
-"""Mean teacher with gated pseudo-labels: the teacher labels weak views, the student learns them on strong ones.
+"""Mean teacher with pseudo-labels: the teacher labels weak views, the student learns them on strong ones.
 
 Sources: Tarvainen & Valpola 2017, arXiv:1703.01780 (the averaged teacher); Sohn et al. 2020, arXiv:2001.07685
 (weak-to-strong pseudo-labels above a confidence); Bai et al. 2023, arXiv:2305.00673 (pasting labelled boxes).
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from dataloaders.patches import Batch
-from myutils.losses.segmentation import dice_ce_loss
+from myutils.losses.segmentation import dice_ce_loss, one_hot_labels, soft_label_loss
 from myutils.methods.averaged_teacher import TeacherMethod
 from myutils.methods.base import METHODS, LossTerm, StepOutput
-from myutils.pseudo_labels import PseudoLabels, mixing_sources, pseudo_labels, take_voxels
+from myutils.pseudo_labels import mixing_sources, take_voxels
 from networks.base import SegmentationOutput
 
 
@@ -47,35 +47,40 @@ class MeanTeacher(TeacherMethod):
         """See the base class."""
         labeled = len(batch.image_l)
         teacher_l, teacher_u = self.teach(batch, batch.image_u, with_labeled=self.refills_at(step))
-        pseudo = pseudo_labels(teacher_u.logits)
-        strong, target, foreign = self._mix(batch, pseudo)
+        believed = teacher_u.logits.float().softmax(1)
+        strong, target, foreign = self._mix(batch, believed)
         student = self.student(torch.cat([batch.image_l, strong]))
         logits_l, logits_u = student.logits[:labeled], student.logits[labeled:]
-        gate = target.confidence > self.config.confidence_threshold
+        confidence, labels = target.max(1)
+        gate = (confidence > self.config.confidence_threshold).float()
+        if self.config.soft_labels:
+            consistency = soft_label_loss(logits_u, target, gate)
+        else:
+            consistency = dice_ce_loss(logits_u, labels, gate)
         terms = {
             "supervised": LossTerm(dice_ce_loss(logits_l, batch.label_l), 1.0),
-            "consistency": LossTerm(dice_ce_loss(logits_u, target.labels, gate.float()), self.unlabeled_weight(step)),
+            "consistency": LossTerm(consistency, self.unlabeled_weight(step)),
         }
         terms |= self.prototype_terms(
             student, batch.label_l, step, teacher_l=teacher_l, teacher_u=teacher_u, foreign=foreign
         )
         further, scalars = self.further_terms(StepParts(batch, student, teacher_l, teacher_u, foreign), step)
-        scalars |= {"confidence": pseudo.confidence.mean(), "gate_share": gate.float().mean()}
-        return StepOutput(terms | further, scalars, pseudo.labels, logits_l.detach())
+        scalars |= {"confidence": believed.amax(1).mean(), "gate_share": gate.mean()}
+        return StepOutput(terms | further, scalars, believed.argmax(1), logits_l.detach())
 
     def further_terms(self, parts: StepParts, step: int) -> tuple[dict[str, LossTerm], dict[str, Tensor]]:
         """Terms and logged scalars that a subclass adds to the step."""
         return {}, {}
 
-    def _mix(self, batch: Batch, pseudo: PseudoLabels) -> tuple[Tensor, PseudoLabels, Tensor | None]:
-        """Strong views with boxes of labelled patches, their targets, and which voxels were pasted."""
+    def _mix(self, batch: Batch, believed: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Strong views with boxes of labelled patches, their class probabilities, and which voxels were pasted.
+
+        Probabilities ``believed`` (Bu, K, X, Y, Z) are the teacher's; pasted voxels have their true class for certain.
+        """
         if not self.config.copy_paste or not len(batch.image_u):
-            return batch.image_u_strong, pseudo, None
-        sources = mixing_sources(len(batch.image_l), pseudo.labels.shape, batch.image_u.device)
-        certain = torch.ones_like(batch.label_l, dtype=pseudo.confidence.dtype)
-        target = PseudoLabels(
-            take_voxels(torch.cat([batch.label_l, pseudo.labels]), sources),
-            take_voxels(torch.cat([certain, pseudo.confidence]), sources),
-        )
+            return batch.image_u_strong, believed, None
+        sources = mixing_sources(len(batch.image_l), batch.image_u[:, 0].shape, batch.image_u.device)
+        certain = one_hot_labels(batch.label_l, believed.shape[1])
+        target = take_voxels(torch.cat([certain, believed]), sources)
         strong = take_voxels(torch.cat([batch.image_l, batch.image_u_strong]), sources)
         return strong, target, sources < batch.label_l.numel()
