@@ -12,7 +12,7 @@ from dataloaders.preprocess import Preprocess
 from dataloaders.transforms import AugmentOptions
 from myutils.config import RunConfig, required
 from myutils.inference import InferenceOptions
-from myutils.methods.base import METHODS, Method
+from myutils.methods.base import COMMON_DEFAULTS, METHODS, Method
 from networks.base import NETWORKS, SegmentationNetwork
 from networks.precision import guard_convolutions
 
@@ -63,11 +63,11 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
     defaults = source.defaults
     base_lr, weight_decay = OPTIMIZER_DEFAULTS[config.optimizer]
     labelnum = config.labelnum if config.labelnum is not None else defaults.labelnum
-    prototypes = config.use_contrastive_prototype
     method = METHODS.get(config.method)
     labeled_bs = config.labeled_bs or max(1, config.batch_size // 2)
-    prototypes = prototypes if prototypes is not None else method.prototypes_by_default
-    if prototypes and config.use_learned_selector and config.embedding_dim < 2:
+    flip_axes = config.flip_axes if config.flip_axes is not None else tuple(source.flip_axes)
+    config = _with_method_defaults(config, method, flip_axes)
+    if config.use_contrastive_prototype and config.use_learned_selector and config.embedding_dim < 2:
         raise ValueError(
             f"--embedding_dim {config.embedding_dim}: at least 2 with selectors (--no-use_learned_selector)"
         )
@@ -79,15 +79,21 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
         labeled_bs=labeled_bs,
         patch_size=config.patch_size or defaults.patch_size,
         max_iteration=config.max_iteration or defaults.max_iteration,
-        consistency=config.consistency if config.consistency is not None else method.consistency_weight,
         base_lr=config.base_lr if config.base_lr is not None else base_lr,
         weight_decay=config.weight_decay if config.weight_decay is not None else weight_decay,
         modality=config.modality or source.modality,
-        flip_axes=config.flip_axes if config.flip_axes is not None else tuple(source.flip_axes),
+        flip_axes=flip_axes,
         baseline=config.baseline if config.baseline is not None else config.dataset_name == "demo",
-        use_contrastive_prototype=prototypes,
         exp=config.exp or f"{config.dataset_name}_{config.method}_{labelnum}labels_seed{config.seed}",
     )
+
+
+def _with_method_defaults(config: RunConfig, method: type[Method], flip_axes: tuple[int, ...]) -> RunConfig:
+    """What the user left open and the method decides; mirroring only where the data have an axis for it."""
+    wanted = {**COMMON_DEFAULTS, **method.defaults}
+    for name in ("teacher_flips", "tta_flips"):
+        wanted[name] = wanted[name] and bool(flip_axes)
+    return dataclasses.replace(config, **{name: v for name, v in wanted.items() if getattr(config, name) is None})
 
 
 def build_preprocess(config: RunConfig) -> Preprocess:

@@ -49,7 +49,7 @@ class RunConfig:
 
     method: str = option(
         "mean_teacher",
-        help="training method: supervised, mean_teacher, ua_mt, cps, fixmatch, mc_net, dtc, bcp, ss_net, cov_dfp",
+        help="training method: supervised, mean_teacher, ua_mt, cps, fixmatch, mc_net, dtc, bcp, ss_net, cov_dfp, best",
         group=METHOD,
     )
     model: str = option("unet_3d", help="network: unet_3d, vnet, dynunet, segresnet", group=METHOD)
@@ -71,22 +71,25 @@ class RunConfig:
     pretrain_iteration: int | None = option(
         None, help="steps of bcp's first phase, labelled patches only; else 20 % of the training", group=METHOD
     )
+    teacher_flips: bool | None = option(
+        None, help="the teacher averages each view with a mirrored one (flip_axes); else on for best", group=METHOD
+    )
     soft_labels: bool = option(
         True, help="mean_teacher: learn the teacher's probabilities, not only its confident classes", group=METHOD
     )
     copy_paste: bool = option(True, help="paste labelled boxes into unlabelled patches", group=METHOD)
 
     use_contrastive_prototype: bool | None = option(
-        None, help="the prototype term; else on for mean_teacher", group=PROTOTYPES
+        None, help="the prototype term; else on for mean_teacher and ss_net", group=PROTOTYPES
     )
     contrastive_weight: float = option(
         0.1, help="weight of the term's memory loss after ramp-up, >= 0", group=PROTOTYPES
     )
     intra_weight: float = option(0.01, help="weight of the term's within-class loss, >= 0", group=PROTOTYPES)
     inter_weight: float = option(0.01, help="weight of the term's between-class loss, >= 0", group=PROTOTYPES)
-    prototype_loss: str = option(
-        "ssnet",
-        help="form of the memory loss: 1 - cosine, or contrasts with other classes as negatives",
+    prototype_loss: str | None = option(
+        None,
+        help="form of the memory loss: 1 - cosine (ssnet), or contrasts with other classes; else the method's own",
         group=PROTOTYPES,
         choices=("ssnet", "infonce", "multiproto"),
     )
@@ -170,7 +173,9 @@ class RunConfig:
         None, help="train the supervised-only baseline too; else on for demo", group=EVALUATION
     )
     overlap: float = option(0.5, help="overlap of neighbouring windows, 0..0.9", group=EVALUATION)
-    tta_flips: bool = option(False, help="average over mirrored inputs (flip_axes)", group=EVALUATION)
+    tta_flips: bool | None = option(
+        None, help="average over mirrored inputs (flip_axes); else on for best", group=EVALUATION
+    )
     largest_component: bool = option(False, help="keep the largest component of each class", group=EVALUATION)
 
     def __post_init__(self) -> None:

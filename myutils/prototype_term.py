@@ -57,7 +57,7 @@ class PrototypeTerm(nn.Module):
             ranking=config.prototype_ranking,
             samples_per_class=config.prototype_samples,
             overwrite_with_unlabeled=config.memory_from_unlabeled,
-            prototype_loss=config.prototype_loss,
+            prototype_loss=config.prototype_loss or "ssnet",
         )
 
     def selector_parameters(self) -> list[nn.Parameter]:

@@ -89,6 +89,24 @@ def test_hard_labels_count_above_the_gate_only_and_soft_ones_everywhere() -> Non
     assert hard.scalars["gate_share"].item() == 0.0
 
 
+def test_teacher_flips_average_the_views_with_mirrored_ones() -> None:
+    method = make(method="best", flip_axes=(1,))
+    views = torch.randn(2, 1, 16, 16, 16)
+    labeled, found = method.teach(random_batch(), views, with_labeled=True)
+    plain, mirrored = method.teacher(views), method.teacher(views.flip(3))
+    expected = 0.5 * (plain.logits.softmax(1) + mirrored.logits.softmax(1).flip(3))
+    torch.testing.assert_close(found.logits.softmax(1), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.features, plain.features, atol=1e-5, rtol=1e-4)
+    assert labeled is not None and len(labeled.logits) == 2
+
+
+def test_teacher_flips_need_an_axis() -> None:
+    method = make(method="best", flip_axes=())
+    assert (method.config.teacher_flips, method.config.tta_flips) == (False, False)
+    views = torch.randn(1, 1, 16, 16, 16)
+    torch.testing.assert_close(method.teach(random_batch(), views, with_labeled=False)[1], method.teacher(views))
+
+
 def test_consistency_weight_ramps_up_once() -> None:
     method = make(consistency=0.5, consistency_rampup=10)
     assert method(random_batch(), 10).terms["consistency"].weight == 0.5

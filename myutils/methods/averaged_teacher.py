@@ -12,6 +12,8 @@ from myutils.methods.base import Method
 from myutils.schedules import ema_decay_at
 from networks.base import SegmentationNetwork, SegmentationOutput
 
+_SMALLEST = 1e-8  # probability, before its logarithm
+
 
 class TeacherMethod(Method):
     """Student and its moving average, which segments after training (Tarvainen & Valpola 2017, arXiv:1703.01780).
@@ -38,14 +40,28 @@ class TeacherMethod(Method):
     def teach(
         self, batch: Batch, views: Tensor, *, with_labeled: bool
     ) -> tuple[SegmentationOutput | None, SegmentationOutput]:
-        """Teacher outputs of the labelled patches, where asked for, and of ``views`` (B, C, X, Y, Z), in one pass."""
-        if not with_labeled:
-            return None, self.teacher(views)
-        count = len(batch.image_l)
-        both = self.teacher(torch.cat([batch.image_l, views]))
-        return SegmentationOutput(*(part[:count] for part in both)), SegmentationOutput(
-            *(part[count:] for part in both)
-        )
+        """Teacher outputs of the labelled patches, where asked for, and of ``views`` (B, C, X, Y, Z), in one pass.
+
+        With ``--teacher_flips`` the probabilities of the views are averaged with those of the views mirrored along one
+        random axis of ``--flip_axes``; the logits are the logarithms of the mean.
+        """
+        count, size, axis = len(batch.image_l) if with_labeled else 0, len(views), self._mirror_axis()
+        images = [batch.image_l] * with_labeled + [views] + ([] if axis is None else [views.flip(axis)])
+        outputs = self.teacher(torch.cat(images))
+        teacher_l = SegmentationOutput(*(part[:count] for part in outputs)) if with_labeled else None
+        teacher_u = SegmentationOutput(*(part[count : count + size] for part in outputs))
+        if axis is not None:
+            mirrored = outputs.logits[count + size :].float().softmax(1).flip(axis)
+            mean = 0.5 * (teacher_u.logits.float().softmax(1) + mirrored)
+            teacher_u = teacher_u._replace(logits=mean.clamp(min=_SMALLEST).log())
+        return teacher_l, teacher_u
+
+    def _mirror_axis(self) -> int | None:
+        """Tensor axis that this step mirrors the teacher's views along, None for no mirroring."""
+        axes = self.config.flip_axes or ()
+        if not (self.config.teacher_flips and axes):
+            return None
+        return 2 + axes[int(torch.randint(0, len(axes), ()))]
 
     def after_step(self, step: int) -> None:
         """Move the teacher toward the student."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,27 +50,33 @@ class StepOutput:
         return torch.stack(values).sum()
 
 
+# Settings that a method may choose itself; those that are left None in a configuration take the method's value.
+COMMON_DEFAULTS: Mapping[str, Any] = {
+    "consistency": 1.0,
+    "use_contrastive_prototype": False,
+    "prototype_loss": "ssnet",
+    "teacher_flips": False,
+    "tta_flips": False,
+}
+
+
 class Method(nn.Module, ABC):
     """Student, teacher, heads and memory of one training method.
 
     Attributes:
         uses_unlabeled: Whether steps hold unlabelled patches; if not, all patches of a step are labelled.
-        prototypes_by_default: Whether the prototype term is on when no flag says so.
-        consistency_weight: ``--consistency`` when no flag says so.
+        defaults: Settings that differ from ``COMMON_DEFAULTS`` when no flag says so.
     """
 
     uses_unlabeled: bool = True
-    prototypes_by_default: bool = False
-    consistency_weight: float = 1.0
+    defaults: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:
         super().__init__()
         self.student = network
         self.config = config
         self.rampup = fraction_rampup(config.consistency_rampup, required(config.max_iteration, "max_iteration"))
-        wanted = config.use_contrastive_prototype
-        use_prototypes = self.prototypes_by_default if wanted is None else wanted
-        self.prototypes = PrototypeTerm(network, config) if use_prototypes else None
+        self.prototypes = PrototypeTerm(network, config) if config.use_contrastive_prototype else None
 
     @abstractmethod
     def forward(self, batch: Batch, step: int) -> StepOutput:

@@ -15,6 +15,8 @@ segments (published: the student). ``--consistency`` is the weight 1/2, which th
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import numpy as np
 import torch
 from scipy import ndimage
@@ -57,7 +59,7 @@ def largest_components(labels: Tensor) -> Tensor:
 class BidirectionalCopyPaste(TeacherMethod):
     """Two phases on one schedule; the prototype term sees the unpasted voxels of each patch."""
 
-    consistency_weight = 0.5
+    defaults = MappingProxyType({"consistency": 0.5})
 
     @property
     def pretrain_steps(self) -> int:

@@ -20,6 +20,8 @@ Note:
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -41,7 +43,7 @@ _START_SHARE = 0.2
 class CovarianceFeaturePools(MeanTeacher):
     """Mean teacher with feature pools; the prototype term is off unless its flag says otherwise."""
 
-    prototypes_by_default = False
+    defaults = MappingProxyType({})
 
     def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:
         super().__init__(network, config)

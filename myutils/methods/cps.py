@@ -9,6 +9,8 @@ Deviations: on unlabelled patches only, as SSL4MIS does in 3D; weak views withou
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 from torch.nn import functional
 
@@ -23,7 +25,7 @@ from networks.base import SegmentationNetwork, SegmentationOutput
 class CrossPseudoSupervision(Method):
     """Two students; the prototype term takes its pseudo-labels and features from the first."""
 
-    consistency_weight = 0.1
+    defaults = MappingProxyType({"consistency": 0.1})
 
     def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:
         super().__init__(network, config)

@@ -13,6 +13,8 @@ network's decoder features.
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import numpy as np
 import torch
 from scipy import ndimage
@@ -51,7 +53,7 @@ def signed_distances(labels: Tensor, num_classes: int) -> Tensor:
 class DualTaskConsistency(Method):
     """Student with a distance head."""
 
-    consistency_weight = 0.1
+    defaults = MappingProxyType({"consistency": 0.1})
 
     def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:
         super().__init__(network, config)

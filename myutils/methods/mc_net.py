@@ -12,6 +12,8 @@ first decoder segments.
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +36,7 @@ def sharpen(probs: Tensor, temperature: float = _TEMPERATURE) -> Tensor:
 class MutualConsistency(Method):
     """One encoder with several branches; the prototype term looks at the first."""
 
-    consistency_weight = 0.1
+    defaults = MappingProxyType({"consistency": 0.1})
 
     def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:
         super().__init__(network, config)

@@ -6,6 +6,7 @@ Sources: Tarvainen & Valpola 2017, arXiv:1703.01780 (the averaged teacher); Sohn
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ class StepParts(NamedTuple):
 class MeanTeacher(TeacherMethod):
     """Student, its moving average, and the prototype term on both."""
 
-    prototypes_by_default = True
+    defaults = MappingProxyType({"use_contrastive_prototype": True})
 
     def forward(self, batch: Batch, step: int) -> StepOutput:
         """See the base class."""

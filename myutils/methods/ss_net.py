@@ -14,6 +14,8 @@ this project's manager fed by the student (background has a memory, pseudo-label
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ def unit_patches(images: Tensor) -> Tensor:
 class SSNet(Method):
     """One student, two further passes for the perturbation, prototypes from the student."""
 
-    prototypes_by_default = True
+    defaults = MappingProxyType({"use_contrastive_prototype": True})
 
     def forward(self, batch: Batch, step: int) -> StepOutput:
         """See the base class."""

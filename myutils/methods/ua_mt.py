@@ -12,6 +12,7 @@ get their randomness from it alone; the teacher's own target pass runs without d
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ def masked_square(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 class UncertaintyAwareMeanTeacher(TeacherMethod):
     """Dice + cross-entropy on labelled patches, masked squared error to the teacher on weak unlabelled views."""
 
-    consistency_weight = 0.1
+    defaults = MappingProxyType({"consistency": 0.1})
 
     def forward(self, batch: Batch, step: int) -> StepOutput:
         """See the base class."""
