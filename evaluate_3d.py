@@ -32,10 +32,9 @@ from myutils.config import RunConfig
 from myutils.distributed import select_device
 from myutils.evaluation import CaseResult, evaluate_cases, format_table, summarise, write_cases_csv, write_summary_json
 from myutils.evaluation_cases import SPLITS, choose_cases, is_training_data, require_match
-from myutils.flags import SuggestingParser, add_flags, given_flags, option
+from myutils.flags import option
 from myutils.inference import InferenceOptions
-from myutils.inference_flags import InferenceFlags, inference_options
-from myutils.run_log import setup_logging
+from myutils.inference_flags import InferenceFlags, inference_options, start
 
 logger = logging.getLogger("evaluate")
 
@@ -80,17 +79,8 @@ class Job:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse flags, score, write and print; see the module's docstring for the exit codes."""
-    description = __doc__.partition("``--help``")[0].replace("::", ":")
-    parser = SuggestingParser(
-        prog="evaluate_3d.py", usage="%(prog)s --checkpoint PATH [flags]", description=description
-    )
-    add_flags(parser, EvaluateFlags)
-    flags = EvaluateFlags(**given_flags(parser, argv))
-    setup_logging(is_main=True)
-    try:
-        job = prepare(flags)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    usage = "%(prog)s --checkpoint PATH [flags]"
+    job = start(EvaluateFlags, prepare, argv, prog="evaluate_3d.py", usage=usage, doc=__doc__)
     try:
         run(job)
     except (ValueError, OSError, MemoryError, torch.cuda.OutOfMemoryError) as error:

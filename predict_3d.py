@@ -26,11 +26,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from dataloaders.geometry import READ_ERRORS
 from myutils.checkpoint import InferenceBundle, load_for_inference
 from myutils.distributed import select_device
-from myutils.flags import SuggestingParser, add_flags, given_flags, option
+from myutils.flags import option
 from myutils.inference import InferenceOptions, label_map_from, predict_probabilities
-from myutils.inference_flags import InferenceFlags, inference_options
+from myutils.inference_flags import InferenceFlags, inference_options, start
 from myutils.label_files import save_in_geometry_of, save_volume
-from myutils.run_log import setup_logging
 from myutils.scan_inputs import Scan, find_scans, require_free_outputs
 
 logger = logging.getLogger("predict")
@@ -73,15 +72,7 @@ class Job:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse flags and segment; see the module's docstring for the exit codes."""
     usage = "%(prog)s --checkpoint PATH --input PATH --output DIR [flags]"
-    description = __doc__.partition("``--help``")[0].replace("::", ":")
-    parser = SuggestingParser(prog="predict_3d.py", usage=usage, description=description)
-    add_flags(parser, PredictFlags)
-    flags = PredictFlags(**given_flags(parser, argv))
-    setup_logging(is_main=True)
-    try:
-        job = prepare(flags)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    job = start(PredictFlags, prepare, argv, prog="predict_3d.py", usage=usage, doc=__doc__)
     try:
         failed = run(job)
     except KeyboardInterrupt:

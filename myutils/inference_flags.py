@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,8 +14,9 @@ from myutils.build import build_inference
 from myutils.checkpoint import InferenceBundle
 from myutils.config import RunConfig
 from myutils.distributed import resolve_amp
-from myutils.flags import option
+from myutils.flags import SuggestingParser, add_flags, given_flags, option
 from myutils.inference import InferenceOptions
+from myutils.run_log import setup_logging
 
 INFERENCE = "inference"
 
@@ -53,6 +55,33 @@ class InferenceFlags:
             "amp": self.amp if self.amp is not None else ("auto" if config.amp == "fp16" else None),
         }
         return dataclasses.replace(config, **{name: value for name, value in settings.items() if value is not None})
+
+
+F = TypeVar("F", bound=InferenceFlags)
+J = TypeVar("J")
+
+
+def start(
+    flags_class: type[F], prepare: Callable[[F], J], argv: Sequence[str] | None, *, prog: str, usage: str, doc: str
+) -> J:
+    """Parse the command line and prepare the job; a start that ``prepare`` refuses ends the process with code 2.
+
+    Args:
+        flags_class: All flags of the script.
+        prepare: Checks the flags and makes the job; raises ``ValueError`` or ``OSError``.
+        argv: Arguments; None for those of the process.
+        prog: Name of the script.
+        usage: One line.
+        doc: The script's docstring; the help shows it up to the mention of ``--help``.
+    """
+    parser = SuggestingParser(prog=prog, usage=usage, description=doc.partition("``--help``")[0].replace("::", ":"))
+    add_flags(parser, flags_class)
+    flags = flags_class(**given_flags(parser, argv))
+    setup_logging(is_main=True)
+    try:
+        return prepare(flags)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 def inference_options(bundle: InferenceBundle, config: RunConfig, device: torch.device) -> InferenceOptions:

@@ -14,6 +14,7 @@ import pytest
 from helpers_scans import trained_run, write_cohort
 
 import evaluate_3d
+from myutils import inference_flags
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_validation_and_all_cases(
 
 def keep_log(monkeypatch: pytest.MonkeyPatch) -> None:
     """The script's own set-up would take pytest's log handler away."""
-    monkeypatch.setattr(evaluate_3d, "setup_logging", lambda **_: None)
+    monkeypatch.setattr(inference_flags, "setup_logging", lambda **_: None)
 
 
 def test_moved_data_are_still_the_training_data(cohort: Path, checkpoint: Path, tmp_path: Path) -> None:
