@@ -7,8 +7,8 @@
 The training pool is the first ``--pool`` cases, the test cases are those after it; the first ``--labelnum`` cases of
 the pool are labelled. ``supervised`` sees only these, and every patch of its batch is a labelled one, so that all rows
 see equally many patches; ``--full`` adds supervised training with all labels of the pool, the ceiling. The last
-checkpoint counts, no test case chooses anything. Several numbers of labels (``--labelnum 2,4,8,16``) give a table each
-and a plot of Dice against labels.
+checkpoint counts, no test case chooses anything: to choose settings, ``--cases`` leaves out the last cases of the data.
+Several numbers of labels (``--labelnum 2,4,8,16``) give a table each and a plot of Dice against labels.
 
 ``--row "NAME=FLAGS"`` adds a row with any flags, such as ``--row "no prototypes=--method best
 --no-use_contrastive_prototype"``. Everything after ``--`` goes to every training unchanged.
@@ -71,6 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dataset_path", type=Path, required=True)
     parser.add_argument("--num_classes", type=int, help="for formats that do not store it")
     parser.add_argument("--pool", type=int, required=True, help="the first cases, for training; the rest is the test")
+    parser.add_argument("--cases", type=int, help="use the first cases only, to develop without the test cases")
     parser.add_argument("--methods", type=names, default=[SUPERVISED, "mean_teacher"], help="names, with commas")
     parser.add_argument("--row", action="append", default=[], metavar="NAME=FLAGS", help="one more row; repeatable")
     parser.add_argument("--full", action="store_true", help="add supervised training with all labels of the pool")
@@ -99,7 +100,7 @@ def write_lists(settings: argparse.Namespace) -> tuple[Path, Path]:
     """Two list files in the output folder: the first ``--pool`` cases, and the rest."""
     options = SourceOptions(root=settings.dataset_path, num_classes=settings.num_classes)
     source = SOURCES.get(settings.dataset_name).from_options(options)
-    ids = list(source.official_train() or source.labeled_ids())
+    ids = list(source.official_train() or source.labeled_ids())[: settings.cases]
     if not 0 < settings.pool < len(ids):
         raise ValueError(f"--pool {settings.pool}: the data set has {len(ids)} labelled cases; leave some for the test")
     if max(settings.labelnum) > settings.pool:

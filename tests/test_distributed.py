@@ -15,6 +15,7 @@ from myutils.distributed import (
     autocast,
     broadcast_object,
     mean_over_ranks,
+    peak_memory_mb,
     resolve_amp,
     select_device,
     start_process_group,
@@ -110,3 +111,12 @@ def test_start_process_group_refuses_one_gpu_for_several_processes(monkeypatch: 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="--gpu 0: with torchrun each process takes the GPU of its own rank"):
         start_process_group(gpu=0)
+
+
+def test_peak_memory_grows_with_what_is_held() -> None:
+    before = peak_memory_mb(torch.device("cpu"))
+    held = torch.ones(64 << 20)  # 256 MB of float32
+    after = peak_memory_mb(torch.device("cpu"))
+    assert before > 10
+    assert after >= before
+    assert after > held.numel() * 4 / 2**20

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import BallSource
 from scipy import stats
 
 from benchmarks import compare
@@ -21,8 +22,7 @@ from benchmarks.comparison_tables import (
     gap_share,
     paired_difference,
 )
-
-CASES = ("a", "b", "c")
+from dataloaders.base import SOURCES
 
 
 def write_run(folder: Path, dice: dict[str, list[float]], hd95: float = 2.0, seconds: float = 0.5) -> Path:
@@ -127,6 +127,18 @@ def make_settings(tmp_path: Path, **changes: object) -> argparse.Namespace:
     for name, value in changes.items():
         setattr(settings, name, value)
     return settings
+
+
+def test_lists_split_the_cases_that_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SOURCES, "get", lambda _: BallSource)
+    settings = make_settings(tmp_path, dataset_name="ball", dataset_path=tmp_path, num_classes=None, cases=5, pool=4)
+    train, test = compare.write_lists(settings)
+    assert train.read_text(encoding="utf-8").split() == ["ball00", "ball01", "ball02", "ball03"]
+    assert test.read_text(encoding="utf-8").split() == ["ball04"]
+    with pytest.raises(ValueError, match="--pool 5"):
+        compare.write_lists(make_settings(tmp_path, **(vars(settings) | {"pool": 5})))
+    with pytest.raises(ValueError, match="--labelnum 9"):
+        compare.write_lists(make_settings(tmp_path, **(vars(settings) | {"labelnum": [9]})))
 
 
 def test_plans_hold_every_row_once_and_the_ceiling_first(tmp_path: Path) -> None:
