@@ -35,11 +35,12 @@ from myutils.checkpoint import RunState, read_checkpoint
 from myutils.config import RunConfig
 from myutils.distributed import RankInfo, barrier, broadcast_object, start_process_group, stop_process_group
 from myutils.evaluation import format_table
+from myutils.finite_watch import NonFiniteLossError
 from myutils.flags import SuggestingParser, add_flags, given_flags
 from myutils.registry import closest_hint
 from myutils.report import draw_run, evaluate_run, result_checkpoint
 from myutils.run_log import setup_logging
-from myutils.trainer import NonFiniteLossError, Trainer, TrainingInterrupted
+from myutils.trainer import Trainer, TrainingInterrupted
 
 logger = logging.getLogger("train")
 

@@ -21,11 +21,24 @@ def pseudo_labels(logits: Tensor) -> PseudoLabels:
     return PseudoLabels(labels, confidence)
 
 
-def random_box(size: tuple[int, ...] | torch.Size, side: float) -> tuple[slice, ...]:
-    """A box of ``side`` (0..1) of each axis of ``size``, at a random place, from torch's global generator."""
-    sides = [max(1, round(side * n)) for n in size]
-    start = [int(torch.randint(0, n - length + 1, ())) for n, length in zip(size, sides, strict=True)]
-    return tuple(slice(a, a + length) for a, length in zip(start, sides, strict=True))
+def random_boxes(sides: Tensor, size: torch.Size) -> Tensor:
+    """Boxes at random places, drawn on the device of ``sides`` without a wait for it.
+
+    Args:
+        sides: Share of each axis that a box covers (B,), in 0..1; at least one voxel.
+        size: (X, Y, Z) of the patches; every valid offset is equally likely.
+
+    Returns:
+        Masks (B, X, Y, Z), bool, True inside.
+    """
+    inside = []
+    for n in size:
+        length = (sides * n).round().clamp(1, n)  # (B,)
+        start = (torch.rand_like(sides) * (n - length + 1)).floor()
+        voxels = torch.arange(n, device=sides.device)
+        inside.append((voxels >= start[:, None]) & (voxels < (start + length)[:, None]))  # (B, n)
+    x, y, z = inside
+    return x[:, :, None, None] & y[:, None, :, None] & z[:, None, None, :]
 
 
 def mixing_sources(labeled: int, shape: torch.Size, device: torch.device) -> Tensor:
@@ -44,14 +57,12 @@ def mixing_sources(labeled: int, shape: torch.Size, device: torch.device) -> Ten
         Indices (Bu, X, Y, Z), int64, in 0..(Bl + Bu) * X * Y * Z - 1.
     """
     batch, size = shape[0], shape[1:]
-    voxels = torch.arange(size[0] * size[1] * size[2], device=device).reshape(size)
-    first_of = torch.arange(labeled, labeled + batch, device=device) * voxels.numel()
-    sources = voxels + first_of.reshape(-1, 1, 1, 1)  # (Bu, X, Y, Z): every voxel is its own source
-    for index in range(batch):
-        x, y, z = random_box(size, float(0.25 + 0.25 * torch.rand(())) ** (1 / 3))
-        partner = int(torch.randint(0, labeled, ()))
-        sources[index, x, y, z] = voxels[x, y, z] + partner * voxels.numel()
-    return sources
+    voxels = torch.arange(size.numel(), device=device).reshape(size)
+    own = torch.arange(labeled, labeled + batch, device=device)  # (Bu,)
+    partners = torch.randint(0, labeled, (batch,), device=device)
+    pasted = random_boxes((0.25 + 0.25 * torch.rand(batch, device=device)) ** (1 / 3), size)
+    patches = torch.where(pasted, partners.reshape(-1, 1, 1, 1), own.reshape(-1, 1, 1, 1))  # (Bu, X, Y, Z)
+    return voxels + patches * voxels.numel()
 
 
 def take_voxels(values: Tensor, sources: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from myutils.distributed import (
     resolve_amp,
 )
 from myutils.evaluation import evaluate_cases, summarise
+from myutils.finite_watch import FiniteWatch, NonFiniteLossError
 from myutils.methods.base import StepOutput, batch_dice
 from myutils.prototype_checks import NonFiniteFeaturesError
 from myutils.run_log import RunLog, step_scalars
@@ -41,10 +42,6 @@ from myutils.schedules import poly_lr
 from myutils.seeding import derive_seed, seed_everything
 
 logger = logging.getLogger(__name__)
-
-
-class NonFiniteLossError(RuntimeError):
-    """A loss became NaN or infinite; the weights of before the step are kept."""
 
 
 class TrainingInterrupted(Exception):  # noqa: N818 - not an error: the user asked for it
@@ -81,6 +78,7 @@ class Trainer:
         self.optimizer = build.build_optimizer(config, self.method)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
         self.cache = CaseCache(source, self.preprocess)
+        self.watch = FiniteWatch(eager=device.type == "cpu", advice=self._advice)
         self.interrupted = False
         self._clock = (0.0, 0)  # time and step of the last log entry
 
@@ -134,20 +132,19 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.optimizer.zero_grad(set_to_none=True)
+        cases = batch.cases_l + batch.cases_u
         try:
             with autocast(self.amp, self.device):
                 output: StepOutput = network(batch, step)
         except NonFiniteFeaturesError as error:
-            raise NonFiniteLossError(self._locate(f"the prototype term's {error}", batch, step)) from error
-        total = output.total()
-        if not torch.isfinite(total):
-            bad = [name for name, term in output.terms.items() if not torch.isfinite(term.value)]
-            raise NonFiniteLossError(self._locate(f"loss term {', '.join(bad)} is not finite", batch, step))
-        self.scaler.scale(total).backward()
+            reason = f"the prototype term's {error}"
+            raise NonFiniteLossError(self.watch.message(reason, step, cases)) from error
+        self.watch.record(step, cases, {f"loss term {name}": term.value for name, term in output.terms.items()})
+        self.scaler.scale(output.total()).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.method.parameters(), config.grad_clip)
-        if not (self.scaler.is_enabled() or torch.isfinite(norm)):  # the scaler skips such a step by itself
-            raise NonFiniteLossError(self._locate("the gradient is not finite", batch, step))
+        if not self.scaler.is_enabled():  # the scaler skips such a step by itself
+            self.watch.record(step, cases, {"the gradient": norm})
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.method.after_step(step)
@@ -177,13 +174,16 @@ class Trainer:
         """Log, validate and save where it is time to; stop where it was asked for."""
         config, done = self.state.config, self.state.step
         last = done == self.max_iteration
-        if done % config.log_every == 0 or last:
+        log_now, picture = done % config.log_every == 0 or last, done % config.image_every == 0
+        stop, regular = self._stop_now(done), last or done % config.save_every == 0
+        if log_now or picture or stop or regular:
+            self.watch.check()
+        if log_now:
             now, (before, logged) = time.perf_counter(), self._clock
             seconds, self._clock = (now - before) / max(1, done - logged), (now, done)
             bar.set_postfix(self._log_step(log, batch, output, done, seconds), refresh=False)
-        if done % config.image_every == 0:
+        if picture:
             log.pictures(done, batch, output)
-        stop, regular = self._stop_now(done), last or done % config.save_every == 0
         if stop or regular:
             self._validate_and_save(log, done, validate=regular)
         if stop or (last and self._stop_now(done)):
@@ -265,19 +265,17 @@ class Trainer:
         )
         return float(summarise(results, self.state.facts.class_names)["mean"]["dice"]["mean"])
 
+    def _advice(self) -> str:
+        """What to do about a step that is not finite."""
+        last = self.folder / "last.pt"
+        return f"Look at these images, lower --base_lr or use --amp no; the last good checkpoint is {last}"
+
     def _stop_now(self, done: int) -> bool:
         """Whether any rank was asked to stop; with several ranks they confer at logging steps and at the last one."""
         if self.ranks.world_size == 1:
             return self.interrupted
         confer = done % self.state.config.log_every == 0 or done == self.max_iteration
         return confer and any_rank(self.interrupted, self.device)
-
-    def _locate(self, reason: str, batch: Batch, step: int) -> str:
-        """The message of a step that failed for ``reason``: where it happened and what to do."""
-        return (
-            f"step {step}: {reason}; cases: {', '.join(batch.cases_l + batch.cases_u)}. Look at these "
-            f"images, lower --base_lr or use --amp no; the last good checkpoint is {self.folder / 'last.pt'}"
-        )
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.averaged_teacher import TeacherMethod
 from myutils.methods.base import METHODS, LossTerm, StepOutput
 from myutils.prototype_term import IGNORE
-from myutils.pseudo_labels import random_box
+from myutils.pseudo_labels import random_boxes
 from myutils.schedules import fraction_rampup
 
 _BOX_SIDE = 2 / 3
@@ -37,10 +37,7 @@ _PRETRAIN_SHARE = 0.2
 
 def paste_masks(count: int, size: torch.Size, device: torch.device) -> Tensor:
     """Masks (count, X, Y, Z), bool: False in a random box of two thirds of each axis."""
-    masks = torch.ones(count, *size, dtype=torch.bool, device=device)
-    for mask in masks:
-        mask[random_box(size, _BOX_SIDE)] = False
-    return masks
+    return ~random_boxes(torch.full((count,), _BOX_SIDE, device=device), size)
 
 
 def largest_components(labels: Tensor) -> Tensor:
