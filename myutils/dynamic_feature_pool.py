@@ -71,7 +71,7 @@ class DynamicFeaturePool(nn.Module):
         anchor_decay: Share of the old anchors that a rebuild keeps, 0..1.
 
     Attributes:
-        store: Features (K, P, E).
+        store: Features (K, P + 1, E); the last slot takes what is not kept.
         count: Features held per class (K,).
         cursor: Slot that the next feature of a class takes (K,).
         built: Whether patterns exist.
@@ -111,7 +111,7 @@ class DynamicFeaturePool(nn.Module):
             raise ValueError(f"--max_global_features {capacity}: at least {2 * num_classes}, two per class")
         self.num_classes = num_classes
         self.anchor_decay = anchor_decay
-        self.register_buffer("store", torch.zeros(num_classes, slots, feature_dim))
+        self.register_buffer("store", torch.zeros(num_classes, slots + 1, feature_dim))
         self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("cursor", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("built", torch.zeros((), dtype=torch.bool))
@@ -128,13 +128,14 @@ class DynamicFeaturePool(nn.Module):
         With several ranks a collective call: N must be equal on all, and all store the features of all.
         """
         features, class_labels = gather_rows(features.detach().float(), class_labels)
-        slots = self.store.shape[1]
+        slots = self.store.shape[1] - 1
         member = class_membership(class_labels, self.num_classes)  # (K, N)
-        rank = member.cumsum(1) - 1  # (K, N): how many of the class came before
-        newest = member & (rank >= member.sum(1, keepdim=True) - slots)
-        classes, rows = newest.nonzero(as_tuple=True)
-        self.store[classes, (self.cursor[classes] + rank[classes, rows]) % slots] = features[rows]
-        added = member.sum(1)
+        added = member.sum(1)  # (K,)
+        classes = class_labels.clamp(0, self.num_classes - 1)
+        rank = (member.cumsum(1) - 1).gather(0, classes[None]).squeeze(0)  # (N,): how many of the class came before
+        newest = member.any(0) & (rank >= (added - slots)[classes])
+        # Rows to leave out go to the slot behind the last: choosing rows would make the host wait for their number.
+        self.store[classes, ((self.cursor[classes] + rank) % slots).where(newest, slots)] = features
         self.cursor.copy_((self.cursor + added) % slots)
         self.count.copy_((self.count + added).clamp(max=slots))
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import BallSource
 from helpers_runs import random_batch, small_config
 
 from myutils.build import DataFacts, build_method
+from myutils.finite_watch import FiniteWatch
 from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
 
 CASES = [(name, prototypes) for name in METHODS.names() for prototypes in (False, True)]
@@ -94,6 +97,23 @@ def test_method_runs_multi_channel(name: str) -> None:
 def test_method_inference_network_needs_no_gradient_graph_of_the_teacher(name: str) -> None:
     method = make(name, False)
     assert method.inference_network()(torch.randn(1, 1, 16, 16, 16)).logits.shape == (1, 3, 16, 16, 16)
+
+
+HOST_STEPS = {"bcp": "connected components of pseudo-labels, as published", "dtc": "distance transforms, as published"}
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS.names() if name not in HOST_STEPS])
+def test_method_step_never_makes_the_host_wait(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device every read of a value, and every shape that depends on one, is an error."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # unknown to that device
+    method = make(name, True).to("meta").train()
+    batch = random_batch() if method.uses_unlabeled else random_batch(labeled=4, unlabeled=0)
+    watch = FiniteWatch(eager=False, advice=str)
+    for number in (0, 3):
+        output = method(batch.to(torch.device("meta")), number)
+        output.total().backward()
+        watch.record(number, (), {key: term.value for key, term in output.terms.items()})
+        method.after_step(number)
 
 
 def test_step_output_applies_each_weight_once() -> None:
