@@ -16,6 +16,7 @@ from myutils.build import DataFacts, resolve_config
 from myutils.checkpoint import RunState
 from myutils.config import RunConfig
 from myutils.distributed import RankInfo
+from myutils.methods.base import StepOutput
 from myutils.trainer import Trainer
 from networks.base import Branch, SegmentationNetwork, SegmentationOutput
 
@@ -83,3 +84,16 @@ def random_batch(labeled: int = 2, unlabeled: int = 2, channels: int = 1, classe
         cases_l=tuple(f"l{index}" for index in range(labeled)),
         cases_u=tuple(f"u{index}" for index in range(unlabeled)),
     )
+
+
+def spoil_consistency(trainer: Trainer, step: int) -> None:
+    """Make the method's consistency loss NaN at ``step``."""
+    original = trainer.method.forward
+
+    def forward(batch: Batch, number: int) -> StepOutput:
+        output = original(batch, number)
+        if number == step:
+            output.terms["consistency"].value = output.terms["consistency"].value * float("nan")
+        return output
+
+    trainer.method.forward = forward  # type: ignore[method-assign]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BallSource
-from helpers_runs import small_trainer
+from helpers_runs import small_trainer, spoil_consistency
 
 from myutils.distributed import RankInfo
 from myutils.finite_watch import FiniteWatch, NonFiniteLossError
@@ -52,15 +52,7 @@ def test_deferred_watch_takes_terms_that_come_and_go() -> None:
 def test_trainer_with_a_deferred_look_saves_nothing_of_a_bad_step(tmp_path: Path) -> None:
     trainer = small_trainer(BallSource(), tmp_path, save_every=2, log_every=4, max_iteration=8, **NO_TERM)
     trainer.watch.eager = False
-    original = trainer.method.forward
-
-    def spoil(batch: object, step: int) -> object:
-        output = original(batch, step)
-        if step == 2:
-            output.terms["consistency"].value = output.terms["consistency"].value * float("nan")
-        return output
-
-    trainer.method.forward = spoil  # type: ignore[method-assign]
+    spoil_consistency(trainer, step=2)
     with pytest.raises(NonFiniteLossError, match="step 2: loss term consistency"):
         trainer.fit()
     kept = Trainer.resume(BallSource(), tmp_path, RankInfo(), torch.device("cpu"))

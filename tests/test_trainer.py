@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BallSource
-from helpers_runs import random_batch, small_trainer
+from helpers_runs import random_batch, small_trainer, spoil_consistency
 
 from dataloaders.base import Volume
 from myutils.distributed import RankInfo
@@ -88,15 +88,7 @@ def test_trainer_never_reads_labels_of_unlabelled_cases(tmp_path: Path) -> None:
 
 def test_trainer_stops_at_a_non_finite_loss_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     trainer = small_trainer(BallSource(), tmp_path, save_every=1, max_iteration=5)
-    original = trainer.method.forward
-
-    def spoil(batch: object, step: int) -> object:
-        output = original(batch, step)
-        if step == 2:
-            output.terms["consistency"].value = output.terms["consistency"].value * float("nan")
-        return output
-
-    trainer.method.forward = spoil  # type: ignore[method-assign]
+    spoil_consistency(trainer, step=2)
     with pytest.raises(
         NonFiniteLossError, match=r"step 2: loss term consistency not finite; cases: ball\d\d, .*last\.pt"
     ):
