@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from dataloaders.base import SourceOptions
 from dataloaders.splits import SplitRequest
+from myutils.config_checks import check_settings
 from myutils.flags import option
 
 DATA, METHOD, PROTOTYPES, DFP = "data", "method", "prototypes", "covariance feature pools (cov_dfp)"
@@ -179,7 +179,7 @@ class RunConfig:
     largest_component: bool = option(False, help="keep the largest component of each class", group=EVALUATION)
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_settings(vars(self))
 
     def source_options(self) -> SourceOptions:
         """What the case source needs of this configuration."""
@@ -243,69 +243,3 @@ def _typed(value: Any, hint: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
     return Path(value) if hint is Path or Path in typing.get_args(hint) else value
-
-
-# name: (lowest allowed, highest allowed, what it must be)
-_RANGES: dict[str, tuple[float, float]] = {
-    "val_num": (0, float("inf")),
-    "labelnum": (1, float("inf")),
-    "num_classes": (2, 256),
-    "consistency": (0, float("inf")),
-    "consistency_rampup": (0, float("inf")),
-    "uncertainty_passes": (2, float("inf")),
-    "decoders": (2, float("inf")),
-    "pretrain_iteration": (0, float("inf")),
-    "ema_decay": (0, 1),
-    "confidence_threshold": (0, 0.9999),
-    "contrastive_weight": (0, float("inf")),
-    "intra_weight": (0, float("inf")),
-    "inter_weight": (0, float("inf")),
-    "elements_per_class": (1, float("inf")),
-    "prototype_samples": (1, float("inf")),
-    "memory_interval": (1, float("inf")),
-    "embedding_dim": (1, float("inf")),
-    "dfp_start_iter": (0, float("inf")),
-    "dfp_reconstruct_interval": (1, float("inf")),
-    "selector_train_iter": (0, float("inf")),
-    "max_store": (1, float("inf")),
-    "ema_alpha": (0, 1),
-    "anchor_weight": (0, float("inf")),
-    "compact_weight": (0, float("inf")),
-    "separation_weight": (0, float("inf")),
-    "consistency_o": (0, float("inf")),
-    "max_iteration": (1, float("inf")),
-    "batch_size": (1, float("inf")),
-    "labeled_bs": (1, float("inf")),
-    "base_lr": (1e-12, float("inf")),
-    "weight_decay": (0, float("inf")),
-    "grad_clip": (1e-12, float("inf")),
-    "foreground_share": (0, 1),
-    "seed": (0, 2**31 - 1),
-    "num_workers": (0, 256),
-    "log_every": (1, float("inf")),
-    "save_every": (1, float("inf")),
-    "image_every": (1, float("inf")),
-    "overlap": (0, 0.9),
-}
-
-
-def _check(config: RunConfig) -> None:
-    for name, (low, high) in _RANGES.items():
-        value = getattr(config, name)
-        if value is not None and not (low <= value <= high and math.isfinite(value)):
-            limit = f"at least {low:g}" if high == float("inf") else f"in {low:g}..{high:g}"
-            raise ValueError(f"--{name} {value}: must be {limit}")
-    if config.labeled_bs is not None and config.labeled_bs >= max(2, config.batch_size):
-        raise ValueError(
-            f"--labeled_bs {config.labeled_bs}: must be below --batch_size {config.batch_size}, so that a step has "
-            "unlabelled patches too"
-        )
-    for name in ("patch_size", "spacing", "voxel_size"):
-        value = getattr(config, name)
-        if value is not None and not all(0 < part < math.inf for part in value):
-            raise ValueError(f"--{name} {' '.join(map(str, value))}: every value must be finite and above 0")
-    axes = config.flip_axes or ()
-    if not set(axes) <= {0, 1, 2} or len(set(axes)) != len(axes):
-        raise ValueError(f"--flip_axes {' '.join(map(str, axes))}: axes are 0, 1 and 2, each at most once")
-    if config.exp is not None and (config.exp in ("", "..") or Path(config.exp).name != config.exp):
-        raise ValueError(f"--exp {config.exp!r}: a plain folder name; put the parent folder into --output_dir")

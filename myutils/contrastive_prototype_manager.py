@@ -28,7 +28,7 @@ from myutils.prototype_sampling import gated_pseudo_labels, pick_voxels, require
 
 
 class _Voxels(NamedTuple):
-    """Sampled voxels: features (S, E) for the loss and for the memory, labels, confidences, may they be stored (S,)."""
+    """Sampled voxels: features (S, E) for loss and memory, labels, confidences, may they be stored (S,)."""
 
     features: Tensor
     memory_features: Tensor
@@ -54,8 +54,7 @@ class ContrastivePrototypeManager(PrototypeMemory):
             or by confidence without selectors; ``confidence`` always by the highest confidence; ``random`` by chance.
         samples_per_class: Voxels drawn per class and batch, background included.
         overwrite_with_unlabeled: Let pseudo-labelled voxels replace a memory that came from labelled ones.
-        prototype_loss: Form of the contrastive loss: ``ssnet`` (1 - cosine, the published one), or ``infonce`` and
-            ``multiproto`` (``myutils.prototype_forms``), for which other classes are negatives.
+        prototype_loss: ``ssnet`` (1 - cosine), ``infonce`` or ``multiproto`` (see ``myutils.prototype_forms``).
         ignore_index: Label of voxels without a class, outside 0..K-1.
         check_finite: Refuse non-finite features, naming the class. ``None`` looks on the CPU only: on an accelerator
             each look makes the host wait, so call ``explain_non_finite`` there once a loss is not finite.
@@ -64,12 +63,9 @@ class ContrastivePrototypeManager(PrototypeMemory):
         - The published code sorts scores in ascending order and keeps the first: the *lowest*. The selector is trained
           by the loss itself, which rewards a low score for a voxel far from the memory; so the lowest are the
           outliers, and ``highest`` keeps the vectors that represent their class.
-        - The memory is ranked by the feature selector, which is trained to tell typical features of the class; the
-          memory selector judges entries only in comparison with others already kept.
+        - The memory is ranked by the feature selector; the memory selector only weighs entries already kept.
         - The published memory weights are divided by themselves, so that all are 1; here they are normalised over
           the memory axis, and the memory selector learns.
-        - Both selectors see vectors as they are, not normalised, and hold LayerNorm: the published BatchNorm fails
-          for one voxel and differs between ranks.
     """
 
     def __init__(
@@ -91,14 +87,9 @@ class ContrastivePrototypeManager(PrototypeMemory):
         checks.require_at_least("feature_dim", feature_dim, 2 if use_learned_selector else 1)
         checks.require_at_least("elements_per_class", elements_per_class, 1)
         checks.require_at_least("samples_per_class", samples_per_class, 1)
-        if not 0.0 <= confidence_threshold < 1.0:
-            raise ValueError(f"confidence_threshold {confidence_threshold}: pass a probability in [0, 1)")
-        if ranking not in RANKINGS:
-            raise ValueError(f"ranking {ranking!r}: pass one of {', '.join(RANKINGS)}")
-        if prototype_loss not in forms.LOSS_FORMS:
-            raise ValueError(f"prototype_loss {prototype_loss!r}: pass one of {', '.join(forms.LOSS_FORMS)}")
-        if 0 <= ignore_index < num_classes:
-            raise ValueError(f"ignore_index {ignore_index} is a class id; pass a value outside 0..{num_classes - 1}")
+        checks.require_choice("ranking", ranking, RANKINGS)
+        checks.require_choice("prototype_loss", prototype_loss, forms.LOSS_FORMS)
+        checks.require_gate(confidence_threshold, ignore_index, num_classes)
         super().__init__(num_classes, feature_dim, elements_per_class)
         self.use_learned_selector = use_learned_selector
         self.confidence_threshold = confidence_threshold
@@ -286,10 +277,7 @@ class ContrastivePrototypeManager(PrototypeMemory):
         taking_part = member.any(dim=1) & (self.memory_count > 0)
         if self.prototype_loss == "ssnet":
             return losses.class_to_class_loss(units, feature_weights, memory, memory_weights, taking_part)
-        if self.prototype_loss == "infonce":
-            similarities = forms.infonce_similarities(units, memory, memory_weights)
-        else:
-            similarities = forms.multiproto_similarities(units, memory, used)
+        similarities = forms.class_similarities(self.prototype_loss, units, memory, memory_weights)
         return forms.class_contrast(similarities, class_labels, feature_weights, taking_part)
 
     def _draw(

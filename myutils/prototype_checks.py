@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -16,6 +16,20 @@ def require_at_least(name: str, value: int, least: int) -> None:
     """Refuse anything but an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} {value!r}: pass an integer of at least {least}")
+
+
+def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a word that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} {value!r}: pass one of {', '.join(choices)}")
+
+
+def require_gate(confidence_threshold: float, ignore_index: int, num_classes: int) -> None:
+    """Refuse a threshold outside [0, 1) and an ignored label that is a class id."""
+    if not 0.0 <= confidence_threshold < 1.0:
+        raise ValueError(f"confidence_threshold {confidence_threshold}: pass a probability in [0, 1)")
+    if 0 <= ignore_index < num_classes:
+        raise ValueError(f"ignore_index {ignore_index} is a class id; pass a value outside 0..{num_classes - 1}")
 
 
 def require_loss_settings(weights: Mapping[str, float], margin: float) -> None:

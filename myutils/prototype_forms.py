@@ -18,6 +18,16 @@ ABSENT = -1e4  # similarity to a class without memory: no share in a softmax, an
 _CENTRES, _LLOYD_STEPS = 4, 3
 
 
+def class_similarities(form: str, units: Tensor, memory: Tensor, memory_weights: Tensor) -> Tensor:
+    """Similarity (N, K) of unit features (N, E) to each class in the given form, from memory (K, M, E) and its weights.
+
+    ``memory_weights`` (K, M) sum to 1 over a class's filled slots and are zero elsewhere.
+    """
+    if form == "infonce":
+        return infonce_similarities(units, memory, memory_weights)
+    return multiproto_similarities(units, memory, memory_weights > 0)
+
+
 def infonce_similarities(units: Tensor, memory: Tensor, memory_weights: Tensor) -> Tensor:
     """Similarity of each voxel to each class: ``log sum_j v_cj exp(<f, m_cj> / T)``, T = 0.1.
 
