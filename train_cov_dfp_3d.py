@@ -44,7 +44,7 @@ from myutils.trainer import Trainer, TrainingInterrupted
 
 logger = logging.getLogger("train")
 
-KEPT_FROM_FLAGS = ("num_workers", "evaluate", "baseline", "dataset_path", "cache_dir", "test_list")
+KEPT_FROM_FLAGS = ("num_workers", "evaluate", "baseline", "dataset_path", "cache_dir", "cache_gb", "test_list")
 RESUME_FLAGS = {"resume", "exp", "output_dir", "gpu", *KEPT_FROM_FLAGS}
 
 

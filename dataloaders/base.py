@@ -108,6 +108,10 @@ class CaseSource(ABC):
             ValueError: If image and label disagree in shape, or a class id is beyond ``num_classes``.
         """
 
+    def case_files(self, case_id: str, *, with_label: bool) -> tuple[Path, ...]:
+        """The files that ``load`` reads, for a cache that must notice a change; empty where there are none to watch."""
+        return ()
+
     def official_train(self) -> tuple[str, ...] | None:
         """Ids of the training list that comes with the data, read when asked for; None where there is none."""
         return None

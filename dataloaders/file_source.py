@@ -42,6 +42,13 @@ class FileSource(CaseSource):
         """Cases whose label file exists."""
         return [case_id for case_id in self.images if case_id in self.labels]
 
+    def case_files(self, case_id: str, *, with_label: bool) -> tuple[Path, ...]:
+        """The image file, those of all channels, or those of the series; and the label file."""
+        found = lookup_case(case_id, self.images, self.root)
+        paths = [found] if isinstance(found, Path) else list(found)
+        files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+        return (*files, *([self.labels[case_id]] if with_label and case_id in self.labels else []))
+
     @abstractmethod
     def read_image(self, case_id: str) -> tuple[np.ndarray, np.ndarray, Spacing]:
         """Image (C, X, Y, Z), affine (4, 4) and spacing of a known case."""

@@ -118,6 +118,10 @@ class LeftAtriumH5(CaseSource):
         affine = np.diag([*self.spacing, 1.0])
         return Volume(case_id, image[None], label, affine, self.spacing)  # image (1, X, Y, Z)
 
+    def case_files(self, case_id: str, *, with_label: bool) -> tuple[Path, ...]:
+        """The case's one file."""
+        return (lookup_case(case_id, self._files, self.root),)
+
     def _list(self, name: str) -> tuple[str, ...] | None:
         path = self.root / name
         return read_case_list(path) if path.is_file() else None

@@ -1,8 +1,7 @@
-"""Training patches: prepared cases in a bounded memory cache, and the data set that cuts patches out of them."""
+"""Training patches: the data set that cuts them out of prepared cases, and the batch that they make."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataloaders.base import CaseSource, Volume
-from dataloaders.preprocess import Preprocess
+from dataloaders.case_cache import CaseCache, PreparedCase
 from dataloaders.samplers import SampleKey
 from dataloaders.transforms import (
     AugmentOptions,
@@ -23,8 +21,6 @@ from dataloaders.transforms import (
     mirror_and_turn,
     random_affine,
 )
-
-_TARGETS_PER_CLASS = 2000
 
 
 @dataclass
@@ -58,52 +54,6 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The batch in pinned memory; the loader calls it."""
         return self._map(lambda tensor: tensor.pin_memory())
-
-
-@dataclass(frozen=True)
-class PreparedCase:
-    """A preprocessed case and, where labelled, voxels (n, 3) of each class from which crops may be centred."""
-
-    volume: Volume
-    targets: tuple[np.ndarray, ...]
-
-
-class CaseCache:
-    """Preprocessed cases in memory, the least recently used dropped beyond ``limit_bytes``."""
-
-    def __init__(self, source: CaseSource, preprocess: Preprocess, limit_bytes: int = 4 << 30) -> None:
-        self._source, self._preprocess, self._limit = source, preprocess, limit_bytes
-        self._cases: OrderedDict[tuple[str, bool], PreparedCase] = OrderedDict()
-        self._bytes = 0
-
-    def get(self, case_id: str, *, with_label: bool) -> PreparedCase:
-        """The prepared case; its label file is opened only if ``with_label``."""
-        key = (case_id, with_label)
-        if key in self._cases:
-            self._cases.move_to_end(key)
-            return self._cases[key]
-        volume = self._preprocess(self._source.load(case_id, with_label=with_label))
-        case = PreparedCase(volume, _targets(volume.label) if volume.label is not None else ())
-        self._cases[key] = case
-        self._bytes += _size(case)
-        while self._bytes > self._limit and len(self._cases) > 1:
-            self._bytes -= _size(self._cases.popitem(last=False)[1])
-        return case
-
-
-def _size(case: PreparedCase) -> int:
-    label = case.volume.label
-    return case.volume.image.nbytes + (0 if label is None else label.nbytes)
-
-
-def _targets(label: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Voxels of each foreground class that occurs, at most a few thousand, evenly spread over the class."""
-    targets = []
-    for class_id in np.unique(label[label > 0]):
-        flat = np.flatnonzero(label == class_id)
-        step = max(1, len(flat) // _TARGETS_PER_CLASS)
-        targets.append(np.stack(np.unravel_index(flat[::step], label.shape), axis=1))
-    return tuple(targets)
 
 
 class PatchDataset(Dataset[dict[str, object]]):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 
 import torch
 
 from dataloaders.base import SOURCES, CaseSource
+from dataloaders.case_cache import CaseCache, CaseStore
 from dataloaders.preprocess import Preprocess
 from dataloaders.transforms import AugmentOptions
 from myutils.config import RunConfig, required
@@ -15,6 +17,8 @@ from myutils.inference import InferenceOptions
 from myutils.methods.base import COMMON_DEFAULTS, METHODS, Method
 from networks.base import NETWORKS, SegmentationNetwork
 from networks.precision import guard_convolutions
+
+logger = logging.getLogger(__name__)
 
 # Learning rate and weight decay per optimizer, chosen on validation cases of LA and hippocampus (docs/results.md).
 OPTIMIZER_DEFAULTS = {"adamw": (0.003, 0.01), "sgd": (0.1, 1e-4)}
@@ -99,6 +103,15 @@ def _with_method_defaults(config: RunConfig, method: type[Method], flip_axes: tu
 def build_preprocess(config: RunConfig) -> Preprocess:
     """Intensity normalisation and resampling of a resolved configuration."""
     return Preprocess(required(config.modality, "modality"), config.spacing, config.interpolation)
+
+
+def build_cache(config: RunConfig, source: CaseSource) -> CaseCache:
+    """Prepared cases of a resolved configuration, on the disk too where ``--cache_gb`` says so."""
+    store = None
+    if config.cache_gb > 0:
+        store = CaseStore(config.cache_dir / "cases", round(config.cache_gb * 2**30))
+        logger.info("prepared cases: up to %g GB in %s", config.cache_gb, store.folder)
+    return CaseCache(source, build_preprocess(config), store=store)
 
 
 def build_augmentation(config: RunConfig) -> AugmentOptions:

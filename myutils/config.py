@@ -26,7 +26,12 @@ class RunConfig:
 
     dataset_name: str = option("demo", help="data format: demo, LA, decathlon, nifti, dicom", group=DATA)
     dataset_path: Path | None = option(None, help="folder of the data set; else none, for demo", group=DATA)
-    cache_dir: Path = option(Path.home() / ".cache" / "cov_dfp_3d", help="folder for data made once (demo)", group=DATA)
+    cache_dir: Path = option(Path.home() / ".cache" / "cov_dfp_3d", help="folder for data made once", group=DATA)
+    cache_gb: float = option(
+        0.0,
+        help="GB in cache_dir for prepared images, uncompressed, shared by processes and runs; 0: memory only",
+        group=DATA,
+    )
     labelnum: int | None = option(None, help="labelled training cases, >= 1, validation cases included", group=DATA)
     val_num: int = option(
         0, help="labelled cases held out to choose best.pt; 0: the last checkpoint counts", group=DATA

@@ -9,6 +9,7 @@ from typing import Any
 
 # name: (lowest allowed, highest allowed, what it must be)
 RANGES: dict[str, tuple[float, float]] = {
+    "cache_gb": (0, float("inf")),
     "val_num": (0, float("inf")),
     "labelnum": (1, float("inf")),
     "num_classes": (2, 256),

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataloaders.base import CaseSource
-from dataloaders.patches import Batch, CaseCache, PatchDataset, collate
+from dataloaders.patches import Batch, PatchDataset, collate
 from dataloaders.samplers import StepPlan, StepSampler
 from myutils import build
 from myutils.checkpoint import RunState, load_weights, read_checkpoint, write_checkpoint
@@ -77,7 +77,7 @@ class Trainer:
         self._sampler(state.step)  # refuses a batch that the ranks cannot share, before anything is written
         self.optimizer = build.build_optimizer(config, self.method)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
-        self.cache = CaseCache(source, self.preprocess)
+        self.cache = build.build_cache(config, source)
         self.watch = FiniteWatch(eager=device.type == "cpu", advice=self._advice)
         self.interrupted = False
         self._clock = (0.0, 0)  # time and step of the last log entry

@@ -8,7 +8,8 @@ import torch
 from conftest import BallSource
 
 from dataloaders.base import Volume
-from dataloaders.patches import CaseCache, PatchDataset, PreparedCase, collate
+from dataloaders.case_cache import CaseCache, PreparedCase
+from dataloaders.patches import PatchDataset, collate
 from dataloaders.preprocess import Preprocess
 from dataloaders.samplers import SampleKey, StepPlan, StepSampler
 from dataloaders.transforms import (
@@ -170,15 +171,6 @@ def test_collate_puts_labelled_patches_first_and_carries_no_other_label() -> Non
     assert batch.image_u.shape == batch.image_u_strong.shape == (1, 1, *PATCH)
     assert batch.cases_l == ("ball00",) and batch.cases_u == ("ball07",)
     assert not hasattr(batch, "label_u")
-
-
-def test_cache_holds_at_most_its_limit() -> None:
-    source = BallSource()
-    cache = CaseCache(source, Preprocess("mr"), limit_bytes=60_000)  # two images of 23 kB
-    for case_id in source.case_ids()[:5]:
-        cache.get(case_id, with_label=False)
-    assert len(cache._cases) == 2
-    assert cache.get("ball04", with_label=False) is cache.get("ball04", with_label=False)
 
 
 PLAN = StepPlan(labeled=["a", "b", "c"], unlabeled=["u", "v", "w", "x", "y"], batch_size=4, labeled_bs=2, seed=5)

@@ -1,0 +1,191 @@
+"""Prepared cases: each is read and preprocessed once, then kept in memory and, where wanted, on the disk.
+
+Contract: an entry on the disk is a function of the files it came from (path, size, time of change) and the
+preprocessing; entries appear whole or not at all, so that any number of processes may share a folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataloaders.base import CaseSource, Volume
+from dataloaders.preprocess import Preprocess
+
+logger = logging.getLogger(__name__)
+
+_TARGETS_PER_CLASS = 2000
+_FORMAT = 1  # of an entry; a change makes old entries unreadable
+
+
+@dataclass(frozen=True)
+class PreparedCase:
+    """A preprocessed case and, where labelled, voxels (n, 3) of each class from which crops may be centred."""
+
+    volume: Volume
+    targets: tuple[np.ndarray, ...]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of this process's memory; arrays mapped from the disk take none."""
+        arrays = [self.volume.image, *([] if self.volume.label is None else [self.volume.label])]
+        return sum(array.nbytes for array in arrays if not isinstance(array, np.memmap))
+
+
+class CaseCache:
+    """Preprocessed cases, in memory up to ``limit_bytes`` (the least recently used give way), and in a ``store``."""
+
+    def __init__(
+        self, source: CaseSource, preprocess: Preprocess, limit_bytes: int = 4 << 30, store: CaseStore | None = None
+    ) -> None:
+        self._source, self._preprocess, self._limit, self._store = source, preprocess, limit_bytes, store
+        self._cases: OrderedDict[tuple[str, bool], PreparedCase] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, case_id: str, *, with_label: bool) -> PreparedCase:
+        """The prepared case; its label file is opened only if ``with_label``."""
+        key = (case_id, with_label)
+        if key in self._cases:
+            self._cases.move_to_end(key)
+            return self._cases[key]
+        case = self._prepared(case_id, with_label)
+        self._cases[key] = case
+        self._bytes += case.memory_bytes
+        while self._bytes > self._limit and len(self._cases) > 1:
+            self._bytes -= self._cases.popitem(last=False)[1].memory_bytes
+        return case
+
+    def _prepared(self, case_id: str, with_label: bool) -> PreparedCase:
+        """From the store where it has the case, else from its files; then the store gets it."""
+        files = () if self._store is None else self._source.case_files(case_id, with_label=with_label)
+        if self._store is None or not files:
+            return self._read(case_id, with_label)
+        name = entry_name(files, self._source, self._preprocess, with_label)
+        found = self._store.read(name, case_id)
+        return found or self._store.write(name, self._read(case_id, with_label))
+
+    def _read(self, case_id: str, with_label: bool) -> PreparedCase:
+        volume = self._preprocess(self._source.load(case_id, with_label=with_label))
+        return PreparedCase(volume, _targets(volume.label) if volume.label is not None else ())
+
+
+def _targets(label: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Voxels of each foreground class that occurs, at most a few thousand, evenly spread over the class."""
+    targets = []
+    for class_id in np.unique(label[label > 0]):
+        flat = np.flatnonzero(label == class_id)
+        step = max(1, len(flat) // _TARGETS_PER_CLASS)
+        targets.append(np.stack(np.unravel_index(flat[::step], label.shape), axis=1))
+    return tuple(targets)
+
+
+def entry_name(files: tuple[Path, ...], source: CaseSource, preprocess: Preprocess, with_label: bool) -> str:
+    """Name of a case's entry: a hash of its files' paths, sizes and times of change, and of how they are read."""
+    states = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    reading = [type(source).__name__, source.num_classes, str(getattr(source, "spacing", "")), with_label]
+    content = json.dumps([_FORMAT, states, reading, dataclasses.asdict(preprocess)], default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+class CaseStore:
+    """Prepared cases on the disk, uncompressed and mapped into memory: processes share one copy in the page cache.
+
+    Args:
+        folder: Where the entries lie, made if missing. They hold image data: it deserves the data's own protection.
+        limit_bytes: The least recently used entries give way beyond this; the newest always stays.
+
+    Raises:
+        OSError: If the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.folder, self._limit = folder, limit_bytes
+        self._full = False
+
+    def read(self, name: str, case_id: str) -> PreparedCase | None:
+        """The entry, mapped read-only, or None where there is none (any more)."""
+        entry = self.folder / name
+        try:
+            about = json.loads((entry / "about.json").read_text(encoding="utf-8"))
+            image = np.load(entry / "image.npy", mmap_mode="r")
+            label = np.load(entry / "label.npy", mmap_mode="r") if about["labeled"] else None
+            voxels = np.load(entry / "targets.npy")
+            (entry / "about.json").touch()  # its time says when the entry was last used
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError) as error:
+            logger.warning("%s is damaged (%s) and is made anew", entry, error)
+            shutil.rmtree(entry, ignore_errors=True)
+            return None
+        volume = Volume(case_id, image, label, np.array(about["affine"]), tuple(about["spacing"]))
+        return PreparedCase(volume, tuple(np.split(voxels, np.cumsum(about["counts"])[:-1])) if len(voxels) else ())
+
+    def write(self, name: str, case: PreparedCase) -> PreparedCase:
+        """Keep a case and return it mapped; where the disk has no room, warn once and return it as it is."""
+        if self._full:
+            return case
+        fresh: Path | None = None
+        try:
+            fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=self.folder))
+            self._fill(fresh, case)
+            self._make_room(sum(path.stat().st_size for path in fresh.iterdir()))
+            if not (self.folder / name).exists():
+                fresh.rename(self.folder / name)
+        except OSError as error:
+            if not (self.folder / name).exists():  # else another process was faster
+                self._full = True
+                logger.warning("prepared cases stay in memory: %s cannot be written (%s)", self.folder, error)
+        finally:
+            if fresh is not None:
+                shutil.rmtree(fresh, ignore_errors=True)
+        return self.read(name, case.volume.case_id) or case
+
+    def _fill(self, folder: Path, case: PreparedCase) -> None:
+        volume = case.volume
+        np.save(folder / "image.npy", np.ascontiguousarray(volume.image))
+        if volume.label is not None:
+            np.save(folder / "label.npy", np.ascontiguousarray(volume.label))
+        np.save(folder / "targets.npy", np.concatenate(case.targets) if case.targets else np.zeros((0, 3), np.int64))
+        about: dict[str, Any] = {
+            "labeled": volume.label is not None,
+            "affine": volume.affine.tolist(),
+            "spacing": list(volume.spacing),
+            "counts": [len(target) for target in case.targets],
+        }
+        (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+    def _make_room(self, wanted: int) -> None:
+        """Remove the least recently used entries until ``wanted`` bytes fit; open maps of them stay valid."""
+        entries = sorted((_last_used(entry), entry) for entry in self.folder.iterdir() if entry.name[0] != ".")
+        sizes = {entry: _folder_bytes(entry) for _, entry in entries}
+        total = sum(sizes.values()) + wanted
+        for _, entry in entries:
+            if total <= self._limit:
+                return
+            shutil.rmtree(entry, ignore_errors=True)
+            total -= sizes[entry]
+
+
+def _last_used(entry: Path) -> float:
+    try:
+        return (entry / "about.json").stat().st_mtime
+    except OSError:  # another process is removing it
+        return 0.0
+
+
+def _folder_bytes(folder: Path) -> int:
+    try:
+        return sum(path.stat().st_size for path in folder.iterdir())
+    except OSError:
+        return 0

@@ -1,0 +1,148 @@
+"""The case cache: each case is read once, entries on the disk follow their files, and a full disk loses nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import BallSource
+from data_makers import corner_label, counting_image, write_nifti
+
+from dataloaders.base import Volume
+from dataloaders.case_cache import CaseCache, CaseStore
+from dataloaders.nifti_folder import NiftiFolder
+from dataloaders.preprocess import Preprocess
+
+MR = Preprocess("mr")
+
+
+def test_cache_holds_at_most_its_limit() -> None:
+    source = BallSource()
+    cache = CaseCache(source, Preprocess("mr"), limit_bytes=60_000)  # two images of 23 kB
+    for case_id in source.case_ids()[:5]:
+        cache.get(case_id, with_label=False)
+    assert len(cache._cases) == 2
+    assert cache.get("ball04", with_label=False) is cache.get("ball04", with_label=False)
+
+
+class CountingFolder(NiftiFolder):
+    """Counts reads per case."""
+
+    reads: list[str]
+
+    def load(self, case_id: str, *, with_label: bool) -> Volume:
+        self.reads.append(case_id)
+        return super().load(case_id, with_label=with_label)
+
+
+def make_source(root: Path) -> CountingFolder:
+    for index in range(3):
+        write_nifti(root / "images" / f"c{index}.nii.gz", counting_image() + index)
+    write_nifti(root / "labels" / "c0.nii.gz", corner_label())
+    return open_source(root)
+
+
+def open_source(root: Path) -> CountingFolder:
+    source = CountingFolder(root, num_classes=2)
+    source.reads = []
+    return source
+
+
+def store_at(folder: Path, limit_bytes: int = 1 << 30) -> CaseStore:
+    return CaseStore(folder / "store", limit_bytes)
+
+
+def test_second_process_reads_no_image_file(tmp_path: Path) -> None:
+    first = CaseCache(make_source(tmp_path), MR, store=store_at(tmp_path)).get("c0", with_label=True)
+    source = open_source(tmp_path)
+    again = CaseCache(source, MR, store=store_at(tmp_path)).get("c0", with_label=True)
+    assert source.reads == []
+    assert isinstance(again.volume.image, np.memmap) and again.memory_bytes == 0
+    plain = CaseCache(open_source(tmp_path), MR).get("c0", with_label=True)
+    for case in (first, again):
+        assert np.array_equal(case.volume.image, plain.volume.image)
+        assert case.volume.label is not None and plain.volume.label is not None
+        assert np.array_equal(case.volume.label, plain.volume.label)
+        assert np.array_equal(case.volume.affine, plain.volume.affine) and case.volume.spacing == plain.volume.spacing
+        assert all(np.array_equal(a, b) for a, b in zip(case.targets, plain.targets, strict=True))
+
+
+def test_unlabelled_entry_holds_no_label(tmp_path: Path) -> None:
+    cache = CaseCache(make_source(tmp_path), MR, store=store_at(tmp_path))
+    assert cache.get("c0", with_label=False).volume.label is None
+    assert not list((tmp_path / "store").rglob("label.npy"))
+
+
+@pytest.mark.parametrize("changed", ["images", "labels"])
+def test_changed_file_is_read_again(tmp_path: Path, changed: str) -> None:
+    CaseCache(make_source(tmp_path), MR, store=store_at(tmp_path)).get("c0", with_label=True)
+    path = tmp_path / changed / "c0.nii.gz"
+    os.utime(path, ns=(1, path.stat().st_mtime_ns + 1_000))
+    source = open_source(tmp_path)
+    CaseCache(source, MR, store=store_at(tmp_path)).get("c0", with_label=True)
+    assert source.reads == ["c0"]
+
+
+def test_other_preprocessing_has_an_entry_of_its_own(tmp_path: Path) -> None:
+    CaseCache(make_source(tmp_path), MR, store=store_at(tmp_path)).get("c1", with_label=False)
+    source = open_source(tmp_path)
+    CaseCache(source, Preprocess("ct"), store=store_at(tmp_path)).get("c1", with_label=False)
+    assert source.reads == ["c1"]
+
+
+def test_store_drops_the_least_recently_used_beyond_its_limit(tmp_path: Path) -> None:
+    source = make_source(tmp_path)
+    CaseCache(source, MR, store=store_at(tmp_path)).get("c0", with_label=False)
+    entry = next((tmp_path / "store").iterdir())
+    limit = round(2.5 * sum(path.stat().st_size for path in entry.iterdir()))
+    os.utime(entry / "about.json", (1, 1))
+    cache = CaseCache(source, MR, store=store_at(tmp_path, limit))
+    cache.get("c1", with_label=False)
+    cache.get("c2", with_label=False)
+    assert not entry.exists()
+    assert len(list((tmp_path / "store").iterdir())) == 2
+
+
+def test_damaged_entry_is_made_anew_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    CaseCache(make_source(tmp_path), MR, store=store_at(tmp_path)).get("c0", with_label=False)
+    image = next((tmp_path / "store").rglob("image.npy"))
+    image.write_bytes(image.read_bytes()[:40])
+    source = open_source(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        case = CaseCache(source, MR, store=store_at(tmp_path)).get("c0", with_label=False)
+    assert source.reads == ["c0"] and "damaged" in caplog.text
+    assert np.isfinite(case.volume.image).all()
+
+
+def test_full_disk_keeps_cases_in_memory_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = CaseCache(make_source(tmp_path), MR, store=store_at(tmp_path))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with caplog.at_level(logging.WARNING):
+        cases = [cache.get(name, with_label=False) for name in ("c0", "c1")]
+    assert all(case.memory_bytes > 0 for case in cases)
+    assert caplog.text.count("stay in memory") == 1
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_entry_that_vanishes_is_read_from_its_files(tmp_path: Path) -> None:
+    store = store_at(tmp_path)
+    CaseCache(make_source(tmp_path), MR, store=store).get("c0", with_label=False)
+    shutil.rmtree(next((tmp_path / "store").iterdir()))
+    source = open_source(tmp_path)
+    CaseCache(source, MR, store=store).get("c0", with_label=False)
+    assert source.reads == ["c0"]
+
+
+def test_source_without_files_stays_in_memory(tmp_path: Path) -> None:
+    CaseCache(BallSource(), MR, store=store_at(tmp_path)).get("ball00", with_label=True)
+    assert list((tmp_path / "store").iterdir()) == []
