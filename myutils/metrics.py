@@ -11,8 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
+from scipy.spatial import cKDTree
 
 Box = tuple[slice, ...]
+
+# Surface voxels per voxel of the box below which a search tree beats a distance map (benchmarks/metrics_speed.py).
+_SPARSE_SHARE = 0.1
 
 
 class CaseMetrics(NamedTuple):
@@ -68,8 +72,15 @@ def mask_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[fl
 
 def surface(mask: np.ndarray) -> np.ndarray:
     """Voxels of ``mask`` (X, Y, Z) with a face neighbour outside it; beyond the array is outside."""
-    six_neighbours = ndimage.generate_binary_structure(mask.ndim, 1)
-    return mask & ~ndimage.binary_erosion(mask, structure=six_neighbours, border_value=0)
+    padded = np.pad(mask, 1)
+    inner = padded[1:-1, 1:-1, 1:-1]
+    inside = inner.copy()  # shifted views: ten times as fast as a binary erosion
+    for axis in range(3):
+        for side in (slice(None, -2), slice(2, None)):
+            index = [slice(1, -1)] * 3
+            index[axis] = side
+            inside &= padded[tuple(index)]
+    return inner & ~inside
 
 
 def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
@@ -82,9 +93,32 @@ def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing: Sequen
     Source: Heimann et al. 2009, doi:10.1109/TMI.2009.2013851; the surface is that of medpy (6-neighbourhood).
     """
     surface_prediction, surface_truth = surface(prediction), surface(truth)
-    to_prediction = ndimage.distance_transform_edt(~surface_prediction, sampling=tuple(spacing))
-    to_truth = ndimage.distance_transform_edt(~surface_truth, sampling=tuple(spacing))
-    return np.concatenate([to_truth[surface_prediction], to_prediction[surface_truth]])  # (N,)
+    count = np.count_nonzero(surface_prediction) + np.count_nonzero(surface_truth)
+    nearest = nearest_by_tree if count < _SPARSE_SHARE * prediction.size else nearest_by_transform
+    return np.concatenate(
+        [
+            nearest(surface_prediction, surface_truth, spacing),
+            nearest(surface_truth, surface_prediction, spacing),
+        ]
+    )  # (N,)
+
+
+def nearest_by_tree(points: np.ndarray, targets: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """Distance in mm (N,) from each voxel of ``points`` to the nearest of ``targets``, both masks (X, Y, Z).
+
+    Looks at the voxels of the masks alone: several times as fast as a distance map where they are few.
+    """
+    from_mm, to_mm = (
+        np.stack(np.unravel_index(np.flatnonzero(mask), mask.shape), axis=1) * np.asarray(spacing)
+        for mask in (points, targets)
+    )
+    # Voxels of a grid are spread evenly: an unbalanced tree is built in a quarter of the time and asked in half of it.
+    return cKDTree(to_mm, leafsize=32, balanced_tree=False).query(from_mm)[0]
+
+
+def nearest_by_transform(points: np.ndarray, targets: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """As ``nearest_by_tree``, from a distance map of the whole box: its cost does not depend on the masks."""
+    return ndimage.distance_transform_edt(~targets, sampling=tuple(spacing))[points]
 
 
 def _compare(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> CaseMetrics:

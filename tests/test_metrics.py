@@ -11,7 +11,14 @@ import torch
 from medpy.metric import binary as medpy
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 
-from myutils.metrics import CaseMetrics, mask_metrics, segmentation_metrics, surface
+from myutils.metrics import (
+    CaseMetrics,
+    mask_metrics,
+    nearest_by_transform,
+    nearest_by_tree,
+    segmentation_metrics,
+    surface,
+)
 
 ANISOTROPIC = (0.5, 1.25, 3.0)
 
@@ -165,3 +172,16 @@ def test_bad_input_is_refused(changes: dict, message: str) -> None:
     arguments = {"prediction": blank, "truth": blank, "spacing": (1.0, 1.0, 1.0), **changes}
     with pytest.raises(ValueError, match=message):
         segmentation_metrics(**arguments, num_classes=2)
+
+
+@pytest.mark.parametrize("density", [0.002, 0.05, 0.6])
+def test_tree_and_transform_give_the_same_distances(density: float) -> None:
+    rng = np.random.default_rng(0)
+    points, targets = (rng.random((17, 12, 9)) < density for _ in range(2))
+    points[3, 4, 5] = targets[10, 2, 7] = True
+    spacing = (0.7, 1.3, 2.0)
+    by_tree = nearest_by_tree(points, targets, spacing)
+    assert np.allclose(by_tree, nearest_by_transform(points, targets, spacing))
+    places = np.argwhere(targets) * spacing
+    by_loop = [np.sqrt(((voxel * np.array(spacing) - places) ** 2).sum(1)).min() for voxel in np.argwhere(points)]
+    assert np.allclose(by_tree, by_loop)
