@@ -32,6 +32,7 @@ class StepPlan:
         batch_size: Patches per step, over all ranks.
         labeled_bs: Of these labelled.
         seed: The run's seed.
+        warmup: First steps, of which every patch is labelled.
     """
 
     labeled: Sequence[str]
@@ -39,6 +40,7 @@ class StepPlan:
     batch_size: int
     labeled_bs: int
     seed: int
+    warmup: int = 0
 
     def keys(self, step: int) -> list[SampleKey]:
         """All patches of one step, labelled ones first.
@@ -47,11 +49,14 @@ class StepPlan:
         from (seed, pool, r).
         """
         keys = []
+        labeled_bs = self.batch_size if step < self.warmup else self.labeled_bs
+        mixed_steps = max(0, step - self.warmup)
+        first_labeled = min(step, self.warmup) * self.batch_size + mixed_steps * self.labeled_bs
+        first_unlabeled = mixed_steps * (self.batch_size - self.labeled_bs)
         for slot in range(self.batch_size):
-            is_labeled = slot < self.labeled_bs
+            is_labeled = slot < labeled_bs
             pool = self.labeled if is_labeled else self.unlabeled
-            per_step = self.labeled_bs if is_labeled else self.batch_size - self.labeled_bs
-            position = step * per_step + (slot if is_labeled else slot - self.labeled_bs)
+            position = first_labeled + slot if is_labeled else first_unlabeled + slot - labeled_bs
             tag = LABELED if is_labeled else UNLABELED
             order = _permutation(self.seed, tag, position // len(pool), len(pool))
             seed = derive_seed(self.seed, tag, position)

@@ -70,7 +70,8 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
     method = METHODS.get(config.method)
     labeled_bs = config.labeled_bs or max(1, config.batch_size // 2)
     flip_axes = config.flip_axes if config.flip_axes is not None else tuple(source.flip_axes)
-    config = _with_method_defaults(config, method, flip_axes)
+    max_iteration = config.max_iteration or defaults.max_iteration
+    config = _with_method_defaults(config, method, flip_axes, max_iteration)
     if config.use_contrastive_prototype and config.use_learned_selector and config.embedding_dim < 2:
         raise ValueError(
             f"--embedding_dim {config.embedding_dim}: at least 2 with selectors (--no-use_learned_selector)"
@@ -82,7 +83,7 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
         labelnum=labelnum,
         labeled_bs=labeled_bs,
         patch_size=config.patch_size or defaults.patch_size,
-        max_iteration=config.max_iteration or defaults.max_iteration,
+        max_iteration=max_iteration,
         base_lr=config.base_lr if config.base_lr is not None else base_lr,
         weight_decay=config.weight_decay if config.weight_decay is not None else weight_decay,
         modality=config.modality or source.modality,
@@ -92,9 +93,12 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
     )
 
 
-def _with_method_defaults(config: RunConfig, method: type[Method], flip_axes: tuple[int, ...]) -> RunConfig:
+def _with_method_defaults(
+    config: RunConfig, method: type[Method], flip_axes: tuple[int, ...], max_iteration: int
+) -> RunConfig:
     """What the user left open and the method decides; mirroring only where the data have an axis for it."""
     wanted = {**COMMON_DEFAULTS, **method.defaults}
+    wanted["warmup_iteration"] = round(wanted.pop("warmup_share") * max_iteration)
     for name in ("teacher_flips", "tta_flips"):
         wanted[name] = wanted[name] and bool(flip_axes)
     return dataclasses.replace(config, **{name: v for name, v in wanted.items() if getattr(config, name) is None})

@@ -73,8 +73,8 @@ class RunConfig:
     uncertainty_passes: int = option(8, help="noisy teacher passes of ua_mt, >= 2", group=METHOD)
     feature_perturbation: bool = option(False, help="fixmatch: a second stream with dropped features", group=METHOD)
     decoders: int = option(2, help="decoders of mc_net, >= 2", group=METHOD)
-    pretrain_iteration: int | None = option(
-        None, help="steps of bcp's first phase, labelled patches only; else 20 % of the training", group=METHOD
+    warmup_iteration: int | None = option(
+        None, help="first steps with labelled patches alone; else none, bcp: 20 % of the training", group=METHOD
     )
     teacher_flips: bool | None = option(
         None, help="the teacher averages each view with a mirrored one (flip_axes); else on for best", group=METHOD

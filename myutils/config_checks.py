@@ -17,7 +17,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "consistency_rampup": (0, float("inf")),
     "uncertainty_passes": (2, float("inf")),
     "decoders": (2, float("inf")),
-    "pretrain_iteration": (0, float("inf")),
+    "warmup_iteration": (0, float("inf")),
     "ema_decay": (0, 1),
     "confidence_threshold": (0, 0.9999),
     "contrastive_weight": (0, float("inf")),

@@ -56,8 +56,7 @@ class ContrastivePrototypeManager(PrototypeMemory):
         overwrite_with_unlabeled: Let pseudo-labelled voxels replace a memory that came from labelled ones.
         prototype_loss: ``ssnet`` (1 - cosine), ``infonce`` or ``multiproto`` (see ``myutils.prototype_forms``).
         ignore_index: Label of voxels without a class, outside 0..K-1.
-        check_finite: Refuse non-finite features, naming the class. ``None`` looks on the CPU only: on an accelerator
-            each look makes the host wait, so call ``explain_non_finite`` there once a loss is not finite.
+        check_finite: Refuse non-finite features, naming the class. ``None`` looks on the CPU only (elsewhere it waits).
 
     Note:
         - The published code sorts scores in ascending order and keeps the first: the *lowest*. The selector is trained

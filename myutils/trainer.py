@@ -79,8 +79,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
         self.cache = build.build_cache(config, source)
         self.watch = FiniteWatch(eager=device.type == "cpu", advice=self._advice)
-        self.interrupted = False
-        self._clock = (0.0, 0)  # time and step of the last log entry
+        self.interrupted, self._clock = False, (0.0, 0)  # the clock: time and step of the last log entry
 
     @classmethod
     def resume(cls, source: CaseSource, folder: Path, ranks: RankInfo, device: torch.device) -> Trainer:
@@ -156,7 +155,10 @@ class Trainer:
             return self.method
         ids = [self.device] if self.device.type == "cuda" else None
         # Buffers need no broadcast: the memory is gathered before it is written, the teacher averages equal weights.
-        return DistributedDataParallel(self.method, device_ids=ids, broadcast_buffers=False)
+        idle = bool(self.state.config.warmup_iteration)  # heads that only unlabelled patches reach
+        return DistributedDataParallel(
+            self.method, device_ids=ids, broadcast_buffers=False, find_unused_parameters=idle
+        )
 
     def _progress_bar(self, first: int) -> tqdm[Any]:
         interactive = sys.stderr.isatty()
@@ -197,7 +199,8 @@ class Trainer:
 
     def _sampler(self, first: int) -> StepSampler:
         config, split, ranks = self.state.config, self.state.split, self.ranks
-        plan = StepPlan(split.labeled, split.unlabeled, config.batch_size, self.labeled_bs, config.seed)
+        warmup = required(config.warmup_iteration, "warmup_iteration")
+        plan = StepPlan(split.labeled, split.unlabeled, config.batch_size, self.labeled_bs, config.seed, warmup)
         limits = {"first_step": first, "max_iteration": self.max_iteration}
         return StepSampler(plan, **limits, rank=ranks.rank, world_size=ranks.world_size)
 
@@ -220,7 +223,8 @@ class Trainer:
     ) -> dict[str, str]:
         values = step_scalars(output, self.optimizer.param_groups[0]["lr"])
         if output.logits_l is not None:
-            values["Train/dice"] = batch_dice(output.logits_l, batch.label_l.to(self.device))
+            truth = batch.label_l if output.labels_l is None else output.labels_l
+            values["Train/dice"] = batch_dice(output.logits_l, truth.to(self.device))
         values["Train/seconds_per_step"] = seconds_per_step
         values["Train/peak_memory_mb"] = peak_memory_mb(self.device)
         if self.method.prototypes is not None:

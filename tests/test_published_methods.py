@@ -153,8 +153,8 @@ def test_largest_components_drops_the_rest_of_each_class() -> None:
 
 
 def test_bcp_phases_and_the_teacher_starts_from_the_student() -> None:
-    method = make("bcp", pretrain_iteration=2, ema_decay=0.9999)
-    assert set(method(random_batch(), 1).terms) == {"supervised"}
+    method = make("bcp", warmup_iteration=2, ema_decay=0.9999)
+    assert set(method(random_batch(labeled=4, unlabeled=0), 1).terms) == {"supervised"}
     with torch.no_grad():
         method.student.branch.classifier.bias.fill_(3.0)
     method.after_step(1)
@@ -164,7 +164,7 @@ def test_bcp_phases_and_the_teacher_starts_from_the_student() -> None:
 
 
 def test_bcp_second_phase_against_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    method = make("bcp", pretrain_iteration=0)
+    method = make("bcp", warmup_iteration=0)
     batch = random_batch()
     mask = torch.ones(2, 16, 16, 16, dtype=torch.bool)
     mask[:, 3:13, 3:13, 3:13] = False

@@ -86,6 +86,13 @@ def test_trainer_never_reads_labels_of_unlabelled_cases(tmp_path: Path) -> None:
     assert len(trainer.state.split.unlabeled) > 2
 
 
+def test_trainer_warms_up_on_labelled_patches_alone(tmp_path: Path) -> None:
+    trainer = small_trainer(BallSource(), tmp_path, warmup_iteration=2)
+    shares = [len(batch.image_u) for batch in trainer._loader(0)]
+    assert shares == [0, 0, 2, 2]
+    assert trainer.fit().step == 4
+
+
 def test_trainer_stops_at_a_non_finite_loss_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     trainer = small_trainer(BallSource(), tmp_path, save_every=1, max_iteration=5)
     spoil_consistency(trainer, step=2)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dataloaders.patches import Batch
 from myutils.config import RunConfig, required
+from myutils.losses.segmentation import dice_ce_loss
 from myutils.prototype_term import IGNORE, PrototypeTerm, PseudoVoxels
 from myutils.pseudo_labels import pseudo_labels
 from myutils.registry import Registry
@@ -37,12 +38,14 @@ class StepOutput:
         scalars: Zero-dimensional tensors to log, without gradient.
         pseudo_labels: Pseudo-labels (Bu, X, Y, Z) of the weak views, for pictures; None where there are none.
         logits_l: Logits (Bl, K, X, Y, Z) of the labelled patches, detached, for pictures and the training Dice.
+        labels_l: What they are compared with (Bl, X, Y, Z), where it is not the batch's labels.
     """
 
     terms: dict[str, LossTerm]
     scalars: dict[str, Tensor] = field(default_factory=dict)
     pseudo_labels: Tensor | None = None
     logits_l: Tensor | None = None
+    labels_l: Tensor | None = None
 
     def total(self) -> Tensor:
         """The loss to minimise; the only place where weight times value happens."""
@@ -57,6 +60,7 @@ COMMON_DEFAULTS: Mapping[str, Any] = {
     "prototype_loss": "ssnet",
     "teacher_flips": False,
     "tta_flips": False,
+    "warmup_share": 0.0,  # of the training; fills warmup_iteration
 }
 
 
@@ -78,9 +82,20 @@ class Method(nn.Module, ABC):
         self.rampup = fraction_rampup(config.consistency_rampup, required(config.max_iteration, "max_iteration"))
         self.prototypes = PrototypeTerm(network, config) if config.use_contrastive_prototype else None
 
-    @abstractmethod
     def forward(self, batch: Batch, step: int) -> StepOutput:
-        """Loss terms of one batch at ``step``."""
+        """Loss terms of one batch at ``step``; a batch of labelled patches alone is a supervised step."""
+        return self.losses(batch, step) if len(batch.image_u) else self.supervised_losses(batch, step)
+
+    @abstractmethod
+    def losses(self, batch: Batch, step: int) -> StepOutput:
+        """Loss terms of a batch with labelled and unlabelled patches."""
+
+    def supervised_losses(self, batch: Batch, step: int) -> StepOutput:
+        """Loss terms of a batch of labelled patches: Dice + cross-entropy, and the prototype term where it is on."""
+        output = self.student(batch.image_l)
+        terms = {"supervised": LossTerm(dice_ce_loss(output.logits, batch.label_l), 1.0)}
+        terms |= self.prototype_terms(output, batch.label_l, step)
+        return StepOutput(terms, logits_l=output.logits.detach())
 
     @abstractmethod
     def inference_network(self) -> SegmentationNetwork:

@@ -1,7 +1,7 @@
 """Bidirectional copy-paste: labelled and unlabelled patches are pasted into each other, both ways.
 
 Source: Bai et al. 2023, arXiv:2305.00673. M is 0 in a random box of 2/3 of each axis and 1 outside. First phase
-(``--pretrain_iteration`` steps), labelled patches only: ``x = a M + b (1 - M)`` with the labels mixed alike. Second
+(``--warmup_iteration`` steps), labelled patches only: ``x = a M + b (1 - M)`` with the labels mixed alike. Second
 phase, the teacher starting from the student: with y_u the teacher's labels, reduced to the largest component of each
 class::
 
@@ -29,10 +29,8 @@ from myutils.methods.averaged_teacher import TeacherMethod
 from myutils.methods.base import METHODS, LossTerm, StepOutput
 from myutils.prototype_term import IGNORE
 from myutils.pseudo_labels import random_boxes
-from myutils.schedules import fraction_rampup
 
 _BOX_SIDE = 2 / 3
-_PRETRAIN_SHARE = 0.2
 
 
 def paste_masks(count: int, size: torch.Size, device: torch.device) -> Tensor:
@@ -56,27 +54,16 @@ def largest_components(labels: Tensor) -> Tensor:
 class BidirectionalCopyPaste(TeacherMethod):
     """Two phases on one schedule; the prototype term sees the unpasted voxels of each patch."""
 
-    defaults = MappingProxyType({"consistency": 0.5})
-
-    @property
-    def pretrain_steps(self) -> int:
-        """Steps of the first phase."""
-        config = self.config
-        steps = required(config.max_iteration, "max_iteration")
-        return fraction_rampup(config.pretrain_iteration, steps, _PRETRAIN_SHARE)
-
-    def forward(self, batch: Batch, step: int) -> StepOutput:
-        """See the base class."""
-        return self._pretrain(batch, step) if step < self.pretrain_steps else self._train(batch, step)
+    defaults = MappingProxyType({"consistency": 0.5, "warmup_share": 0.2})
 
     def after_step(self, step: int) -> None:
         """Move the teacher; at the end of the first phase it becomes the student."""
         super().after_step(step)
-        if step + 1 == self.pretrain_steps:
+        if step + 1 == self.config.warmup_iteration:
             self.teacher.load_state_dict(self.student.state_dict())
 
-    def _pretrain(self, batch: Batch, step: int) -> StepOutput:
-        """Each labelled patch with a box of the next one."""
+    def supervised_losses(self, batch: Batch, step: int) -> StepOutput:
+        """The first phase: each labelled patch with a box of the next one."""
         images, labels = batch.image_l, batch.label_l
         masks = paste_masks(len(images), images.shape[2:], images.device)
         mixed = images.where(masks.unsqueeze(1), images.roll(1, 0))
@@ -84,10 +71,10 @@ class BidirectionalCopyPaste(TeacherMethod):
         student = self.student(mixed)
         terms = {"supervised": LossTerm(dice_ce_loss(student.logits, target), 1.0)}
         terms |= self.prototype_terms(student, target, step)
-        return StepOutput(terms, {}, None, student.logits.detach())
+        return StepOutput(terms, {}, None, student.logits.detach(), target)
 
-    def _train(self, batch: Batch, step: int) -> StepOutput:
-        """Pairs of labelled and unlabelled patches, mixed inward and outward."""
+    def losses(self, batch: Batch, step: int) -> StepOutput:
+        """The second phase: pairs of labelled and unlabelled patches, mixed inward and outward."""
         count = min(len(batch.image_l), len(batch.image_u))
         image_l, image_u = batch.image_l[:count], batch.image_u[:count]
         label_l = batch.label_l[:count]
@@ -105,4 +92,4 @@ class BidirectionalCopyPaste(TeacherMethod):
         }
         own = label_l.masked_fill(~mask, IGNORE)
         terms |= self.prototype_terms(student, own, step, teacher_u=teacher_u, foreign=~mask)
-        return StepOutput(terms, {}, label_u, student.logits[:count].detach())
+        return StepOutput(terms, {}, label_u, student.logits[:count].detach(), labels[:count])

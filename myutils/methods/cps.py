@@ -31,7 +31,7 @@ class CrossPseudoSupervision(Method):
         super().__init__(network, config)
         self.second = network.fresh_copy()
 
-    def forward(self, batch: Batch, step: int) -> StepOutput:
+    def losses(self, batch: Batch, step: int) -> StepOutput:
         """See the base class."""
         labeled = len(batch.image_l)
         images = torch.cat([batch.image_l, batch.image_u])

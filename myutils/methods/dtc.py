@@ -59,7 +59,7 @@ class DualTaskConsistency(Method):
         super().__init__(network, config)
         self.distance_head = nn.Conv3d(network.feature_dim, network.num_classes - 1, kernel_size=1)
 
-    def forward(self, batch: Batch, step: int) -> StepOutput:
+    def losses(self, batch: Batch, step: int) -> StepOutput:
         """See the base class."""
         labeled = len(batch.image_l)
         student = self.student(torch.cat([batch.image_l, batch.image_u]))

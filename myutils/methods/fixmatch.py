@@ -27,7 +27,7 @@ from networks.base import SegmentationNetwork, SegmentationOutput
 class FixMatch(Method):
     """One network; labels come from it without gradient."""
 
-    def forward(self, batch: Batch, step: int) -> StepOutput:
+    def losses(self, batch: Batch, step: int) -> StepOutput:
         """See the base class."""
         labeled = len(batch.image_l)
         with torch.no_grad():

@@ -42,7 +42,7 @@ class MutualConsistency(Method):
         super().__init__(network, config)
         self.others = nn.ModuleList(network.fresh_copy().branch for _ in range(config.decoders - 1))
 
-    def forward(self, batch: Batch, step: int) -> StepOutput:
+    def losses(self, batch: Batch, step: int) -> StepOutput:
         """See the base class."""
         labeled = len(batch.image_l)
         outputs = self.student.run_branches(torch.cat([batch.image_l, batch.image_u]), self._branches())

@@ -44,7 +44,7 @@ class MeanTeacher(TeacherMethod):
 
     defaults = MappingProxyType({"use_contrastive_prototype": True})
 
-    def forward(self, batch: Batch, step: int) -> StepOutput:
+    def losses(self, batch: Batch, step: int) -> StepOutput:
         """See the base class."""
         labeled = len(batch.image_l)
         teacher_l, teacher_u = self.teach(batch, batch.image_u, with_labeled=self.refills_at(step))

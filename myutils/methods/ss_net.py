@@ -44,7 +44,7 @@ class SSNet(Method):
 
     defaults = MappingProxyType({"use_contrastive_prototype": True})
 
-    def forward(self, batch: Batch, step: int) -> StepOutput:
+    def losses(self, batch: Batch, step: int) -> StepOutput:
         """See the base class."""
         labeled = len(batch.image_l)
         images = torch.cat([batch.image_l, batch.image_u])

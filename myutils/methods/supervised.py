@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataloaders.patches import Batch
-from myutils.losses.segmentation import dice_ce_loss
-from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
+from myutils.methods.base import METHODS, Method, StepOutput
 from networks.base import SegmentationNetwork
 
 
@@ -14,12 +13,9 @@ class Supervised(Method):
 
     uses_unlabeled = False
 
-    def forward(self, batch: Batch, step: int) -> StepOutput:
-        """See the base class."""
-        output = self.student(batch.image_l)
-        terms = {"supervised": LossTerm(dice_ce_loss(output.logits, batch.label_l), 1.0)}
-        terms |= self.prototype_terms(output, batch.label_l, step)
-        return StepOutput(terms, logits_l=output.logits.detach())
+    def losses(self, batch: Batch, step: int) -> StepOutput:
+        """See the base class; unlabelled patches, if there are any, are left out."""
+        return self.supervised_losses(batch, step)
 
     def inference_network(self) -> SegmentationNetwork:
         """The student."""

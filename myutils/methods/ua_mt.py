@@ -48,7 +48,7 @@ class UncertaintyAwareMeanTeacher(TeacherMethod):
 
     defaults = MappingProxyType({"consistency": 0.1})
 
-    def forward(self, batch: Batch, step: int) -> StepOutput:
+    def losses(self, batch: Batch, step: int) -> StepOutput:
         """See the base class."""
         labeled, views = len(batch.image_l), batch.image_u
         student = self.student(torch.cat([batch.image_l, views]))

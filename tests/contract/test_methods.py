@@ -84,6 +84,17 @@ def test_method_state_round_trip_gives_the_same_loss(name: str, prototypes: bool
 
 
 @pytest.mark.parametrize("name", METHODS.names())
+def test_method_takes_a_warm_up_step(name: str) -> None:
+    method = make(name, True)
+    method.train()
+    output = method(random_batch(labeled=4, unlabeled=0), 0)
+    output.total().backward()
+    method.after_step(0)
+    assert "consistency" not in output.terms
+    assert torch.isfinite(output.total())
+
+
+@pytest.mark.parametrize("name", METHODS.names())
 def test_method_runs_multi_channel(name: str) -> None:
     source = BallSource(channels=2)
     config = small_config(source, method=name)

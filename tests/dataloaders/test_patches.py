@@ -183,6 +183,16 @@ def test_step_plan_is_a_function_of_seed_and_step() -> None:
     assert len({key.seed for step in range(50) for key in PLAN.keys(step)}) == 200
 
 
+def test_step_plan_warms_up_on_labelled_patches_and_goes_on_in_order() -> None:
+    warm = StepPlan(PLAN.labeled, PLAN.unlabeled, 4, 2, seed=5, warmup=3)
+    keys = [warm.keys(step) for step in range(8)]
+    assert [sum(key.labeled for key in step) for step in keys] == [4, 4, 4, 2, 2, 2, 2, 2]
+    labeled = [key.case_id for step in keys for key in step if key.labeled]
+    unlabeled = [key for step in keys for key in step if not key.labeled]
+    assert [labeled.count(case) for case in PLAN.labeled] in ([8, 7, 7], [7, 8, 7], [7, 7, 8])
+    assert unlabeled == [key for step in range(5) for key in PLAN.keys(step) if not key.labeled]
+
+
 def test_step_plan_sees_every_case_equally_often() -> None:
     keys = [key for step in range(15) for key in PLAN.keys(step)]
     labeled = [key.case_id for key in keys if key.labeled]
