@@ -223,10 +223,8 @@ class Trainer:
     ) -> dict[str, str]:
         values = step_scalars(output, self.optimizer.param_groups[0]["lr"])
         if output.logits_l is not None:
-            truth = batch.label_l if output.labels_l is None else output.labels_l
-            values["Train/dice"] = batch_dice(output.logits_l, truth.to(self.device))
-        values["Train/seconds_per_step"] = seconds_per_step
-        values["Train/peak_memory_mb"] = peak_memory_mb(self.device)
+            values["Train/dice"] = batch_dice(output.logits_l, output.truth(batch).to(self.device))
+        values |= {"Train/seconds_per_step": seconds_per_step, "Train/peak_memory_mb": peak_memory_mb(self.device)}
         if self.method.prototypes is not None:
             values["Memory/fill"] = self.method.prototypes.memory_fill()
         tensors = torch.stack([torch.as_tensor(value, dtype=torch.float32).cpu() for value in values.values()])
@@ -271,8 +269,8 @@ class Trainer:
 
     def _advice(self) -> str:
         """What to do about a step that is not finite."""
-        last = self.folder / "last.pt"
-        return f"Look at these images, lower --base_lr or use --amp no; the last good checkpoint is {last}"
+        what = "Look at these images, lower --base_lr or use --amp no"
+        return f"{what}; the last good checkpoint is {self.folder / 'last.pt'}"
 
     def _stop_now(self, done: int) -> bool:
         """Whether any rank was asked to stop; with several ranks they confer at logging steps and at the last one."""

@@ -47,6 +47,10 @@ class StepOutput:
     logits_l: Tensor | None = None
     labels_l: Tensor | None = None
 
+    def truth(self, batch: Batch) -> Tensor:
+        """Class ids (Bl, X, Y, Z) that ``logits_l`` are compared with."""
+        return batch.label_l if self.labels_l is None else self.labels_l
+
     def total(self) -> Tensor:
         """The loss to minimise; the only place where weight times value happens."""
         values = [term.weight * term.value for term in self.terms.values()]

@@ -17,38 +17,52 @@ from dataloaders.splits import make_training_split
 from myutils.build import DataFacts
 from myutils.checkpoint import RunState
 from myutils.distributed import RankInfo
+from myutils.methods.base import METHODS
 from myutils.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
+WITH_WARM_UP = ("bcp", "mc_net")  # mc_net leaves a decoder idle in it
 
 
 def train_rank(rank: int, folder: str) -> None:
-    """One of two ranks; writes its whole state to the folder."""
+    """One of two ranks; trains every method for a few steps and writes its whole states to the folder."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     source = BallSource()
-    config = small_config(
-        source,
-        use_contrastive_prototype=True,
-        use_learned_selector=True,
-        confidence_threshold=0.0,
-        max_iteration=3,
-        memory_interval=1,
-    )
-    state = RunState(config, DataFacts.of(source), make_training_split(source, config.split_request()))
-    trainer = Trainer(state, source, Path(folder), RankInfo(rank, 2, rank), torch.device("cpu"))
-    trainer.fit()
-    torch.save(trainer.method.state_dict(), Path(folder) / f"rank{rank}.pt")
+    for name in METHODS.names():
+        config = small_config(
+            source,
+            method=name,
+            use_contrastive_prototype=True,
+            use_learned_selector=True,
+            confidence_threshold=0.0,
+            max_iteration=3,
+            memory_interval=1,
+            warmup_iteration=int(name in WITH_WARM_UP),
+        )
+        state = RunState(config, DataFacts.of(source), make_training_split(source, config.split_request()))
+        run = Path(folder) / name
+        run.mkdir(exist_ok=True)
+        trainer = Trainer(state, source, run, RankInfo(rank, 2, rank), torch.device("cpu"))
+        trainer.fit()
+        torch.save(trainer.method.state_dict(), run / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_hold_equal_weights_and_memory(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train_rank, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the states of both ranks, one sub-folder per method."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    torch.multiprocessing.spawn(train_rank, args=(str(folder),), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_two_ranks_hold_equal_weights_and_memory(two_ranks: Path, name: str) -> None:
+    first, second = (torch.load(two_ranks / name / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
-    counts = first["prototypes.manager.memory_count"]
-    assert counts.sum() > 0
-    assert (tmp_path / "last.pt").exists()
+    assert first["prototypes.manager.memory_count"].sum() > 0
+    assert (two_ranks / name / "last.pt").exists()
 
 
 @pytest.mark.slow
