@@ -1,7 +1,8 @@
-"""The recommended recipe: the mean teacher with the parts that helped on both data sets (docs/results.md).
+"""The recipe that this project recommends so far: the mean teacher with mirrored views in training and at the end.
 
 Against ``mean_teacher``: the teacher averages each view with a mirrored one, and mirrored inputs are averaged when
-whole volumes are segmented; without axes to mirror along it is ``mean_teacher``.
+whole volumes are segmented; without axes to mirror along it is ``mean_teacher``. The search for a recipe is not
+finished (docs/methods.md).
 """
 
 from __future__ import annotations
