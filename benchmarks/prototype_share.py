@@ -16,12 +16,14 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
+from dataloaders.base import TrainingDefaults
 from dataloaders.patches import Batch
 from dataloaders.splits import TrainingSplit
-from myutils.build import OPTIMIZER_DEFAULTS, DataFacts
+from myutils.build import DataFacts, resolve_config
 from myutils.checkpoint import RunState
 from myutils.config import RunConfig
 from myutils.distributed import RankInfo, start_process_group
@@ -30,19 +32,15 @@ from myutils.trainer import Trainer
 
 def make_trainer(prototypes: bool, patch: tuple[int, int, int], classes: int, device: torch.device) -> Trainer:
     """A mean-teacher trainer on made-up data facts, with or without the term."""
-    lr, decay = OPTIMIZER_DEFAULTS["adamw"]
-    config = RunConfig(
+    asked = RunConfig(
         labelnum=2,
         max_iteration=10_000,
         patch_size=patch,
-        modality="mr",
-        flip_axes=(0, 1, 2),
         use_contrastive_prototype=prototypes,
         use_learned_selector=True,
-        base_lr=lr,
-        labeled_bs=2,
-        weight_decay=decay,
     )
+    made_up = SimpleNamespace(defaults=TrainingDefaults(), modality="mr", flip_axes=(0, 1, 2))
+    config = resolve_config(asked, made_up)  # type: ignore[arg-type]
     names = ("background", *(f"class {index}" for index in range(1, classes)))
     facts = DataFacts(classes, 1, names, "mr", (0, 1, 2))
     state = RunState(config, facts, TrainingSplit(("a", "b"), ("c", "d"), ()))
