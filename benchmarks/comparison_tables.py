@@ -129,12 +129,13 @@ def _spread(values: np.ndarray, metric: str) -> str:
 
 
 def draw_rows(path: Path, rows: Sequence[Row], title: str) -> None:
-    """PNG: mean Dice of each row as a bar, each seed as a point."""
+    """PNG: Dice of each row, the mean and one standard deviation over seeds, each seed as a point."""
     figure = Figure(figsize=(7.0, 1.2 + 0.4 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     for place, row in enumerate(rows):
         seeds = 100 * row.case_values("dice").mean(1)
-        axes.barh(place, seeds.mean(), color="#c7d8e8")
+        spread = seeds.std(ddof=1) if len(seeds) > 1 else 0.0
+        axes.errorbar(seeds.mean(), place, xerr=spread, fmt="|", color="#222222", markersize=14, capsize=3)
         axes.plot(seeds, np.full(len(seeds), place), "o", color=COLOURS[0], markersize=4)
         axes.annotate(f"{seeds.mean():.2f}", (seeds.max(), place), (6, -3), textcoords="offset points", fontsize=8)
     values = [100 * row.case_values("dice").mean(1) for row in rows]
@@ -142,8 +143,9 @@ def draw_rows(path: Path, rows: Sequence[Row], title: str) -> None:
     margin = max(1.0, 0.2 * (high - low))
     axes.set_xlim(low - margin, high + margin)
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel("Dice %, mean over cases; points: seeds (the axis does not start at 0)")
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel("Dice %, mean over cases; points: seeds, bars: mean ± sd")
+    axes.grid(axis="x", alpha=0.3)
     axes.set_title(title, fontsize=10)
     _save(figure, path)
 
