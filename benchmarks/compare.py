@@ -176,10 +176,11 @@ def report(settings: argparse.Namespace, rows: dict[Plan, Row]) -> None:
     for count in settings.labelnum:
         chosen = [row for plan, row in rows.items() if plan.labelnum == count and plan.name != FULL]
         base = next(row for row in chosen if row.name == settings.baseline)
-        table = format_rows([*chosen, *([full] if full else [])], base, full)
+        shown = [*chosen, *([full] if full else [])]
+        table = format_rows(shown, base, full)
         title = f"{settings.dataset_name}: {count} of {settings.pool} labelled, {settings.max_iteration} steps"
         (settings.output_dir / f"table_{count}.md").write_text(f"{title}\n\n{table}\n", encoding="utf-8")
-        draw_rows(settings.output_dir / f"table_{count}.png", [*chosen, *([full] if full else [])], title)
+        draw_rows(settings.output_dir / f"table_{count}.png", shown, title)
         sys.stdout.write(f"\n{title}\n\n{table}\n")
         for row in chosen:
             curves.setdefault(row.name, {})[count] = row

@@ -10,7 +10,6 @@ the mean over a round's steps of each one's median over rounds, and the share (w
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import platform
 import statistics
 import tempfile
@@ -53,7 +52,7 @@ def make_batch(patch: tuple[int, int, int], classes: int, device: torch.device) 
     label = torch.nn.functional.interpolate(coarse, size=patch, mode="nearest")[:, 0].long()
     image = label.unsqueeze(1).float() + 0.3 * torch.randn(2, 1, *patch)
     batch = Batch(image, label, image.flip(0), image.flip(0) + 0.1, ("a", "b"), ("c", "d"))
-    return dataclasses.replace(batch.to(device))
+    return batch.to(device)
 
 
 def main() -> None:

@@ -91,7 +91,8 @@ def _targets(label: np.ndarray) -> tuple[np.ndarray, ...]:
 
 def entry_name(files: tuple[Path, ...], source: CaseSource, preprocess: Preprocess, with_label: bool) -> str:
     """Name of a case's entry: a hash of its files' paths, sizes and times of change, and of how they are read."""
-    states = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    found = [(path, path.stat()) for path in files]
+    states = [(str(path.absolute()), state.st_size, state.st_mtime_ns) for path, state in found]
     reading = [type(source).__name__, source.num_classes, str(getattr(source, "spacing", "")), with_label]
     content = json.dumps([_FORMAT, states, reading, dataclasses.asdict(preprocess)], default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:32]

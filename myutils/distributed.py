@@ -112,6 +112,19 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return total / dist.get_world_size()
 
 
+def concat_ranks(values: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """The tensors of all ranks along ``dim``, rank 0's first; unchanged where there is one process.
+
+    Every rank must call it with a tensor of the same shape and type.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return values
+    values = values.contiguous()
+    gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, values)
+    return torch.cat(gathered, dim=dim)
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether ``flag`` is true on at least one rank; every rank must call it."""
     if not (dist.is_available() and dist.is_initialized()):

@@ -13,10 +13,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
-from torch.nn import functional
 
-from myutils.prototype_losses import class_membership, mean_over
+from myutils.distributed import concat_ranks
+from myutils.prototype_losses import class_membership, inter_class_loss, mean_over
 from myutils.prototype_memory import unit_vectors
 
 _SMALLEST_DEVIATION = 1e-6
@@ -28,10 +27,6 @@ class Moments(NamedTuple):
     mean: Tensor
     deviation: Tensor
     correlation: Tensor
-
-    def standardise(self, features: Tensor) -> Tensor:
-        """Features (N, E) with these moments taken out."""
-        return (features - self.mean) / self.deviation
 
 
 def moments(features: Tensor, weights: Tensor | None = None) -> Moments:
@@ -74,7 +69,6 @@ class DynamicFeaturePool(nn.Module):
         store: Features (K, P + 1, E); the last slot takes what is not kept.
         count: Features held per class (K,).
         cursor: Slot that the next feature of a class takes (K,).
-        built: Whether patterns exist.
         centres: Centre of each pool (J, E), of standardised features.
         anchors: Leading patterns per class (K, A, E), pointing to the class's side.
         sizes: Features that each pool got when it was built (J,).
@@ -83,7 +77,6 @@ class DynamicFeaturePool(nn.Module):
     store: Tensor
     count: Tensor
     cursor: Tensor
-    built: Tensor
     mean: Tensor
     deviation: Tensor
     centres: Tensor
@@ -114,12 +107,16 @@ class DynamicFeaturePool(nn.Module):
         self.register_buffer("store", torch.zeros(num_classes, slots + 1, feature_dim))
         self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("cursor", torch.zeros(num_classes, dtype=torch.int64))
-        self.register_buffer("built", torch.zeros((), dtype=torch.bool))
         self.register_buffer("mean", torch.zeros(feature_dim))
         self.register_buffer("deviation", torch.ones(feature_dim))
         self.register_buffer("centres", torch.zeros(num_pools, feature_dim))
         self.register_buffer("anchors", torch.zeros(num_classes, num_anchors, feature_dim))
         self.register_buffer("sizes", torch.zeros(num_pools, dtype=torch.int64))
+
+    @property
+    def built(self) -> bool:
+        """Whether patterns exist; waits for the device."""
+        return bool(self.sizes.any())
 
     @torch.no_grad()
     def push(self, features: Tensor, class_labels: Tensor) -> None:
@@ -127,7 +124,8 @@ class DynamicFeaturePool(nn.Module):
 
         With several ranks a collective call: N must be equal on all, and all store the features of all.
         """
-        features, class_labels = gather_rows(features.detach().float(), class_labels)
+        packed = concat_ranks(torch.cat([features.detach().float(), class_labels[:, None].float()], dim=1))
+        features, class_labels = packed[:, :-1], packed[:, -1].long()
         slots = self.store.shape[1] - 1
         member = class_membership(class_labels, self.num_classes)  # (K, N)
         added = member.sum(1)  # (K,)
@@ -154,7 +152,7 @@ class DynamicFeaturePool(nn.Module):
         found = moments(features)
         self.mean.copy_(found.mean)
         self.deviation.copy_(found.deviation)
-        standard = found.standardise(features)  # (N, E)
+        standard = self.standardise(features)  # (N, E)
         patterns = leading_patterns(found.correlation, len(self.centres))  # (J, E)
         pools = (standard @ patterns.T).abs().argmax(1)  # (N,)
         member = class_membership(pools, len(patterns)).to(standard)  # (J, N)
@@ -167,7 +165,6 @@ class DynamicFeaturePool(nn.Module):
         )
         for class_id in range(self.num_classes):
             self._rebuild_anchors(class_id, standard[class_labels == class_id])
-        self.built.fill_(True)
 
     def _rebuild_anchors(self, class_id: int, standard: Tensor) -> None:
         """Leading directions of one class's second moment, signed to its side, averaged with the old ones."""
@@ -204,20 +201,13 @@ class DynamicFeaturePool(nn.Module):
     def pool_losses(self, regions: Tensor, pools: Tensor, margin: float = 1.0) -> tuple[Tensor, Tensor]:
         """Compactness and separation of region features (R, E) that a selector assigned to pools (R,).
 
-        Compactness: mean of 1 - cosine to the pool's centre. Separation: mean over pairs of pools of
-        ``relu(margin - distance)^2`` between the unit means of their regions.
+        Compactness: mean of 1 - cosine to the pool's centre. Separation: ``inter_class_loss`` between the pools.
         """
         units = unit_vectors(self.standardise(regions))
         own = unit_vectors(self.centres)[pools]  # (R, E)
         compact = (1.0 - (units * own).sum(1)).mean() if len(units) else 0.0 * units.sum()
         member = class_membership(pools, len(self.centres))  # (J, R)
-        counts = member.sum(1)
-        means = unit_vectors((member.to(units) @ units) / counts.clamp(min=1)[:, None])  # (J, E)
-        squares = (means[:, None] - means[None]).square().sum(2)
-        distances = squares.clamp(min=1e-12).sqrt()
-        present = counts > 0
-        pairs = torch.triu(present[:, None] & present, diagonal=1)
-        return compact, mean_over(functional.relu(margin - distances).square(), pairs)
+        return compact, inter_class_loss(units, member, margin)
 
 
 def correlation_consistency(features_l: Tensor, features_u: Tensor, known_l: Tensor, known_u: Tensor) -> Tensor:
@@ -230,14 +220,3 @@ def correlation_consistency(features_l: Tensor, features_u: Tensor, known_l: Ten
     reference = moments(features_l.detach().float(), known_l).correlation
     gap = (moments(features_u.float(), known_u).correlation - reference).square().mean()
     return gap * ((known_l.sum() > 1) & (known_u.sum() > 1))
-
-
-def gather_rows(features: Tensor, class_labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows (N, E) and ids (N,) of all ranks; N must be equal on every rank."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return features, class_labels
-    packed = torch.cat([features, class_labels.to(features)[:, None]], dim=1).contiguous()
-    gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, packed)
-    everything = torch.cat(gathered)
-    return everything[:, :-1], everything[:, -1].long()

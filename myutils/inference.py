@@ -164,17 +164,18 @@ def predict_label_map(
     return label_map_from(probabilities, keep_largest=keep_largest)
 
 
-def largest_component(label_map: np.ndarray) -> np.ndarray:
+def largest_component(label_map: np.ndarray, connectivity: int = 3) -> np.ndarray:
     """Keep the largest connected part of each class and set the rest to background.
 
     Args:
-        label_map: Class ids (X, Y, Z), integer. Voxels that share a face, an edge or a corner are connected.
+        label_map: Class ids (X, Y, Z), integer.
+        connectivity: 1 connects voxels that share a face, 2 also those with a common edge, 3 with a common corner.
 
     Returns:
         A new map of the same shape and type; of parts of equal size the first in array order stays.
     """
     kept = np.zeros_like(label_map)
-    touching = ndimage.generate_binary_structure(label_map.ndim, label_map.ndim)
+    touching = ndimage.generate_binary_structure(label_map.ndim, connectivity)
     for class_id, box in enumerate(ndimage.find_objects(label_map.astype(np.int32, copy=False)), start=1):
         if box is None:
             continue

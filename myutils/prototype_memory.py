@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
+
+from myutils.distributed import concat_ranks
 
 RANKINGS = ("highest", "lowest", "random", "confidence")
 _EMPTY = float("-inf")
@@ -103,12 +104,8 @@ def merge_ranks(candidates: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         As the arguments, sorted by falling key.
     """
     slots = keys.shape[1]
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        packed = torch.cat([candidates, keys.to(candidates)[..., None]], dim=2).contiguous()  # (K, M, E + 1)
-        gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, packed)
-        everything = torch.cat(gathered, dim=1)  # (K, world * M, E + 1)
-        candidates, keys = everything[..., :-1], everything[..., -1]
+    everything = concat_ranks(torch.cat([candidates, keys.to(candidates)[..., None]], dim=2), dim=1)
+    candidates, keys = everything[..., :-1], everything[..., -1]  # (K, world * M, E) and (K, world * M)
     keys, order = keys.sort(dim=1, descending=True, stable=True)
     keys, order = keys[:, :slots], order[:, :slots]
     return candidates.gather(1, order[..., None].expand(-1, -1, candidates.shape[2])), keys

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from myutils.config import RunConfig
+from myutils.config import RunConfig, required
 from myutils.contrastive_prototype_manager import ContrastivePrototypeManager
 from myutils.ema import make_teacher, update_teacher
 from myutils.prototype_sampling import pick_voxels
@@ -57,7 +57,7 @@ class PrototypeTerm(nn.Module):
             ranking=config.prototype_ranking,
             samples_per_class=config.prototype_samples,
             overwrite_with_unlabeled=config.memory_from_unlabeled,
-            prototype_loss=config.prototype_loss or "ssnet",
+            prototype_loss=required(config.prototype_loss, "prototype_loss"),
         )
 
     def selector_parameters(self) -> list[nn.Parameter]:

@@ -23,6 +23,14 @@ class SegmentationOutput(NamedTuple):
     logits: Tensor
     features: Tensor
 
+    def patches(self, chosen: slice) -> SegmentationOutput:
+        """The outputs of some patches of the batch."""
+        return SegmentationOutput(self.logits[chosen], self.features[chosen])
+
+    def detach(self) -> SegmentationOutput:
+        """The same values without a graph."""
+        return SegmentationOutput(self.logits.detach(), self.features.detach())
+
 
 class Branch(nn.Module):
     """Decoder and classifier: what turns an encoder's features into a segmentation.

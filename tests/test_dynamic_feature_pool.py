@@ -83,7 +83,7 @@ def test_rebuild_assigns_by_the_strongest_pattern() -> None:
     features, _ = pool.stored()
     found = moments(features)
     patterns = leading_patterns(found.correlation, 3)
-    standard = found.standardise(features)
+    standard = (features - found.mean) / found.deviation
     pools = (standard @ patterns.T).abs().argmax(1)
     assert pool.sizes.tolist() == torch.bincount(pools, minlength=3).tolist()
     for index in range(3):

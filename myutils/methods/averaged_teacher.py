@@ -48,8 +48,8 @@ class TeacherMethod(Method):
         count, size, axis = len(batch.image_l) if with_labeled else 0, len(views), self._mirror_axis()
         images = [batch.image_l] * with_labeled + [views] + ([] if axis is None else [views.flip(axis)])
         outputs = self.teacher(torch.cat(images))
-        teacher_l = SegmentationOutput(*(part[:count] for part in outputs)) if with_labeled else None
-        teacher_u = SegmentationOutput(*(part[count : count + size] for part in outputs))
+        teacher_l = outputs.patches(slice(count)) if with_labeled else None
+        teacher_u = outputs.patches(slice(count, count + size))
         if axis is not None:
             mirrored = outputs.logits[count + size :].float().softmax(1).flip(axis)
             mean = 0.5 * (teacher_u.logits.float().softmax(1) + mirrored)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dataloaders.patches import Batch
 from myutils.config import RunConfig, required
 from myutils.losses.segmentation import dice_ce_loss
+from myutils.prototype_sampling import gated_pseudo_labels
 from myutils.prototype_term import IGNORE, PrototypeTerm, PseudoVoxels
-from myutils.pseudo_labels import pseudo_labels
 from myutils.registry import Registry
 from myutils.schedules import fraction_rampup, sigmoid_rampup
 from networks.base import SegmentationNetwork, SegmentationOutput
@@ -143,11 +143,10 @@ class Method(nn.Module, ABC):
             return {}
         pseudo = None
         if teacher_u is not None:
-            source = SegmentationOutput(*(part.detach() for part in teacher_u))
-            found = pseudo_labels(source.logits)
-            doubtful = found.confidence <= self.config.confidence_threshold
-            confident = found.labels.masked_fill(doubtful if foreign is None else doubtful | foreign, IGNORE)
-            pseudo = PseudoVoxels(confident, source)
+            confident = gated_pseudo_labels(teacher_u.logits, self.config.confidence_threshold, IGNORE)
+            if foreign is not None:
+                confident = confident.masked_fill(foreign, IGNORE)
+            pseudo = PseudoVoxels(confident, teacher_u.detach())
         losses = self.prototypes(student, labels, step, teacher_l=teacher_l, pseudo=pseudo)
         config, ramp = self.config, self.ramp(step)
         return {

@@ -17,13 +17,12 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from dataloaders.patches import Batch
 from myutils.config import required
+from myutils.inference import largest_component
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.averaged_teacher import TeacherMethod
 from myutils.methods.base import METHODS, LossTerm, StepOutput
@@ -40,14 +39,8 @@ def paste_masks(count: int, size: torch.Size, device: torch.device) -> Tensor:
 
 def largest_components(labels: Tensor) -> Tensor:
     """Label maps (B, X, Y, Z) with all but the largest 6-connected component of each foreground class removed."""
-    maps = labels.cpu().numpy()
-    kept = np.zeros_like(maps)
-    for index, found in enumerate(maps):
-        for class_id in np.unique(found[found > 0]):
-            parts, count = ndimage.label(found == class_id)
-            sizes = np.bincount(parts.ravel(), minlength=count + 1)[1:]
-            kept[index][parts == 1 + int(sizes.argmax())] = class_id
-    return torch.from_numpy(kept).to(labels.device)
+    kept = [torch.from_numpy(largest_component(found, connectivity=1)) for found in labels.cpu().numpy()]
+    return torch.stack(kept).to(labels.device)
 
 
 @METHODS.register("bcp")

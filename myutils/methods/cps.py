@@ -18,7 +18,7 @@ from dataloaders.patches import Batch
 from myutils.config import RunConfig
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
-from networks.base import SegmentationNetwork, SegmentationOutput
+from networks.base import SegmentationNetwork
 
 
 @METHODS.register("cps")
@@ -45,7 +45,7 @@ class CrossPseudoSupervision(Method):
             "supervised": LossTerm(supervised, 1.0),
             "consistency": LossTerm(cross, self.unlabeled_weight(step)),
         }
-        own = SegmentationOutput(*(part[labeled:] for part in student))
+        own = student.patches(slice(labeled, None))
         terms |= self.prototype_terms(student, batch.label_l, step, teacher_u=own)
         scalars = {"agreement": (labels_a == labels_b).float().mean()}
         return StepOutput(terms, scalars, labels_a, logits_a[:labeled].detach())

@@ -24,7 +24,7 @@ from dataloaders.patches import Batch
 from myutils.config import RunConfig
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
-from networks.base import SegmentationNetwork, SegmentationOutput
+from networks.base import SegmentationNetwork
 
 _STEEPNESS = 1500.0
 _DISTANCE_WEIGHT = 0.3
@@ -74,7 +74,7 @@ class DualTaskConsistency(Method):
                 ((-_STEEPNESS * distances).sigmoid() - probs).square().mean(), self.unlabeled_weight(step)
             ),
         }
-        own = SegmentationOutput(*(part[labeled:] for part in student))
+        own = student.patches(slice(labeled, None))
         terms |= self.prototype_terms(student, batch.label_l, step, teacher_u=own)
         return StepOutput(terms, {}, own.logits.detach().argmax(1), logits_l.detach())
 

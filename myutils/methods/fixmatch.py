@@ -20,7 +20,7 @@ from dataloaders.patches import Batch
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
 from myutils.pseudo_labels import PseudoLabels, pseudo_labels
-from networks.base import SegmentationNetwork, SegmentationOutput
+from networks.base import SegmentationNetwork
 
 
 @METHODS.register("fixmatch")
@@ -44,7 +44,7 @@ class FixMatch(Method):
             "supervised": LossTerm(dice_ce_loss(logits_l, batch.label_l), 1.0),
             "consistency": LossTerm(consistency, self.unlabeled_weight(step)),
         }
-        terms |= self.prototype_terms(student, batch.label_l, step, teacher_u=SegmentationOutput(*weak))
+        terms |= self.prototype_terms(student, batch.label_l, step, teacher_u=weak)
         scalars = {"confidence": target.confidence.mean(), "gate_share": gate.mean()}
         return StepOutput(terms, scalars, target.labels, logits_l.detach())
 

@@ -21,7 +21,7 @@ from dataloaders.patches import Batch
 from myutils.config import RunConfig
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
-from networks.base import Branch, SegmentationNetwork, SegmentationOutput
+from networks.base import Branch, SegmentationNetwork
 
 _TEMPERATURE = 0.1
 
@@ -55,7 +55,7 @@ class MutualConsistency(Method):
             "consistency": LossTerm(torch.stack(pairs).mean(), self.unlabeled_weight(step)),
         }
         first = outputs[0]
-        own = SegmentationOutput(*(part[labeled:] for part in first))
+        own = first.patches(slice(labeled, None))
         terms |= self.prototype_terms(first, batch.label_l, step, teacher_u=own)
         scalars = {"disagreement": (probs[0].argmax(1) != probs[1].argmax(1)).float().mean()}
         return StepOutput(terms, scalars, own.logits.detach().argmax(1), first.logits[:labeled].detach())

@@ -22,7 +22,7 @@ from torch import Tensor
 from dataloaders.patches import Batch
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
-from networks.base import SegmentationNetwork, SegmentationOutput
+from networks.base import SegmentationNetwork
 
 _PROBE, _RADIUS = 10.0, 10.0  # lengths (L2, per patch) of the probing and of the final perturbation
 
@@ -54,7 +54,7 @@ class SSNet(Method):
             "supervised": LossTerm(dice_ce_loss(logits_l, batch.label_l), 1.0),
             "consistency": LossTerm(self._smoothness(images, student.logits), self.unlabeled_weight(step)),
         }
-        own = SegmentationOutput(*(part[labeled:] for part in student))
+        own = student.patches(slice(labeled, None))
         terms |= self.prototype_terms(student, batch.label_l, step, teacher_u=own)
         return StepOutput(terms, {}, own.logits.detach().argmax(1), logits_l.detach())
 

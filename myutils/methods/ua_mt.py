@@ -22,7 +22,6 @@ from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.averaged_teacher import TeacherMethod
 from myutils.methods.base import METHODS, LossTerm, StepOutput
 from myutils.pseudo_labels import pseudo_labels
-from myutils.schedules import sigmoid_rampup
 
 _NOISE, _LARGEST_NOISE = 0.1, 0.2  # of images with unit variance, as published
 
@@ -55,7 +54,7 @@ class UncertaintyAwareMeanTeacher(TeacherMethod):
         teacher_l, teacher_u = self.teach(batch, views + input_noise(views), with_labeled=self.refills_at(step))
         entropy = predictive_entropy(self._mean_prediction(views))
         ceiling = math.log(self.student.num_classes)
-        sure = entropy < (0.75 + 0.25 * sigmoid_rampup(step, self.rampup)) * ceiling
+        sure = entropy < (0.75 + 0.25 * self.ramp(step)) * ceiling
         logits_l, logits_u = student.logits[:labeled], student.logits[labeled:]
         consistency = masked_square(logits_u.float().softmax(1), teacher_u.logits.float().softmax(1), sure)
         terms = {
