@@ -13,6 +13,10 @@ Go on after an interruption, and two processes on one or more machines::
     python train_cov_dfp_3d.py --exp la8 --resume
     torchrun --nproc_per_node=2 train_cov_dfp_3d.py --dataset_name LA --dataset_path DATA
 
+Where the time of a step goes, with any other flags::
+
+    python train_cov_dfp_3d.py --profile 20
+
 ``--help`` lists all flags.
 """
 
@@ -25,6 +29,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -40,6 +45,7 @@ from myutils.flags import SuggestingParser, add_flags, given_flags
 from myutils.registry import closest_hint
 from myutils.report import draw_run, evaluate_run, result_checkpoint
 from myutils.run_log import setup_logging
+from myutils.step_profile import check_length, format_profile, profile_training
 from myutils.trainer import Trainer, TrainingInterrupted
 
 logger = logging.getLogger("train")
@@ -55,6 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_flags(parser, RunConfig)
     given = given_flags(parser, argv)
     setup_logging(is_main=True)
+    if given.get("profile"):
+        with TemporaryDirectory() as folder:
+            return train(parser, given | {"output_dir": Path(folder)})
+    return train(parser, given)
+
+
+def train(parser: SuggestingParser, given: dict[str, Any]) -> int:
+    """The job that the flags describe; exit codes as in ``main``."""
     try:
         trainer = prepare(given)
     except (ValueError, OSError) as error:
@@ -82,13 +96,20 @@ def prepare(given: dict[str, Any]) -> Trainer:
     config = RunConfig(**given)
     ranks, device = start_process_group(config.gpu)
     setup_logging(is_main=ranks.is_main)
-    return resume_run(config, given, ranks, device) if config.resume else start_run(config, ranks, device)
+    trainer = resume_run(config, given, ranks, device) if config.resume else start_run(config, ranks, device)
+    if config.profile:
+        check_length(trainer, config.profile)
+    return trainer
 
 
 def run(trainer: Trainer) -> None:
     """The whole job: train, train the baseline where asked for, evaluate both, write everything down."""
     config = trainer.state.config
     describe(trainer)
+    if config.profile:
+        parts = profile_training(trainer, config.profile)
+        sys.stdout.write(f"\n{config.profile} steps\n{format_profile(parts)}\n")
+        return
     trained = {config.method: fit(trainer)}
     if config.baseline and config.method != "supervised":
         trained["supervised"] = fit(baseline_trainer(trainer))

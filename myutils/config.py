@@ -169,6 +169,7 @@ class RunConfig:
         0, help="processes that prepare batches, each with its own case cache; 0: the trainer itself", group=RUN
     )
     resume: bool = option(False, help="go on from last.pt of --exp with its stored settings", group=RUN)
+    profile: int = option(0, help="time the parts of N steps, print them and stop; nothing is kept", group=RUN)
     log_every: int = option(10, help="steps between log entries, >= 1", group=RUN)
     save_every: int = option(250, help="steps between checkpoints and validations, >= 1", group=RUN)
     image_every: int = option(250, help="steps between pictures in TensorBoard, >= 1", group=RUN)

@@ -45,6 +45,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "foreground_share": (0, 1),
     "seed": (0, 2**31 - 1),
     "num_workers": (0, 256),
+    "profile": (0, float("inf")),
     "log_every": (1, float("inf")),
     "save_every": (1, float("inf")),
     "image_every": (1, float("inf")),

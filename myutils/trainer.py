@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -40,6 +37,7 @@ from myutils.prototype_checks import NonFiniteFeaturesError
 from myutils.run_log import RunLog, step_scalars
 from myutils.schedules import poly_lr
 from myutils.seeding import derive_seed, seed_everything
+from myutils.stop_signals import stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -113,11 +111,11 @@ class Trainer:
             if first == 0:
                 self._save(("last.pt",))
             with stop_signals(self), self._progress_bar(first) as bar:
-                for step, batch in enumerate(self._loader(first), start=first):
+                for step, batch in enumerate(self.loader(first), start=first):
                     output = self.train_step(network, batch.to(self.device), step)
                     self.state.step = step + 1
                     bar.update()
-                    self._finish_step(log, bar, batch, output)
+                    self.finish_step(log, bar, batch, output)
         finally:
             log.close()
         return self.state
@@ -139,15 +137,23 @@ class Trainer:
             reason = f"the prototype term's {error}"
             raise NonFiniteLossError(self.watch.message(reason, step, cases)) from error
         self.watch.record(step, cases, {f"loss term {name}": term.value for name, term in output.terms.items()})
+        self.backward(output)
+        self.update_weights(step, cases)
+        self.method.after_step(step)
+        return output
+
+    def backward(self, output: StepOutput) -> None:
+        """Gradients of the step's loss."""
         self.scaler.scale(output.total()).backward()
+
+    def update_weights(self, step: int, cases: tuple[str, ...]) -> None:
+        """Clip the gradient and let the optimizer step; ``cases`` are those of the step, for an error's text."""
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.method.parameters(), config.grad_clip)
+        norm = nn.utils.clip_grad_norm_(self.method.parameters(), self.state.config.grad_clip)
         if not self.scaler.is_enabled():  # the scaler skips such a step by itself
             self.watch.record(step, cases, {"the gradient": norm})
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.method.after_step(step)
-        return output
 
     def _wrapped(self) -> nn.Module:
         """The method, behind DDP where there are several ranks."""
@@ -172,7 +178,7 @@ class Trainer:
             maxinterval=10.0 if interactive else 60.0,
         )
 
-    def _finish_step(self, log: RunLog, bar: tqdm[Any], batch: Batch, output: StepOutput) -> None:
+    def finish_step(self, log: RunLog, bar: tqdm[Any], batch: Batch, output: StepOutput) -> None:
         """Log, validate and save where it is time to; stop where it was asked for."""
         config, done = self.state.config, self.state.step
         last = done == self.max_iteration
@@ -204,7 +210,8 @@ class Trainer:
         limits = {"first_step": first, "max_iteration": self.max_iteration}
         return StepSampler(plan, **limits, rank=ranks.rank, world_size=ranks.world_size)
 
-    def _loader(self, first: int) -> Iterator[Batch]:
+    def loader(self, first: int) -> Iterator[Batch]:
+        """The batches of the steps from ``first`` on."""
         config = self.state.config
         guides = self.state.split.labeled if config.place_prior else ()
         return iter(
@@ -278,23 +285,3 @@ class Trainer:
             return self.interrupted
         confer = done % self.state.config.log_every == 0 or done == self.max_iteration
         return confer and any_rank(self.interrupted, self.device)
-
-
-@contextmanager
-def stop_signals(trainer: Trainer) -> Iterator[None]:
-    """Turn Ctrl-C and SIGTERM into a request to stop after the step; a second Ctrl-C stops at once."""
-
-    def request(number: int, frame: FrameType | None) -> None:
-        if trainer.interrupted and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        trainer.interrupted = True
-
-    try:
-        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # signals can be caught in the main thread only
-        before = {}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

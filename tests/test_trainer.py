@@ -88,7 +88,7 @@ def test_trainer_never_reads_labels_of_unlabelled_cases(tmp_path: Path) -> None:
 
 def test_trainer_warms_up_on_labelled_patches_alone(tmp_path: Path) -> None:
     trainer = small_trainer(BallSource(), tmp_path, warmup_iteration=2)
-    shares = [len(batch.image_u) for batch in trainer._loader(0)]
+    shares = [len(batch.image_u) for batch in trainer.loader(0)]
     assert shares == [0, 0, 2, 2]
     assert trainer.fit().step == 4
 

@@ -134,3 +134,13 @@ def test_same_seed_gives_the_same_weights_and_another_does_not(folder: Path) -> 
         assert train.main(job(folder, "--no-evaluate", exp=exp, seed=seed, **lists)) == 0
     assert different(weights(folder, "a"), weights(folder, "b")) == []
     assert different(weights(folder, "a"), weights(folder, "c")) != []
+
+
+def test_profile_prints_where_the_time_goes_and_keeps_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(job(folder, "--profile", "2", max_iteration="5")) == 0
+    printed = capsys.readouterr().out
+    assert "2 steps" in printed and "forward of the teacher" in printed and "whole step" in printed
+    assert not (folder / "runs").exists()
+    with pytest.raises(SystemExit, match="2"):
+        train.main(job(folder, "--profile", "3", max_iteration="5"))
+    assert "--profile 3: at most 2" in capsys.readouterr().err
