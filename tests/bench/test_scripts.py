@@ -6,16 +6,20 @@ import sys
 
 import pytest
 
-from benchmarks import metrics_speed, prototype_share
+from benchmarks import metrics_speed, step_cost
 
 
-def test_prototype_share_prints_both_sides_and_the_share(
+def test_step_cost_prints_every_side_and_its_ratios(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["x", "--patch_size", "16", "16", "16", "--classes", "3", "--rounds", "1"])
-    prototype_share.main()
-    printed = capsys.readouterr().out
-    assert "without  prototypes" in printed and "share of the step" in printed
+    step_cost.main()
+    lines = capsys.readouterr().out.splitlines()
+    figures = {line[:24].strip(): [float(word) for word in line[24:].split()[:5]] for line in lines[2:6]}
+    assert list(figures) == ["bare loop", "supervised", "mean teacher", "with prototypes"]
+    assert figures["bare loop"][2] == 1.0 and figures["supervised"][4] == 1.0
+    assert all(value > 0 for values in figures.values() for value in values)
+    assert lines[6].startswith("share of 'with prototypes' that 'mean teacher' has not")
 
 
 @pytest.mark.slow
