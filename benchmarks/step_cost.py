@@ -3,8 +3,8 @@
     python -m benchmarks.step_cost --patch_size 64 64 48 --row "no prototypes=--method mean_teacher
         --no-use_contrastive_prototype" --row "prototypes=--method mean_teacher" --rounds 14
 
-``bare loop`` is the same network with the same batch and precision: forward, Dice + cross-entropy, backward, an SGD step
-and nothing else. The other sides are whole steps of the trainer, as ``--row NAME=FLAGS`` describes them; patches are
+``bare loop`` is the same network with the same batch and precision: forward, Dice + cross-entropy, backward, an SGD
+step and nothing else. The other sides are whole steps of the trainer, as ``--row NAME=FLAGS`` describes them; patches are
 made beforehand, so that neither reading nor augmentation is in any figure. A round is ``--memory_interval`` steps of
 each, one of them with a refill of the prototype memory. Printed: seconds per step as the mean over a round's steps of
 each one's median over rounds, the same of the least times, the ratios to the first two sides, and with ``--memory`` the
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -163,7 +164,8 @@ def report(settings: argparse.Namespace, seconds: dict[str, list[list[float]]], 
     lines = [
         f"torch {torch.__version__}, {machine}, {settings.model}, patch {patch}, batch 4 (2 labelled), "
         f"{settings.classes} classes, --amp {settings.amp}, {settings.rounds} rounds",
-        f"{'side':24s}{'s per step':>12s}{'least':>9s}{'to bare':>9s}{'least':>9s}{'to supervised':>15s}{'peak MB':>9s}",
+        f"{'side':24s}{'s per step':>12s}{'least':>9s}{'to bare':>9s}{'least':>9s}"
+        f"{'to supervised':>15s}{'peak MB':>9s}",
     ]
     for name, value in typical.items():
         ratios = (value / typical[BARE], least[name] / least[BARE], value / typical[SUPERVISED])
@@ -172,7 +174,7 @@ def report(settings: argparse.Namespace, seconds: dict[str, list[list[float]]], 
             f"{name:24s}{value:12.4f}{least[name]:9.4f}{ratios[0]:9.3f}{ratios[1]:9.3f}{ratios[2]:15.3f}{peak}"
         )
     names = list(typical)
-    for before, after in zip(names[2:], names[3:], strict=False):
+    for before, after in pairwise(names[2:]):
         share = (1 - typical[before] / typical[after], 1 - least[before] / least[after])
         lines.append(f"share of {after!r} that {before!r} has not: {share[0]:.1%} (by the least times {share[1]:.1%})")
     sys.stdout.write("\n".join(lines) + "\n")
