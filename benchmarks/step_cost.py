@@ -4,11 +4,11 @@
         --no-use_contrastive_prototype" --row "prototypes=--method mean_teacher" --rounds 14
 
 ``bare loop`` is the same network with the same batch and precision: forward, Dice + cross-entropy, backward, an SGD
-step and nothing else. The other sides are whole steps of the trainer, as ``--row NAME=FLAGS`` describes them; patches are
-made beforehand, so that neither reading nor augmentation is in any figure. A round is ``--memory_interval`` steps of
-each, one of them with a refill of the prototype memory. Printed: seconds per step as the mean over a round's steps of
-each one's median over rounds, the same of the least times, the ratios to the first two sides, and with ``--memory`` the
-peak memory of each side in a process of its own.
+step and nothing else. The other sides are whole steps of the trainer, as ``--row NAME=FLAGS`` describes them; patches
+are made beforehand, so that neither reading nor augmentation is in any figure. A round is ``--memory_interval`` steps
+of each, one of them with a refill of the prototype memory. Printed: seconds per step as the mean over a round's steps
+of each one's median over rounds, the same of the least times, the ratios to the first two sides, and with
+``--memory`` the peak memory of each side in a process of its own.
 """
 
 from __future__ import annotations
