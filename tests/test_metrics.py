@@ -10,12 +10,14 @@ import pytest
 import torch
 from medpy.metric import binary as medpy
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
+from scipy import ndimage
 
 from myutils.metrics import (
     CaseMetrics,
+    class_boxes,
+    distances_by_transform,
+    distances_by_tree,
     mask_metrics,
-    nearest_by_transform,
-    nearest_by_tree,
     segmentation_metrics,
     surface,
 )
@@ -177,11 +179,22 @@ def test_bad_input_is_refused(changes: dict, message: str) -> None:
 @pytest.mark.parametrize("density", [0.002, 0.05, 0.6])
 def test_tree_and_transform_give_the_same_distances(density: float) -> None:
     rng = np.random.default_rng(0)
-    points, targets = (rng.random((17, 12, 9)) < density for _ in range(2))
-    points[3, 4, 5] = targets[10, 2, 7] = True
-    spacing = (0.7, 1.3, 2.0)
-    by_tree = nearest_by_tree(points, targets, spacing)
-    assert np.allclose(by_tree, nearest_by_transform(points, targets, spacing))
-    places = np.argwhere(targets) * spacing
-    by_loop = [np.sqrt(((voxel * np.array(spacing) - places) ** 2).sum(1)).min() for voxel in np.argwhere(points)]
-    assert np.allclose(by_tree, by_loop)
+    first, second = (rng.random((17, 12, 9)) < density for _ in range(2))
+    first[3, 4, 5] = second[10, 2, 7] = first[8, 8, 8] = second[8, 8, 8] = True
+    shared, spacing = first & second, np.array((0.7, 1.3, 2.0))
+    by_tree = distances_by_tree(first, second, shared, spacing)
+    by_transform = distances_by_transform(first, second, shared, spacing)
+    for ours, theirs, mask, other in zip(by_tree, by_transform, (first, second), (second, first), strict=True):
+        places = np.argwhere(other) * spacing
+        by_loop = [np.sqrt(((voxel * spacing - places) ** 2).sum(1)).min() for voxel in np.argwhere(mask & ~shared)]
+        assert np.allclose(ours, by_loop) and np.allclose(theirs, by_loop)
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_boxes_of_classes_are_those_of_find_objects(num_classes: int) -> None:
+    label_map = np.zeros((9, 8, 7), np.uint8)
+    assert class_boxes(label_map, num_classes) == [None] * (num_classes - 1)
+    label_map[2:5, 1:3, 6] = 1
+    label_map[3:9, 0, 2:4] = num_classes - 1
+    expected = ndimage.find_objects(label_map.astype(np.int32), max_label=num_classes - 1)
+    assert class_boxes(label_map, num_classes) == expected
