@@ -10,6 +10,10 @@ The same data set in another folder, its validation cases, or another data set w
     python evaluate_3d.py --checkpoint runs/la8/best.pt --split val
     python evaluate_3d.py --checkpoint runs/la8/best.pt --dataset_name nifti --dataset_path /data/clinic --split all
 
+Several processes share the cases out, on one machine or many::
+
+    torchrun --nproc_per_node=2 evaluate_3d.py --checkpoint runs/la8/best.pt
+
 It writes ``cases.csv``, ``summary.json`` and ``predictions/`` into ``--output_dir`` and prints the table. Exit code 0
 done, 1 failed on the way, 2 refused at the start, 130 stopped. ``--help`` lists all flags.
 """
@@ -29,7 +33,7 @@ from dataloaders.base import CaseSource
 from myutils.build import build_source
 from myutils.checkpoint import InferenceBundle, load_for_inference
 from myutils.config import RunConfig
-from myutils.distributed import select_device
+from myutils.distributed import is_main_rank, start_process_group, stop_process_group
 from myutils.evaluation import CaseResult, evaluate_cases, format_table, summarise, write_cases_csv, write_summary_json
 from myutils.evaluation_cases import SPLITS, choose_cases, is_training_data, require_match
 from myutils.flags import option
@@ -89,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         logger.info("stopped; nothing but finished predictions in %s was written", job.folder / "predictions")
         return 130
+    finally:
+        stop_process_group()
     return 0
 
 
@@ -101,7 +107,7 @@ def prepare(flags: EvaluateFlags) -> Job:
     """
     if flags.checkpoint is None:
         raise ValueError("--checkpoint is required: the last.pt or best.pt of a run")
-    device = select_device(flags.gpu)
+    _, device = start_process_group(flags.gpu)
     bundle = load_for_inference(flags.checkpoint, device)
     config = flags.apply_to(bundle.config)
     options = inference_options(bundle, config, device)
@@ -151,7 +157,8 @@ def run(job: Job) -> None:
         keep_largest=job.config.largest_component,
         save_dir=folder / "predictions",
     )
-    write_results(job, results)
+    if is_main_rank():
+        write_results(job, results)
 
 
 def write_results(job: Job, results: Sequence[CaseResult]) -> None:

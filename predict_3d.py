@@ -5,6 +5,8 @@ A NIfTI file, a folder of them, a DICOM series' folder, or a folder of such fold
     python predict_3d.py --checkpoint runs/la8/best.pt --input scan.nii.gz --output predicted
     python predict_3d.py --checkpoint runs/la8/best.pt --input scans --output predicted --probabilities
 
+Several processes share the scans out: ``torchrun --nproc_per_node=2 predict_3d.py ...``.
+
 It writes ``<name>.nii.gz`` (class ids, uint8) and with ``--probabilities`` ``<name>_prob.nii.gz`` (float32, one volume
 per class along the fourth axis). A bad scan is reported and skipped. Exit code 0 all done, 1 some failed, 2 refused at
 the start, 130 stopped. ``--help`` lists all flags.
@@ -25,7 +27,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataloaders.geometry import READ_ERRORS
 from myutils.checkpoint import InferenceBundle, load_for_inference
-from myutils.distributed import select_device
+from myutils.distributed import is_main_rank, join_shares, own_share, start_process_group, stop_process_group
 from myutils.flags import option
 from myutils.inference import InferenceOptions, label_map_from, predict_probabilities
 from myutils.inference_flags import InferenceFlags, inference_options, start
@@ -75,12 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     job = start(PredictFlags, prepare, argv, prog="predict_3d.py", usage=usage, doc=__doc__)
     try:
         failed = run(job)
+        logger.info("%d of %d scans segmented, in %s", len(job.scans) - len(failed), len(job.scans), job.folder)
+        if failed and is_main_rank():
+            logger.error("failed: %s", ", ".join(failed))
     except KeyboardInterrupt:
         logger.info("stopped; the label maps in %s are whole", job.folder)
         return 130
-    logger.info("%d of %d scans segmented, in %s", len(job.scans) - len(failed), len(job.scans), job.folder)
-    if failed:
-        logger.error("failed: %s", ", ".join(failed))
+    finally:
+        stop_process_group()
     return 1 if failed else 0
 
 
@@ -97,7 +101,7 @@ def prepare(flags: PredictFlags) -> Job:
     if flags.output.exists() and not flags.output.is_dir():
         raise ValueError(f"--output {flags.output} is a file; pass a folder")
     scans = find_scans(flags.input)
-    device = select_device(flags.gpu)
+    _, device = start_process_group(flags.gpu)
     bundle = load_for_inference(flags.checkpoint, device)
     config = flags.apply_to(bundle.config)
     options = inference_options(bundle, config, device)
@@ -108,17 +112,18 @@ def prepare(flags: PredictFlags) -> Job:
 
 
 def run(job: Job) -> list[str]:
-    """Segment all scans; returns the names of those that failed."""
-    failed = []
+    """Segment all scans, shared out over the ranks; returns the names of those that failed, on every rank."""
+    failed: list[str | None] = []  # None for a scan that did not fail
     with logging_redirect_tqdm():
-        for scan in tqdm(job.scans, desc="predict", unit="scan"):
+        for scan in tqdm(own_share(job.scans), desc="predict", unit="scan", disable=not is_main_rank()):
             try:
                 segment(scan, job)
+                failed.append(None)
             except SCAN_ERRORS as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 logger.error("%s: skipped: %s", scan.path, reason)
                 failed.append(scan.name)
-    return failed
+    return [name for name in join_shares(failed) if name is not None]
 
 
 def segment(scan: Scan, job: Job) -> None:

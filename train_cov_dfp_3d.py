@@ -114,12 +114,10 @@ def run(trainer: Trainer) -> None:
     if config.baseline and config.method != "supervised":
         trained["supervised"] = fit(baseline_trainer(trainer))
     barrier()
-    stop_process_group()  # rank 0 evaluates alone, for longer than the others would wait in a collective
-    if not trainer.ranks.is_main:
-        return
     if config.evaluate:
         evaluate(trained, trainer)
-    list_files(trainer.folder)
+    if trainer.ranks.is_main:
+        list_files(trainer.folder)
 
 
 def start_run(config: RunConfig, ranks: RankInfo, device: torch.device) -> Trainer:
@@ -223,6 +221,8 @@ def evaluate(trained: dict[str, Path], trainer: Trainer) -> None:
         logger.warning("training is done; no evaluation: %s", error)
         return
     outcome = {name: evaluate_run(path, source, test_ids, trainer.device) for name, path in trained.items()}
+    if not trainer.ranks.is_main:
+        return
     baseline = outcome["supervised"][1] if len(outcome) > 1 else None
     table = format_table(outcome[config.method][1], baseline, name=config.method)
     sys.stdout.write(f"\n{len(test_ids)} test cases, {config.max_iteration} steps, seed {config.seed}\n{table}\n\n")

@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
 
 logger = logging.getLogger(__name__)
 
-# Ranks wait for rank 0 while it validates whole volumes; the default of 10 minutes would end such a run.
+T = TypeVar("T")
+
+# A rank may wait for another that segments a large volume; the default of 10 minutes would end such a run.
 COLLECTIVE_TIMEOUT = timedelta(hours=4)
 
 
@@ -101,6 +104,31 @@ def broadcast_object(value: Any) -> Any:
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+def is_main_rank() -> bool:
+    """Whether this process is rank 0, or alone."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def own_share(items: Sequence[T]) -> list[T]:
+    """The items that this rank works on: every N-th of N ranks, all of them where there is one process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return list(items)
+    return list(items[dist.get_rank() :: dist.get_world_size()])
+
+
+def join_shares(share: Sequence[T]) -> list[T]:
+    """What the ranks made of their ``own_share``, one picklable object per item, in the order of the items.
+
+    Every rank must call it; each gets all.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return list(share)
+    shares: list[Sequence[T]] = [()] * dist.get_world_size()
+    dist.all_gather_object(shares, list(share))
+    longest = max(map(len, shares))
+    return [part[index] for index in range(longest) for part in shares if index < len(part)]
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from dataloaders.base import CaseSource, Volume
 from dataloaders.preprocess import Preprocess
+from myutils.distributed import is_main_rank, join_shares, own_share
 from myutils.inference import InferenceOptions, predict_label_map
 from myutils.label_files import save_label_map
 from myutils.metrics import CaseMetrics, segmentation_metrics
@@ -65,6 +66,8 @@ def evaluate_cases(
 ) -> list[CaseResult]:
     """Predict and score cases one after another; labels are read here and nowhere else.
 
+    Several ranks share the cases out: each must call this, and each gets the results of all.
+
     Args:
         network: On ``device``; its training mode is restored after each case.
         source: Data set with labels for all of ``case_ids``.
@@ -83,7 +86,7 @@ def evaluate_cases(
     if not case_ids:
         raise ValueError("no case to evaluate; the split is empty")
     results = []
-    for case_id in tqdm(case_ids, desc="evaluate", unit="case", disable=not progress):
+    for case_id in tqdm(own_share(case_ids), desc="evaluate", unit="case", disable=not (progress and is_main_rank())):
         volume = source.load(case_id, with_label=True)
         try:
             label_map = predict_label_map(network, volume, preprocess, inference, device, keep_largest=keep_largest)
@@ -92,7 +95,7 @@ def evaluate_cases(
         results.append(score_case(volume, label_map, network.num_classes))
         if save_dir is not None:
             save_label_map(save_dir / f"{case_id}.nii.gz", label_map, volume.affine)
-    return results
+    return join_shares(results)
 
 
 def score_case(volume: Volume, label_map: np.ndarray, num_classes: int) -> CaseResult:

@@ -13,7 +13,7 @@ import torch
 from myutils.build import build_inference
 from myutils.checkpoint import InferenceBundle
 from myutils.config import RunConfig
-from myutils.distributed import resolve_amp
+from myutils.distributed import is_main_rank, resolve_amp, stop_process_group
 from myutils.flags import SuggestingParser, add_flags, given_flags, option
 from myutils.inference import InferenceOptions
 from myutils.run_log import setup_logging
@@ -79,9 +79,12 @@ def start(
     flags = flags_class(**given_flags(parser, argv))
     setup_logging(is_main=True)
     try:
-        return prepare(flags)
+        job = prepare(flags)
     except (ValueError, OSError) as error:
+        stop_process_group()
         parser.error(str(error))
+    setup_logging(is_main=is_main_rank())
+    return job
 
 
 def inference_options(bundle: InferenceBundle, config: RunConfig, device: torch.device) -> InferenceOptions:

@@ -15,7 +15,7 @@ from dataloaders.base import CaseSource
 from dataloaders.splits import ids_digest
 from myutils.build import build_inference
 from myutils.checkpoint import load_for_inference
-from myutils.distributed import resolve_amp
+from myutils.distributed import is_main_rank, resolve_amp
 from myutils.evaluation import CaseResult, evaluate_cases, summarise, write_cases_csv, write_summary_json
 from myutils.overlay import OverlayCase, save_overlay
 from myutils.run_log import read_metrics
@@ -54,8 +54,9 @@ def evaluate_run(
     summary = summarise(results, bundle.class_names)
     summary |= {"checkpoint": checkpoint.name, "step": bundle.step, "split_digest": bundle.split.digest}
     summary |= {"test_ids": list(case_ids), "test_digest": ids_digest(case_ids)}
-    write_cases_csv(folder / "test" / "cases.csv", results, bundle.class_names)
-    write_summary_json(folder / "test" / "summary.json", summary)
+    if is_main_rank():
+        write_cases_csv(folder / "test" / "cases.csv", results, bundle.class_names)
+        write_summary_json(folder / "test" / "summary.json", summary)
     return results, summary
 
 

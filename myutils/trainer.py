@@ -243,8 +243,8 @@ class Trainer:
 
     def _validate_and_save(self, log: RunLog, done: int, *, validate: bool) -> None:
         names = ["last.pt"]  # written last: a kill in between repeats the validation instead of losing best.pt
-        if validate and self.state.split.val and self.ranks.is_main:
-            score = self._validation_dice()
+        if validate and self.state.split.val:
+            score = self._validation_dice()  # the ranks share the cases out
             log.scalars(done, {"Validation/dice": score})
             if score > self.state.best_dice:
                 self.state.best_dice = score

@@ -11,6 +11,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from helpers_scans import trained_run, write_cohort
 
 import evaluate_3d
@@ -47,7 +48,7 @@ def refused(capsys: pytest.CaptureFixture[str], checkpoint: Path, *flags: object
 
 
 def split_of(checkpoint: Path) -> dict[str, tuple[str, ...]]:
-    bundle = evaluate_3d.load_for_inference(checkpoint, evaluate_3d.select_device(None))
+    bundle = evaluate_3d.load_for_inference(checkpoint, torch.device("cpu"))
     return {"labeled": bundle.split.labeled, "unlabeled": bundle.split.unlabeled, "val": bundle.split.val}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,9 +19,11 @@ from myutils.build import DataFacts
 from myutils.checkpoint import RunState
 from myutils.distributed import RankInfo
 from myutils.methods.base import METHODS
+from myutils.report import evaluate_run
 from myutils.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
+TEST_IDS = ["ball05", "ball03", "ball04"]
 WITH_WARM_UP = ("bcp", "mc_net")  # mc_net leaves a decoder idle in it
 
 
@@ -46,7 +49,17 @@ def train_rank(rank: int, folder: str) -> None:
         trainer = Trainer(state, source, run, RankInfo(rank, 2, rank), torch.device("cpu"))
         trainer.fit()
         torch.save(trainer.method.state_dict(), run / f"rank{rank}.pt")
+    share_cases(rank, source, Path(folder) / "mean_teacher")
     torch.distributed.destroy_process_group()
+
+
+def share_cases(rank: int, source: BallSource, run: Path) -> None:
+    """Evaluate three cases on two ranks; each writes down what it got and what it worked on."""
+    source.label_reads.clear()
+    results, _ = evaluate_run(run, source, TEST_IDS, torch.device("cpu"))
+    torch.distributed.barrier()
+    with (run / f"scored{rank}.json").open("w") as file:
+        json.dump([source.label_reads, [dataclasses.asdict(result) for result in results]], file)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +76,19 @@ def test_two_ranks_hold_equal_weights_and_memory(two_ranks: Path, name: str) -> 
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
     assert first["prototypes.manager.memory_count"].sum() > 0
     assert (two_ranks / name / "last.pt").exists()
+
+
+def test_two_ranks_share_the_cases_and_agree_with_one_process(two_ranks: Path) -> None:
+    run = two_ranks / "mean_teacher"
+    (read, first), (read_too, second) = (json.loads((run / f"scored{rank}.json").read_text()) for rank in (0, 1))
+    assert (read, read_too) == (["ball05", "ball04"], ["ball03"])
+    assert first == second and [result["case_id"] for result in first] == TEST_IDS
+    assert sorted(path.name for path in (run / "test" / "predictions").iterdir()) == [
+        f"{case_id}.nii.gz" for case_id in sorted(TEST_IDS)
+    ]
+    shared = (run / "test" / "cases.csv").read_text()
+    evaluate_run(run, BallSource(), TEST_IDS, torch.device("cpu"))
+    assert (run / "test" / "cases.csv").read_text() == shared
 
 
 @pytest.mark.slow
