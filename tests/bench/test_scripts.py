@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks import metrics_speed, step_cost
+from benchmarks import metrics_speed, scaling, step_cost
 
 
 def test_step_cost_prints_every_side_and_its_ratios(
@@ -32,3 +33,15 @@ def test_metrics_speed_prints_all_libraries_and_equal_figures(
     gaps = {line.split()[0]: float(line.split()[-1]) for line in lines[1:]}
     assert set(gaps) == {"ours", "medpy", "monai"}
     assert max(gaps.values()) < 1e-4
+
+
+@pytest.mark.slow
+def test_scaling_prints_a_line_per_number_of_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--patch_size", "16", "16", "16", "--cache_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["x", "--threads", "2", "--rounds", "1", "--steps", "10", "--", *flags])
+    scaling.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [words[:3] for words in lines] == [["1", "2", "4"], ["2", "1", "4"]]
+    assert lines[0][-1] == "1.00" and all(float(words[3]) > 0 for words in lines)
