@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import pytest
+from conftest import BallSource
+from helpers_runs import small_trainer
 
-from benchmarks import metrics_speed, scaling, step_cost
+from benchmarks import inference_speed, metrics_speed, scaling, step_cost
 
 
 def test_step_cost_prints_every_side_and_its_ratios(
@@ -45,3 +48,20 @@ def test_scaling_prints_a_line_per_number_of_ranks(
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert [words[:3] for words in lines] == [["1", "2", "4"], ["2", "1", "4"]]
     assert lines[0][-1] == "1.00" and all(float(words[3]) > 0 for words in lines)
+
+
+def test_inference_speed_compares_three_sides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = BallSource()
+    small_trainer(source, tmp_path, max_iteration=1).fit()
+    volume = source.load("ball00", with_label=True)
+    for name, array in (("image", volume.image[0].astype("float32")), ("label", volume.label)):
+        nib.save(nib.Nifti1Image(array, volume.affine), tmp_path / f"{name}.nii.gz")
+    given = ["--checkpoint", "last.pt", "--image", "image.nii.gz", "--label", "label.nii.gz", "--stride", "8", "8", "8"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["x", *given, "--rounds", "1"])
+    inference_speed.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [words[0] for words in lines] == ["ours", "monai", "stride"]
+    assert lines[0][2] == "1.00" and float(lines[1][4]) == 100 and float(lines[0][4]) > 80

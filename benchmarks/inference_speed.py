@@ -1,0 +1,120 @@
+"""Whole volumes through a network: ours against MONAI's call as people write it, and against the field's stride.
+
+    python -m benchmarks.inference_speed --checkpoint runs/la/last.pt --image scan.nii.gz --label label.nii.gz
+
+Three sides, in one process, in turn, with the same weights: ``ours`` is what evaluation and prediction do;
+``monai`` is ``monai.inferers.sliding_window_inference`` in float32 with the same window and overlap and otherwise its
+defaults; ``stride`` is the test of the published left-atrium codes, a window every ``--stride`` voxels (18×18×4),
+probabilities averaged, float32, window by window. Printed: median seconds, the ratio to ours, the Dice of each label
+map against the label, where there is one, and against MONAI's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.inferers import sliding_window_inference
+from torch import Tensor
+
+from myutils.build import build_inference
+from myutils.checkpoint import InferenceBundle, load_for_inference
+from myutils.distributed import resolve_amp, start_process_group
+from myutils.inference import InferenceOptions, sliding_window_probabilities
+from myutils.scan_inputs import find_scans
+
+Side = Callable[[Tensor], Tensor]
+
+
+def main() -> None:
+    """Measure and print."""
+    settings = parse()
+    _, device = start_process_group()
+    bundle = load_for_inference(settings.checkpoint, device)
+    options = build_inference(bundle.config, resolve_amp(bundle.config.amp, device))
+    volume = find_scans(settings.image)[0].read()
+    image = torch.from_numpy(np.array(bundle.preprocess(volume).image))
+    truth = None
+    if settings.label is not None:
+        truth = np.asarray(nib.load(settings.label).dataobj)  # type: ignore[attr-defined]
+    sides = make_sides(bundle, options, tuple(settings.stride), device)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    maps: dict[str, np.ndarray] = {}
+    for _ in range(settings.rounds):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            maps[name] = side(image).argmax(0).cpu().numpy()
+            seconds[name].append(time.perf_counter() - started)
+    lines = [
+        f"torch {torch.__version__}, monai {version('monai')}, {torch.get_num_threads()} threads, {device.type}, volume "
+        f"{tuple(image.shape[1:])}, window {options.patch_size}, overlap {options.overlap}, ours in {options.amp}, "
+        f"{settings.rounds} rounds",
+        f"{'side':8s}{'seconds':>10s}{'x ours':>8s}{'Dice %':>9s}{'Dice to monai %':>17s}",
+    ]
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        against = "-" if truth is None else f"{dice(maps[name], truth, bundle.num_classes):.2f}"
+        agreement = dice(maps[name], maps["monai"], bundle.num_classes)
+        ratio = median / statistics.median(seconds["ours"])
+        lines.append(f"{name:8s}{median:10.2f}{ratio:8.2f}{against:>9s}{agreement:17.2f}")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    """Flags of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--image", type=Path, required=True, help="NIfTI file")
+    parser.add_argument("--label", type=Path, help="NIfTI file")
+    parser.add_argument("--stride", type=int, nargs=3, default=(18, 18, 4), help="0 0 0 leaves this side out")
+    parser.add_argument("--rounds", type=int, default=3)
+    return parser.parse_args()
+
+
+def make_sides(
+    bundle: InferenceBundle, options: InferenceOptions, stride: tuple[int, ...], device: torch.device
+) -> dict[str, Side]:
+    """Functions from a preprocessed image (C, X, Y, Z) to class scores (K, X, Y, Z)."""
+    network = bundle.network
+
+    @torch.no_grad()
+    def monai(image: Tensor) -> Tensor:
+        scores = sliding_window_inference(
+            image[None].to(device), options.patch_size, 1, lambda x: network(x).logits, overlap=options.overlap
+        )
+        return scores[0]
+
+    @torch.no_grad()
+    def strided(image: Tensor) -> Tensor:
+        overlap = [max(0.0, 1 - step / size) for step, size in zip(stride, options.patch_size, strict=True)]
+        scores = sliding_window_inference(
+            image[None].to(device), options.patch_size, 1, lambda x: network(x).logits.softmax(1), overlap=overlap
+        )
+        return scores[0]
+
+    sides: dict[str, Side] = {
+        "ours": lambda image: sliding_window_probabilities(network, image, options, device),
+        "monai": monai,
+    }
+    return sides | ({"stride": strided} if all(stride) else {})
+
+
+def dice(first: np.ndarray, second: np.ndarray, num_classes: int) -> float:
+    """Mean Dice in % over the foreground classes of two label maps (X, Y, Z)."""
+    scores = []
+    for class_id in range(1, num_classes):
+        ours, theirs = first == class_id, second == class_id
+        scores.append(200.0 * np.count_nonzero(ours & theirs) / max(1, ours.sum() + theirs.sum()))
+    return float(np.mean(scores))
+
+
+if __name__ == "__main__":
+    main()
