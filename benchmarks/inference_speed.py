@@ -54,8 +54,8 @@ def main() -> None:
             maps[name] = side(image).argmax(0).cpu().numpy()
             seconds[name].append(time.perf_counter() - started)
     lines = [
-        f"torch {torch.__version__}, monai {version('monai')}, {torch.get_num_threads()} threads, {device.type}, volume "
-        f"{tuple(image.shape[1:])}, window {options.patch_size}, overlap {options.overlap}, ours in {options.amp}, "
+        f"torch {torch.__version__}, monai {version('monai')}, {torch.get_num_threads()} threads, {device.type}, "
+        f"volume {tuple(image.shape[1:])}, window {options.patch_size}, overlap {options.overlap}, ours in {options.amp}, "
         f"{settings.rounds} rounds",
         f"{'side':8s}{'seconds':>10s}{'x ours':>8s}{'Dice %':>9s}{'Dice to monai %':>17s}",
     ]
