@@ -55,8 +55,8 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - started)
     lines = [
         f"torch {torch.__version__}, monai {version('monai')}, {torch.get_num_threads()} threads, {device.type}, "
-        f"volume {tuple(image.shape[1:])}, window {options.patch_size}, overlap {options.overlap}, ours in {options.amp}, "
-        f"{settings.rounds} rounds",
+        f"volume {tuple(image.shape[1:])}, window {options.patch_size}, overlap {options.overlap}, "
+        f"ours in {options.amp}, {settings.rounds} rounds",
         f"{'side':8s}{'seconds':>10s}{'x ours':>8s}{'Dice %':>9s}{'Dice to monai %':>17s}",
     ]
     for name, values in seconds.items():
