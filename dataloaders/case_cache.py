@@ -25,6 +25,7 @@ from dataloaders.preprocess import Preprocess
 logger = logging.getLogger(__name__)
 
 _TARGETS_PER_CLASS = 2000
+_LARGEST_MAPPED = 256  # cases of one process: each map holds a file open, and systems allow about 1,000 of these
 _FORMAT = 1  # of an entry; a change makes old entries unreadable
 
 
@@ -41,6 +42,11 @@ class PreparedCase:
         arrays = [self.volume.image, *([] if self.volume.label is None else [self.volume.label])]
         return sum(array.nbytes for array in arrays if not isinstance(array, np.memmap))
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the voxels lie in files that this process holds open."""
+        return isinstance(self.volume.image, np.memmap)
+
 
 class CaseCache:
     """Preprocessed cases, in memory up to ``limit_bytes`` (the least recently used give way), and in a ``store``."""
@@ -50,7 +56,7 @@ class CaseCache:
     ) -> None:
         self._source, self._preprocess, self._limit, self._store = source, preprocess, limit_bytes, store
         self._cases: OrderedDict[tuple[str, bool], PreparedCase] = OrderedDict()
-        self._bytes = 0
+        self._bytes, self._mapped = 0, 0
 
     def get(self, case_id: str, *, with_label: bool) -> PreparedCase:
         """The prepared case; its label file is opened only if ``with_label``."""
@@ -60,10 +66,14 @@ class CaseCache:
             return self._cases[key]
         case = self._prepared(case_id, with_label)
         self._cases[key] = case
-        self._bytes += case.memory_bytes
-        while self._bytes > self._limit and len(self._cases) > 1:
-            self._bytes -= self._cases.popitem(last=False)[1].memory_bytes
+        self._count(case, 1)
+        while (self._bytes > self._limit or self._mapped > _LARGEST_MAPPED) and len(self._cases) > 1:
+            self._count(self._cases.popitem(last=False)[1], -1)
         return case
+
+    def _count(self, case: PreparedCase, sign: int) -> None:
+        self._bytes += sign * case.memory_bytes
+        self._mapped += sign * case.is_mapped
 
     def _prepared(self, case_id: str, with_label: bool) -> PreparedCase:
         """From the store where it has the case, else from its files; then the store gets it."""

@@ -12,6 +12,7 @@ import pytest
 from conftest import BallSource
 from data_makers import corner_label, counting_image, write_nifti
 
+from dataloaders import case_cache
 from dataloaders.base import Volume
 from dataloaders.case_cache import CaseCache, CaseStore
 from dataloaders.nifti_folder import NiftiFolder
@@ -146,3 +147,17 @@ def test_entry_that_vanishes_is_read_from_its_files(tmp_path: Path) -> None:
 def test_source_without_files_stays_in_memory(tmp_path: Path) -> None:
     CaseCache(BallSource(), MR, store=store_at(tmp_path)).get("ball00", with_label=True)
     assert list((tmp_path / "store").iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files through /proc")
+def test_mapped_cases_hold_a_bounded_number_of_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_source(tmp_path)
+    for index in range(12):
+        write_nifti(tmp_path / "images" / f"d{index}.nii.gz", counting_image() + index)
+    monkeypatch.setattr(case_cache, "_LARGEST_MAPPED", 4)
+    cache = CaseCache(open_source(tmp_path), MR, store=store_at(tmp_path))
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        for index in range(12):
+            assert cache.get(f"d{index}", with_label=False).is_mapped
+    assert len(os.listdir("/proc/self/fd")) - before <= 4
