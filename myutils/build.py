@@ -99,8 +99,10 @@ def _with_method_defaults(
     """What the user left open and the method decides; mirroring only where the data have an axis for it."""
     wanted = {**COMMON_DEFAULTS, **method.defaults}
     wanted["warmup_iteration"] = round(wanted.pop("warmup_share") * max_iteration)
+    wanted["tta_flips"] = wanted["tta_flips"] and bool(flip_axes)
     for name in ("teacher_flips", "tta_flips"):
-        wanted[name] = wanted[name] and bool(flip_axes)
+        if getattr(config, name) and not flip_axes:
+            raise ValueError(f"--{name}: there is no axis to mirror along; name some with --flip_axes, or leave it out")
     return dataclasses.replace(config, **{name: v for name, v in wanted.items() if getattr(config, name) is None})
 
 

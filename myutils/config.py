@@ -76,8 +76,8 @@ class RunConfig:
     warmup_iteration: int | None = option(
         None, help="first steps with labelled patches alone; else none, bcp: 20 % of the training", group=METHOD
     )
-    teacher_flips: bool | None = option(
-        None, help="the teacher averages each view with a mirrored one (flip_axes); else on for best", group=METHOD
+    teacher_flips: bool = option(
+        False, help="the teacher averages each view with a mirrored one (flip_axes)", group=METHOD
     )
     soft_labels: bool = option(
         True, help="mean_teacher: learn the teacher's probabilities, not only its confident classes", group=METHOD

@@ -90,7 +90,7 @@ def test_hard_labels_count_above_the_gate_only_and_soft_ones_everywhere() -> Non
 
 
 def test_teacher_flips_average_the_views_with_mirrored_ones() -> None:
-    method = make(method="best", flip_axes=(1,))
+    method = make(teacher_flips=True, flip_axes=(1,))
     views = torch.randn(2, 1, 16, 16, 16)
     labeled, found = method.teach(random_batch(), views, with_labeled=True)
     plain, mirrored = method.teacher(views), method.teacher(views.flip(3))
@@ -100,11 +100,15 @@ def test_teacher_flips_average_the_views_with_mirrored_ones() -> None:
     assert labeled is not None and len(labeled.logits) == 2
 
 
-def test_teacher_flips_need_an_axis() -> None:
-    method = make(method="best", flip_axes=())
-    assert (method.config.teacher_flips, method.config.tta_flips) == (False, False)
-    views = torch.randn(1, 1, 16, 16, 16)
-    torch.testing.assert_close(method.teach(random_batch(), views, with_labeled=False)[1], method.teacher(views))
+def test_best_mirrors_at_the_end_where_there_is_an_axis() -> None:
+    assert make(method="best", flip_axes=(1,)).config.tta_flips is True
+    assert make(method="best", flip_axes=()).config.tta_flips is False
+
+
+@pytest.mark.parametrize("name", ["teacher_flips", "tta_flips"])
+def test_mirroring_that_was_asked_for_needs_an_axis(name: str) -> None:
+    with pytest.raises(ValueError, match=f"--{name}: there is no axis to mirror along"):
+        make(flip_axes=(), **{name: True})
 
 
 def test_consistency_weight_ramps_up_once() -> None:

@@ -62,7 +62,6 @@ COMMON_DEFAULTS: Mapping[str, Any] = {
     "consistency": 1.0,
     "use_contrastive_prototype": False,
     "prototype_loss": "ssnet",
-    "teacher_flips": False,
     "tta_flips": False,
     "warmup_share": 0.0,  # of the training; fills warmup_iteration
 }

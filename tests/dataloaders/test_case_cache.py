@@ -18,6 +18,7 @@ from dataloaders.case_cache import CaseCache, CaseStore
 from dataloaders.nifti_folder import NiftiFolder
 from dataloaders.preprocess import Preprocess
 
+OPEN_FILES = Path("/proc/self/fd")
 MR = Preprocess("mr")
 
 
@@ -149,15 +150,15 @@ def test_source_without_files_stays_in_memory(tmp_path: Path) -> None:
     assert list((tmp_path / "store").iterdir()) == []
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files through /proc")
+@pytest.mark.skipif(not OPEN_FILES.is_dir(), reason="counts open files through /proc")
 def test_mapped_cases_hold_a_bounded_number_of_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_source(tmp_path)
     for index in range(12):
         write_nifti(tmp_path / "images" / f"d{index}.nii.gz", counting_image() + index)
     monkeypatch.setattr(case_cache, "_LARGEST_MAPPED", 4)
     cache = CaseCache(open_source(tmp_path), MR, store=store_at(tmp_path))
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(OPEN_FILES.iterdir()))
     for _ in range(2):
         for index in range(12):
             assert cache.get(f"d{index}", with_label=False).is_mapped
-    assert len(os.listdir("/proc/self/fd")) - before <= 4
+    assert len(list(OPEN_FILES.iterdir())) - before <= 4
