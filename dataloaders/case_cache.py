@@ -123,6 +123,7 @@ class CaseStore:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.folder, self._limit = folder, limit_bytes
         self._full = False
+        self._counted, self._written = limit_bytes, 0  # bytes at the last count, and written by this process since
 
     def read(self, name: str, case_id: str) -> PreparedCase | None:
         """The entry, mapped read-only, or None where there is none (any more)."""
@@ -177,15 +178,23 @@ class CaseStore:
         (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
     def _make_room(self, wanted: int) -> None:
-        """Remove the least recently used entries until ``wanted`` bytes fit; open maps of them stay valid."""
+        """Remove the least recently used entries until ``wanted`` bytes fit; open maps of them stay valid.
+
+        The store is counted anew where it seems full, and after every 32nd of the limit, since others write too: a
+        count for each of 10,000 entries would look at all of them 10,000 times.
+        """
+        self._written += wanted
+        if self._counted + self._written <= self._limit and self._written <= self._limit // 32:
+            return
         entries = sorted((_last_used(entry), entry) for entry in self.folder.iterdir() if entry.name[0] != ".")
         sizes = {entry: _folder_bytes(entry) for _, entry in entries}
         total = sum(sizes.values()) + wanted
         for _, entry in entries:
             if total <= self._limit:
-                return
+                break
             shutil.rmtree(entry, ignore_errors=True)
             total -= sizes[entry]
+        self._counted, self._written = total, 0
 
 
 def _last_used(entry: Path) -> float:

@@ -162,3 +162,17 @@ def test_mapped_cases_hold_a_bounded_number_of_files_open(tmp_path: Path, monkey
         for index in range(12):
             assert cache.get(f"d{index}", with_label=False).is_mapped
     assert len(list(OPEN_FILES.iterdir())) - before <= 4
+
+
+def test_large_store_is_not_counted_for_every_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_source(tmp_path)
+    for index in range(12):
+        write_nifti(tmp_path / "images" / f"d{index}.nii.gz", counting_image() + index)
+    looked_at: list[Path] = []
+    count = case_cache._folder_bytes
+    monkeypatch.setattr(case_cache, "_folder_bytes", lambda folder: (looked_at.append(folder), count(folder))[1])
+    cache = CaseCache(open_source(tmp_path), MR, store=store_at(tmp_path))
+    for index in range(12):
+        cache.get(f"d{index}", with_label=False)
+    assert looked_at == []  # one count, of the empty store
+    assert len(list((tmp_path / "store").iterdir())) == 12
