@@ -38,7 +38,7 @@ from dataloaders.splits import make_test_ids, make_training_split
 from myutils.build import DataFacts, build_source, resolve_config
 from myutils.checkpoint import RunState, read_checkpoint
 from myutils.config import RunConfig
-from myutils.distributed import RankInfo, barrier, broadcast_object, start_process_group, stop_process_group
+from myutils.distributed import RankInfo, any_rank, barrier, broadcast_object, start_process_group, stop_process_group
 from myutils.evaluation import format_table
 from myutils.finite_watch import NonFiniteLossError
 from myutils.flags import SuggestingParser, add_flags, given_flags
@@ -114,6 +114,10 @@ def run(trainer: Trainer) -> None:
     if config.baseline and config.method != "supervised":
         trained["supervised"] = fit(baseline_trainer(trainer))
     barrier()
+    if any_rank(not (trainer.folder / "last.pt").exists(), trainer.device):
+        stop_process_group()  # machines without a common folder: rank 0 evaluates alone
+        if not trainer.ranks.is_main:
+            return
     if config.evaluate:
         evaluate(trained, trainer)
     if trainer.ranks.is_main:
