@@ -102,7 +102,10 @@ def make_side(name: str, flags: str, settings: argparse.Namespace, device: torch
         return bare_loop(config, facts, all_labeled(batch), device)
     state = RunState(config, facts, TrainingSplit(("a", "b"), ("c", "d"), ()))
     trainer = Trainer(state, None, Path(tempfile.gettempdir()), RankInfo(), device)  # type: ignore[arg-type]
-    if not trainer.method.uses_unlabeled:
+    if trainer.method.uses_unlabeled:
+        views = config.strong_views or 1
+        batch = dataclasses.replace(batch, image_u_strong=batch.image_u_strong.repeat(views, 1, 1, 1, 1))
+    else:
         batch = all_labeled(batch)
 
     def step(number: int) -> None:

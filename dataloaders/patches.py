@@ -31,7 +31,8 @@ class Batch:
         image_l: (Bl, C, X, Y, Z) float32.
         label_l: (Bl, X, Y, Z) int64.
         image_u: Weak views (Bu, C, X, Y, Z); Bu may be 0.
-        image_u_strong: Strong views of the same patches, voxel by voxel the same geometry.
+        image_u_strong: Strong views (V * Bu, C, X, Y, Z) of the same patches, the first of each, then the second of
+            each; voxel by voxel the same geometry.
         cases_l: Ids of the labelled cases.
         cases_u: Ids of the unlabelled cases.
     """
@@ -78,8 +79,11 @@ class PatchDataset(Dataset[dict[str, object]]):
             if self._options.intensity:
                 image = change_intensity(image, rng, strong=False)
             return {"case": key.case_id, "image": torch.from_numpy(image), "label": torch.from_numpy(label).long()}
-        strong = change_intensity(image, rng, strong=True) if self._options.intensity else image
+        strong = np.stack([self._strong(image, rng) for _ in range(self._options.strong_views)])  # (V, C, X, Y, Z)
         return {"case": key.case_id, "image": torch.from_numpy(image), "strong": torch.from_numpy(strong)}
+
+    def _strong(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return change_intensity(image, rng, strong=True) if self._options.intensity else image
 
     def _cut(self, case: PreparedCase, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         options, volume = self._options, case.volume
@@ -122,7 +126,7 @@ def collate(samples: list[dict[str, object]]) -> Batch:
         image_l=image_l,
         label_l=_stack(labeled, "label"),
         image_u=_stack(unlabeled, "image") if unlabeled else nothing,
-        image_u_strong=_stack(unlabeled, "strong") if unlabeled else nothing,
+        image_u_strong=_stack(unlabeled, "strong").transpose(0, 1).flatten(0, 1) if unlabeled else nothing,
         cases_l=tuple(str(sample["case"]) for sample in labeled),
         cases_u=tuple(str(sample["case"]) for sample in unlabeled),
     )

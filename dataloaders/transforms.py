@@ -26,6 +26,7 @@ class AugmentOptions:
         intensity: Whether labelled patches get mild intensity changes, and strong views exist at all.
         max_angle: Largest rotation about each axis, in degrees.
         max_scale: Largest relative change of size.
+        strong_views: Strong views of each unlabelled patch.
     """
 
     patch_size: tuple[int, int, int]
@@ -36,6 +37,7 @@ class AugmentOptions:
     intensity: bool = True
     max_angle: float = 12.0
     max_scale: float = 0.12
+    strong_views: int = 1
 
 
 def choose_center(

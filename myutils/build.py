@@ -76,6 +76,8 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
         raise ValueError(
             f"--embedding_dim {config.embedding_dim}: at least 2 with selectors (--no-use_learned_selector)"
         )
+    if (config.strong_views or 1) > 1 and not method.uses_strong_views:
+        raise ValueError(f"--strong_views {config.strong_views}: {config.method} has no use for strong views")
     if method.uses_unlabeled and labeled_bs >= config.batch_size:
         raise ValueError(f"--batch_size {config.batch_size}: {config.method} needs at least 2, one patch unlabelled")
     return dataclasses.replace(
@@ -129,6 +131,7 @@ def build_augmentation(config: RunConfig) -> AugmentOptions:
         foreground_share=config.foreground_share,
         affine_share=0.3 if config.augment else 0.0,
         intensity=config.augment,
+        strong_views=required(config.strong_views, "strong_views"),
     )
 
 

@@ -79,6 +79,12 @@ class RunConfig:
     teacher_flips: bool = option(
         False, help="the teacher averages each view with a mirrored one (flip_axes)", group=METHOD
     )
+    strong_views: int | None = option(
+        None,
+        help="strong views of each unlabelled patch that learn its pseudo-label, 1..8 (mean_teacher, fixmatch, "
+        "cov_dfp, best); else 1, best: 2",
+        group=METHOD,
+    )
     soft_labels: bool = option(
         True, help="mean_teacher: learn the teacher's probabilities, not only its confident classes", group=METHOD
     )

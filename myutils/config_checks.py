@@ -16,6 +16,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "consistency": (0, float("inf")),
     "consistency_rampup": (0, float("inf")),
     "uncertainty_passes": (2, float("inf")),
+    "strong_views": (1, 8),
     "decoders": (2, float("inf")),
     "warmup_iteration": (0, float("inf")),
     "ema_decay": (0, 1),

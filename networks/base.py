@@ -27,6 +27,10 @@ class SegmentationOutput(NamedTuple):
         """The outputs of some patches of the batch."""
         return SegmentationOutput(self.logits[chosen], self.features[chosen])
 
+    def repeat(self, times: int) -> SegmentationOutput:
+        """The outputs of the whole batch, that many times after each other."""
+        return self if times == 1 else SegmentationOutput(*(value.repeat(times, 1, 1, 1, 1) for value in self))
+
     def detach(self) -> SegmentationOutput:
         """The same values without a graph."""
         return SegmentationOutput(self.logits.detach(), self.features.detach())

@@ -16,7 +16,7 @@ from myutils.build import DataFacts, resolve_config
 from myutils.checkpoint import RunState
 from myutils.config import RunConfig
 from myutils.distributed import RankInfo
-from myutils.methods.base import StepOutput
+from myutils.methods.base import Method, StepOutput
 from myutils.trainer import Trainer
 from networks.base import Branch, SegmentationNetwork, SegmentationOutput
 
@@ -73,17 +73,26 @@ def small_trainer(source: CaseSource, folder: Path, **changes: Any) -> Trainer:
     return Trainer(state, source, folder, RankInfo(), torch.device("cpu"))
 
 
-def random_batch(labeled: int = 2, unlabeled: int = 2, channels: int = 1, classes: int = 3, size: int = 16) -> Batch:
+def random_batch(
+    labeled: int = 2, unlabeled: int = 2, channels: int = 1, classes: int = 3, size: int = 16, views: int = 1
+) -> Batch:
     """A batch of noise with random labels, from torch's global generator."""
     shape = (size, size, size)
     return Batch(
         image_l=torch.randn(labeled, channels, *shape),
         label_l=torch.randint(0, classes, (labeled, *shape)),
         image_u=torch.randn(unlabeled, channels, *shape),
-        image_u_strong=torch.randn(unlabeled, channels, *shape),
+        image_u_strong=torch.randn(views * unlabeled, channels, *shape),
         cases_l=tuple(f"l{index}" for index in range(labeled)),
         cases_u=tuple(f"u{index}" for index in range(unlabeled)),
     )
+
+
+def batch_for(method: Method, channels: int = 1) -> Batch:
+    """Four patches as the trainer would give them to the method."""
+    if not method.uses_unlabeled:
+        return random_batch(4, 0, channels)
+    return random_batch(2, 2, channels, views=method.config.strong_views or 1)
 
 
 def spoil_consistency(trainer: Trainer, step: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import BallSource
@@ -98,6 +100,27 @@ def test_teacher_flips_average_the_views_with_mirrored_ones() -> None:
     torch.testing.assert_close(found.logits.softmax(1), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found.features, plain.features, atol=1e-5, rtol=1e-4)
     assert labeled is not None and len(labeled.logits) == 2
+
+
+def test_each_strong_view_learns_the_same_pseudo_label() -> None:
+    """Two equal views without pasting give the loss of one; the second one alone moves it."""
+    torch.manual_seed(0)
+    settings = {"use_contrastive_prototype": False, "copy_paste": False}
+    one, two = make(**settings), make(strong_views=2, **settings)
+    two.load_state_dict(one.state_dict())
+    batch = random_batch()
+    twice = dataclasses.replace(batch, image_u_strong=batch.image_u_strong.repeat(2, 1, 1, 1, 1))
+    expected, found = (method(given, 3) for method, given in ((one, batch), (two, twice)))
+    torch.testing.assert_close(found.terms["consistency"].value, expected.terms["consistency"].value)
+    torch.testing.assert_close(found.terms["supervised"].value, expected.terms["supervised"].value)
+    assert found.pseudo_labels is not None and torch.equal(found.pseudo_labels, expected.pseudo_labels)
+    twice.image_u_strong[2:] += 1
+    assert not torch.isclose(two(twice, 3).terms["consistency"].value, expected.terms["consistency"].value)
+
+
+def test_strong_views_are_refused_where_nothing_learns_from_them() -> None:
+    with pytest.raises(ValueError, match="--strong_views 2: ua_mt has no use for strong views"):
+        make(method="ua_mt", strong_views=2)
 
 
 def test_best_mirrors_at_the_end_where_there_is_an_axis() -> None:

@@ -63,6 +63,7 @@ COMMON_DEFAULTS: Mapping[str, Any] = {
     "use_contrastive_prototype": False,
     "prototype_loss": "ssnet",
     "tta_flips": False,
+    "strong_views": 1,
     "warmup_share": 0.0,  # of the training; fills warmup_iteration
 }
 
@@ -72,10 +73,12 @@ class Method(nn.Module, ABC):
 
     Attributes:
         uses_unlabeled: Whether steps hold unlabelled patches; if not, all patches of a step are labelled.
+        uses_strong_views: Whether it learns from ``image_u_strong``.
         defaults: Settings that differ from ``COMMON_DEFAULTS`` when no flag says so.
     """
 
     uses_unlabeled: bool = True
+    uses_strong_views: bool = False
     defaults: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:

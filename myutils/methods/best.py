@@ -18,4 +18,6 @@ from myutils.methods.mean_teacher import MeanTeacher
 class Best(MeanTeacher):
     """``mean_teacher`` with other defaults."""
 
-    defaults = MappingProxyType({"use_contrastive_prototype": True, "consistency": 0.2, "tta_flips": True})
+    defaults = MappingProxyType(
+        {"use_contrastive_prototype": True, "consistency": 0.2, "strong_views": 2, "tta_flips": True}
+    )

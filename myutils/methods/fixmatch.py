@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dataloaders.patches import Batch
+from myutils.config import required
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
 from myutils.pseudo_labels import PseudoLabels, pseudo_labels
@@ -27,11 +28,13 @@ from networks.base import SegmentationNetwork
 class FixMatch(Method):
     """One network; labels come from it without gradient."""
 
+    uses_strong_views = True
+
     def losses(self, batch: Batch, step: int) -> StepOutput:
         """See the base class."""
         labeled = len(batch.image_l)
         with torch.no_grad():
-            weak = self.student(batch.image_u)
+            weak = self.student(batch.image_u).repeat(required(self.config.strong_views, "strong_views"))
         target = pseudo_labels(weak.logits)
         gate = (target.confidence > self.config.confidence_threshold).float()
         student = self.student(torch.cat([batch.image_l, batch.image_u_strong]))
@@ -39,14 +42,16 @@ class FixMatch(Method):
         consistency = gated_cross_entropy(student.logits[labeled:], target, gate)
         if self.config.feature_perturbation:
             dropped = self.student.run_branches(batch.image_u, [self.student.branch], drop_channels)[0]
-            consistency = 0.5 * (consistency + gated_cross_entropy(dropped.logits, target, gate))
+            first = PseudoLabels(*(value[: len(batch.image_u)] for value in target))
+            third = gated_cross_entropy(dropped.logits, first, gate[: len(batch.image_u)])
+            consistency = 0.5 * (consistency + third)
         terms = {
             "supervised": LossTerm(dice_ce_loss(logits_l, batch.label_l), 1.0),
             "consistency": LossTerm(consistency, self.unlabeled_weight(step)),
         }
         terms |= self.prototype_terms(student, batch.label_l, step, teacher_u=weak)
         scalars = {"confidence": target.confidence.mean(), "gate_share": gate.mean()}
-        return StepOutput(terms, scalars, target.labels, logits_l.detach())
+        return StepOutput(terms, scalars, target.labels[: len(batch.image_u)], logits_l.detach())
 
     def inference_network(self) -> SegmentationNetwork:
         """The student."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dataloaders.patches import Batch
+from myutils.config import required
 from myutils.losses.segmentation import dice_ce_loss, one_hot_labels, soft_label_loss
 from myutils.methods.averaged_teacher import TeacherMethod
 from myutils.methods.base import METHODS, LossTerm, StepOutput
@@ -27,8 +28,8 @@ class StepParts(NamedTuple):
         batch: The step's patches.
         student: Student outputs, labelled patches first, on the graph.
         teacher_l: Teacher outputs of the labelled patches where ``refills_at(step)``.
-        teacher_u: Teacher outputs of the weak views.
-        foreign: Voxels (Bu, X, Y, Z) that were pasted into the student's unlabelled patches; None without pasting.
+        teacher_u: Teacher outputs of the weak views, repeated for each strong view of the student's.
+        foreign: Voxels (V * Bu, X, Y, Z) that were pasted into the student's strong views; None without pasting.
     """
 
     batch: Batch
@@ -42,12 +43,15 @@ class StepParts(NamedTuple):
 class MeanTeacher(TeacherMethod):
     """Student, its moving average, and the prototype term on both."""
 
+    uses_strong_views = True
     defaults = MappingProxyType({"use_contrastive_prototype": True})
 
     def losses(self, batch: Batch, step: int) -> StepOutput:
         """See the base class."""
         labeled = len(batch.image_l)
         teacher_l, teacher_u = self.teach(batch, batch.image_u, with_labeled=self.refills_at(step))
+        weak = len(batch.image_u)
+        teacher_u = teacher_u.repeat(required(self.config.strong_views, "strong_views"))
         believed = teacher_u.logits.float().softmax(1)
         strong, target, foreign = self._mix(batch, believed)
         student = self.student(torch.cat([batch.image_l, strong]))
@@ -67,7 +71,7 @@ class MeanTeacher(TeacherMethod):
         )
         further, scalars = self.further_terms(StepParts(batch, student, teacher_l, teacher_u, foreign), step)
         scalars |= {"confidence": believed.amax(1).mean(), "gate_share": gate.mean()}
-        return StepOutput(terms | further, scalars, believed.argmax(1), logits_l.detach())
+        return StepOutput(terms | further, scalars, believed[:weak].argmax(1), logits_l.detach())
 
     def further_terms(self, parts: StepParts, step: int) -> tuple[dict[str, LossTerm], dict[str, Tensor]]:
         """Terms and logged scalars that a subclass adds to the step."""
@@ -76,11 +80,12 @@ class MeanTeacher(TeacherMethod):
     def _mix(self, batch: Batch, believed: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Strong views with boxes of labelled patches, their class probabilities, and which voxels were pasted.
 
-        Probabilities ``believed`` (Bu, K, X, Y, Z) are the teacher's; pasted voxels have their true class for certain.
+        Probabilities ``believed`` (V * Bu, K, X, Y, Z) are the teacher's; pasted voxels have their true class for
+        certain.
         """
         if not self.config.copy_paste or not len(batch.image_u):
             return batch.image_u_strong, believed, None
-        sources = mixing_sources(len(batch.image_l), batch.image_u[:, 0].shape, batch.image_u.device)
+        sources = mixing_sources(len(batch.image_l), batch.image_u_strong[:, 0].shape, batch.image_u.device)
         certain = one_hot_labels(batch.label_l, believed.shape[1])
         target = take_voxels(torch.cat([certain, believed]), sources)
         strong = take_voxels(torch.cat([batch.image_l, batch.image_u_strong]), sources)

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import BallSource
-from helpers_runs import random_batch, small_config
+from helpers_runs import batch_for, random_batch, small_config
 
 from myutils.build import DataFacts, build_method
 from myutils.finite_watch import FiniteWatch
@@ -27,8 +27,7 @@ def make(name: str, prototypes: bool, **changes: object) -> Method:
 
 def step(method: Method, number: int = 3) -> StepOutput:
     method.train()
-    batch = random_batch() if method.uses_unlabeled else random_batch(labeled=4, unlabeled=0)
-    return method(batch, number)
+    return method(batch_for(method), number)
 
 
 @pytest.mark.parametrize(("name", "prototypes"), CASES)
@@ -99,8 +98,7 @@ def test_method_runs_multi_channel(name: str) -> None:
     source = BallSource(channels=2)
     config = small_config(source, method=name)
     method = build_method(config, DataFacts.of(source))
-    uses = method.uses_unlabeled
-    output = method(random_batch(2 if uses else 4, 2 if uses else 0, channels=2), 0)
+    output = method(batch_for(method, channels=2), 0)
     assert torch.isfinite(output.total())
 
 
@@ -118,7 +116,7 @@ def test_method_step_never_makes_the_host_wait(name: str, monkeypatch: pytest.Mo
     """On the meta device every read of a value, and every shape that depends on one, is an error."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # unknown to that device
     method = make(name, True).to("meta").train()
-    batch = random_batch() if method.uses_unlabeled else random_batch(labeled=4, unlabeled=0)
+    batch = batch_for(method)
     watch = FiniteWatch(eager=False, advice=str)
     for number in (0, 3):
         output = method(batch.to(torch.device("meta")), number)

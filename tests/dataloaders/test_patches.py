@@ -115,9 +115,20 @@ def test_dataset_gives_the_same_patch_for_the_same_key() -> None:
 
 def test_dataset_views_share_their_geometry() -> None:
     sample = dataset(BallSource(), intensity=False)[SampleKey("ball00", False, 3)]
-    assert torch.equal(sample["image"], sample["strong"])
+    assert torch.equal(sample["image"], sample["strong"][0])
     varied = dataset(BallSource())[SampleKey("ball00", False, 3)]
     assert torch.equal(varied["image"], sample["image"]) and not torch.equal(varied["strong"], sample["strong"])
+
+
+def test_collate_puts_the_first_strong_view_of_all_patches_first() -> None:
+    keys = [SampleKey("ball00", True, 0), SampleKey("ball06", False, 1), SampleKey("ball07", False, 2)]
+    one, two = (dataset(BallSource(), strong_views=views) for views in (1, 2))
+    batch, single = (collate([made[key] for key in keys]) for made in (two, one))
+    assert batch.image_u.shape == (2, 1, *PATCH) and batch.image_u_strong.shape == (4, 1, *PATCH)
+    assert torch.equal(batch.image_u_strong[:2], single.image_u_strong)  # more views do not change the first
+    assert not torch.equal(batch.image_u_strong[2:], single.image_u_strong)
+    samples = [two[key]["strong"] for key in keys[1:]]
+    assert torch.equal(batch.image_u_strong, torch.stack([samples[i][v] for v in (0, 1) for i in (0, 1)]))
 
 
 def test_dataset_never_reads_the_label_of_an_unlabelled_key() -> None:
