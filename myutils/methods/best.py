@@ -1,8 +1,9 @@
-"""The recipe that this project recommends so far: ``mean_teacher`` with a lighter consistency and mirrored inputs.
+"""The recipe that this project recommends so far: ``mean_teacher``, lighter consistency, two views, mirrored inputs.
 
 On development cases of the left atrium the mean teacher loses a little of the supervised network's precision on easy
 scans while it gains much on hard ones; with a fifth of the weight on unlabelled patches it keeps more of both
-(docs/results.md). Whole volumes are segmented as the mean over all mirrored inputs, where there is an axis to mirror
+(docs/results.md). Two strong views of each unlabelled patch learn its pseudo-label, for one pass of the teacher
+(Yang et al. 2023, arXiv:2208.09910). Whole volumes are segmented as the mean over all mirrored inputs, where there is an axis to mirror
 along. The search for a recipe is not finished (docs/methods.md).
 """
 
