@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = given_flags(parser, argv)
     setup_logging(is_main=True)
     if given.get("profile"):
+        if given.get("resume"):
+            parser.error("--profile times a new run; leave --resume out")
         with TemporaryDirectory() as folder:
             return train(parser, given | {"output_dir": Path(folder)})
     return train(parser, given)
@@ -108,7 +110,8 @@ def run(trainer: Trainer) -> None:
     describe(trainer)
     if config.profile:
         parts = profile_training(trainer, config.profile)
-        sys.stdout.write(f"\n{config.profile} steps\n{format_profile(parts)}\n")
+        if trainer.ranks.is_main:
+            sys.stdout.write(f"\n{config.profile} steps\n{format_profile(parts)}\n")
         return
     trained = {config.method: fit(trainer)}
     if config.baseline and config.method != "supervised":

@@ -144,3 +144,6 @@ def test_profile_prints_where_the_time_goes_and_keeps_nothing(folder: Path, caps
     with pytest.raises(SystemExit, match="2"):
         train.main(job(folder, "--profile", "3", max_iteration="5"))
     assert "--profile 3: at most 2" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        train.main(job(folder, "--profile", "2", "--resume"))
+    assert "leave --resume out" in capsys.readouterr().err
