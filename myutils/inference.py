@@ -23,6 +23,7 @@ from networks.base import SegmentationNetwork
 
 AMP_CHOICES = ("auto", "no", "bf16", "fp16")
 STITCH_LIMIT_BYTES = 4 * 1024**3
+_SLAB = 16  # voxels along X that are worked on at a time where a whole volume would be copied
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,15 @@ def sliding_window_probabilities(
     with evaluation_mode(network), torch.no_grad():
         for axes in subsets:
             dims = [axis + 2 for axis in axes]
-            logits = _stitched_logits(network, images.flip(dims), options, device)
-            probs = logits.softmax(1).flip(dims)  # (1, K, X, Y, Z)
+            # Whole volumes of K classes are the largest thing here: one is held, with flips two, and none is copied.
+            probs = _stitched_logits(network, images.flip(dims) if dims else images, options, device)
+            for slab in probs.split(_SLAB, dim=2):
+                slab.copy_(slab.softmax(1))
+            probs = probs.flip(dims) if dims else probs  # (1, K, X, Y, Z)
             total = probs if total is None else total.add_(probs)
-    if total is None or not bool(torch.isfinite(total).all()):
+    if total is None or not bool(total.sum().isfinite()):
         raise ValueError("the network returned values that are not finite; the image or the weights are damaged")
-    return (total[0] / len(subsets)).cpu()  # (K, X, Y, Z)
+    return total[0].div_(len(subsets)).cpu()  # (K, X, Y, Z)
 
 
 def _stitched_logits(
@@ -146,7 +150,9 @@ def predict_probabilities(
 
 def label_map_from(probabilities: np.ndarray, *, keep_largest: bool = False) -> np.ndarray:
     """The most probable class of each voxel (X, Y, Z), uint8, from probabilities (K, X, Y, Z)."""
-    label_map = probabilities.argmax(0).astype(np.uint8)
+    label_map = np.empty(probabilities.shape[1:], dtype=np.uint8)
+    for start in range(0, len(label_map), _SLAB):
+        label_map[start : start + _SLAB] = probabilities[:, start : start + _SLAB].argmax(0)
     return largest_component(label_map) if keep_largest else label_map
 
 
