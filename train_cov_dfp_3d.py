@@ -23,7 +23,6 @@ Where the time of a step goes, with any other flags::
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import shlex
 import sys
@@ -44,6 +43,7 @@ from myutils.finite_watch import NonFiniteLossError
 from myutils.flags import SuggestingParser, add_flags, given_flags
 from myutils.registry import closest_hint
 from myutils.report import draw_run, evaluate_run, result_checkpoint
+from myutils.run_folder import claim_folder, refuse_used_name, write_json
 from myutils.run_log import setup_logging
 from myutils.step_profile import check_length, format_profile, profile_training
 from myutils.trainer import Trainer, TrainingInterrupted
@@ -282,39 +282,6 @@ def short_message(error: Exception) -> str:
     """The error's text; of one that a loader process passed on, the last line of its traceback."""
     text = str(error).strip()
     return text.splitlines()[-1] if "Original Traceback" in text else text
-
-
-def refuse_used_name(folder: Path) -> None:
-    """Raise a ValueError if the user's choice of a folder holds a run already."""
-    if (folder / "last.pt").exists():
-        raise ValueError(
-            f"--exp {folder.name}: {folder} holds a run already; add --resume to go on with it, or choose another name"
-        )
-    if (folder / "config.json").exists():
-        raise ValueError(
-            f"--exp {folder.name}: {folder} holds a run that has not reached its first checkpoint; "
-            "choose another name, or delete the folder if nothing runs in it"
-        )
-
-
-def claim_folder(folder: Path, *, chosen: bool) -> Path:
-    """Make the run's folder; a name that the user did not choose gets a free number, also if two runs start at once."""
-    number, candidate = 1, folder
-    while True:
-        try:
-            candidate.mkdir(parents=True, exist_ok=chosen)
-        except FileExistsError:
-            if chosen:
-                raise
-            number += 1
-            candidate = folder.with_name(f"{folder.name}_{number}")
-        else:
-            return candidate
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
