@@ -91,15 +91,19 @@ def start_process_group(gpu: int | None = None) -> tuple[RankInfo, torch.device]
     return info, device
 
 
+def _in_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def stop_process_group() -> None:
     """Leave the process group, if one was joined."""
-    if dist.is_available() and dist.is_initialized():
+    if _in_group():
         dist.destroy_process_group()
 
 
 def broadcast_object(value: Any) -> Any:
     """Rank 0's picklable ``value`` on every rank; the value itself where there is one process."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _in_group():
         return value
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
@@ -108,12 +112,12 @@ def broadcast_object(value: Any) -> Any:
 
 def is_main_rank() -> bool:
     """Whether this process is rank 0, or alone."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    return not _in_group() or dist.get_rank() == 0
 
 
 def own_share(items: Sequence[T]) -> list[T]:
     """The items that this rank works on: every N-th of N ranks, all of them where there is one process."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _in_group():
         return list(items)
     return list(items[dist.get_rank() :: dist.get_world_size()])
 
@@ -123,7 +127,7 @@ def join_shares(share: Sequence[T]) -> list[T]:
 
     Every rank must call it; each gets all.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _in_group():
         return list(share)
     shares: list[Sequence[T]] = [()] * dist.get_world_size()
     dist.all_gather_object(shares, list(share))
@@ -133,7 +137,7 @@ def join_shares(share: Sequence[T]) -> list[T]:
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Mean of a tensor over all ranks; unchanged where there is one process."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _in_group():
         return values
     total = values.detach().clone()
     dist.all_reduce(total)
@@ -145,7 +149,7 @@ def concat_ranks(values: torch.Tensor, dim: int = 0) -> torch.Tensor:
 
     Every rank must call it with a tensor of the same shape and type.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not _in_group():
         return values
     values = values.contiguous()
     gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
@@ -155,7 +159,7 @@ def concat_ranks(values: torch.Tensor, dim: int = 0) -> torch.Tensor:
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether ``flag`` is true on at least one rank; every rank must call it."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _in_group():
         return flag
     found = torch.tensor([float(flag)], device=device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
@@ -164,7 +168,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 def barrier() -> None:
     """Wait for all ranks."""
-    if dist.is_available() and dist.is_initialized():
+    if _in_group():
         dist.barrier()
 
 
