@@ -34,24 +34,24 @@ class FixMatch(Method):
         """See the base class."""
         labeled = len(batch.image_l)
         with torch.no_grad():
-            weak = self.student(batch.image_u).repeat(required(self.config.strong_views, "strong_views"))
+            weak = self.student(batch.image_u)
         target = pseudo_labels(weak.logits)
         gate = (target.confidence > self.config.confidence_threshold).float()
         student = self.student(torch.cat([batch.image_l, batch.image_u_strong]))
         logits_l = student.logits[:labeled]
-        consistency = gated_cross_entropy(student.logits[labeled:], target, gate)
+        views = required(self.config.strong_views, "strong_views")
+        losses = [gated_cross_entropy(logits, target, gate) for logits in student.logits[labeled:].chunk(views)]
+        consistency = torch.stack(losses).mean()
         if self.config.feature_perturbation:
             dropped = self.student.run_branches(batch.image_u, [self.student.branch], drop_channels)[0]
-            first = PseudoLabels(*(value[: len(batch.image_u)] for value in target))
-            third = gated_cross_entropy(dropped.logits, first, gate[: len(batch.image_u)])
-            consistency = 0.5 * (consistency + third)
+            consistency = 0.5 * (consistency + gated_cross_entropy(dropped.logits, target, gate))
         terms = {
             "supervised": LossTerm(dice_ce_loss(logits_l, batch.label_l), 1.0),
             "consistency": LossTerm(consistency, self.unlabeled_weight(step)),
         }
-        terms |= self.prototype_terms(student, batch.label_l, step, teacher_u=weak)
+        terms |= self.prototype_terms(student, batch.label_l, step, teacher_u=weak.repeat(views))
         scalars = {"confidence": target.confidence.mean(), "gate_share": gate.mean()}
-        return StepOutput(terms, scalars, target.labels[: len(batch.image_u)], logits_l.detach())
+        return StepOutput(terms, scalars, target.labels, logits_l.detach())
 
     def inference_network(self) -> SegmentationNetwork:
         """The student."""
