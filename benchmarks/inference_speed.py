@@ -29,6 +29,7 @@ from myutils.build import build_inference
 from myutils.checkpoint import InferenceBundle, load_for_inference
 from myutils.distributed import resolve_amp, start_process_group
 from myutils.inference import InferenceOptions, sliding_window_probabilities
+from myutils.metrics import segmentation_metrics
 from myutils.scan_inputs import find_scans
 
 Side = Callable[[Tensor], Tensor]
@@ -86,34 +87,28 @@ def make_sides(
     network = bundle.network
 
     @torch.no_grad()
-    def monai(image: Tensor) -> Tensor:
-        scores = sliding_window_inference(
-            image[None].to(device), options.patch_size, 1, lambda x: network(x).logits, overlap=options.overlap
-        )
-        return scores[0]
+    def windows(image: Tensor, overlap: float | list[float], scores: Side) -> Tensor:
+        images = image[None].to(device)
+        return sliding_window_inference(images, options.patch_size, 1, scores, overlap=overlap)[0]
 
-    @torch.no_grad()
-    def strided(image: Tensor) -> Tensor:
-        overlap = [max(0.0, 1 - step / size) for step, size in zip(stride, options.patch_size, strict=True)]
-        scores = sliding_window_inference(
-            image[None].to(device), options.patch_size, 1, lambda x: network(x).logits.softmax(1), overlap=overlap
-        )
-        return scores[0]
+    def logits(images: Tensor) -> Tensor:
+        return network(images).logits
 
+    strided = [max(0.0, 1 - step / size) for step, size in zip(stride, options.patch_size, strict=True)]
     sides: dict[str, Side] = {
         "ours": lambda image: sliding_window_probabilities(network, image, options, device),
-        "monai": monai,
+        "monai": lambda image: windows(image, options.overlap, logits),
     }
-    return sides | ({"stride": strided} if all(stride) else {})
+    if all(stride):
+        sides["stride"] = lambda image: windows(image, strided, lambda images: logits(images).softmax(1))
+    return sides
 
 
 def dice(first: np.ndarray, second: np.ndarray, num_classes: int) -> float:
     """Mean Dice in % over the foreground classes of two label maps (X, Y, Z)."""
-    scores = []
-    for class_id in range(1, num_classes):
-        ours, theirs = first == class_id, second == class_id
-        scores.append(200.0 * np.count_nonzero(ours & theirs) / max(1, ours.sum() + theirs.sum()))
-    return float(np.mean(scores))
+    maps = [label_map.astype(np.uint8) for label_map in (first, second)]
+    figures = segmentation_metrics(*maps, num_classes=num_classes, spacing=(1.0, 1.0, 1.0))
+    return 100.0 * float(np.mean([found.dice for found in figures.values()]))
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def sliding_window_probabilities(
     with evaluation_mode(network), torch.no_grad():
         for axes in subsets:
             dims = [axis + 2 for axis in axes]
-            # Whole volumes of K classes are the largest thing here: one is held, with flips two, and none is copied.
+            # Whole volumes of K classes are the largest thing here: one is held, while mirrored ones are added three.
             probs = _stitched_logits(network, images.flip(dims) if dims else images, options, device)
             for slab in probs.split(_SLAB, dim=2):
                 slab.copy_(slab.softmax(1))
