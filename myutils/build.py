@@ -16,7 +16,7 @@ from myutils.config import RunConfig, required
 from myutils.inference import InferenceOptions
 from myutils.methods.base import COMMON_DEFAULTS, METHODS, Method
 from networks.base import NETWORKS, SegmentationNetwork
-from networks.precision import guard_convolutions
+from networks.layers import mend_layers
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def build_network(config: RunConfig, facts: DataFacts) -> SegmentationNetwork:
             f"--patch_size {' '.join(map(str, patch))}: {config.model} divides each axis by "
             f"{network.stride[0]}; every value must be at least that"
         )
-    guard_convolutions(network)
+    mend_layers(network)
     return network
 
 
@@ -161,8 +161,8 @@ def build_optimizer(config: RunConfig, method: Method) -> torch.optim.Optimizer:
     groups = method.parameter_groups(required(config.base_lr, "base_lr"))
     decay = required(config.weight_decay, "weight_decay")
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=decay)
-    return torch.optim.AdamW(groups, weight_decay=decay)
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=decay, fused=True)
+    return torch.optim.AdamW(groups, weight_decay=decay, fused=True)
 
 
 def build_method(config: RunConfig, facts: DataFacts) -> Method:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from myutils.config import RunConfig, required
 from myutils.contrastive_prototype_manager import ContrastivePrototypeManager
-from myutils.ema import make_teacher, update_teacher
+from myutils.ema import MovingAverage, make_teacher
 from myutils.prototype_sampling import pick_voxels
 from myutils.schedules import ema_decay_at
 from networks.base import SegmentationNetwork, SegmentationOutput
@@ -48,6 +48,7 @@ class PrototypeTerm(nn.Module):
         self.projection = FeatureHead(network.feature_dim, config.embedding_dim)
         self.prediction = FeatureHead(config.embedding_dim, config.embedding_dim)
         self.teacher_projection = make_teacher(self.projection)
+        self._average = MovingAverage(self.teacher_projection, self.projection)
         self.manager = ContrastivePrototypeManager(
             network.num_classes,
             config.embedding_dim,
@@ -76,7 +77,7 @@ class PrototypeTerm(nn.Module):
 
     def after_step(self, step: int) -> None:
         """Move the averaged projection toward the trained one."""
-        update_teacher(self.teacher_projection, self.projection, ema_decay_at(step, self.config.ema_decay))
+        self._average.update(ema_decay_at(step, self.config.ema_decay))
 
     def forward(
         self,

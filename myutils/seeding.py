@@ -22,6 +22,6 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs for deterministic matrix products
     # Filling fresh memory takes 13 % of a CPU step; the one kernel that reads memory before it is written is avoided
-    # in networks/precision.py (filling would not cure it).
+    # in networks/layers.py (filling would not cure it).
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not deterministic

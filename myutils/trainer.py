@@ -74,6 +74,7 @@ class Trainer:
             )
         self._sampler(state.step)  # refuses a batch that the ranks cannot share, before anything is written
         self.optimizer = build.build_optimizer(config, self.method)
+        self._trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
         self.cache = build.build_cache(config, source)
         self.watch = FiniteWatch(eager=device.type == "cpu", advice=self._advice)
@@ -104,7 +105,7 @@ class Trainer:
             TrainingInterrupted: After Ctrl-C; the state is saved.
         """
         first = self.state.step
-        network = self._wrapped()
+        network = self._wrapped().train()
         log = RunLog(self.folder, first, enabled=self.ranks.is_main)
         self._clock = (time.perf_counter(), first)
         try:
@@ -124,7 +125,6 @@ class Trainer:
         """Forward, backward, optimizer and teacher; a pure function of the weights and (seed, step, rank)."""
         config = self.state.config
         torch.manual_seed(derive_seed(config.seed, step, self.ranks.rank))
-        network.train()
         lr = poly_lr(required(config.base_lr, "base_lr"), step, self.max_iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -149,7 +149,7 @@ class Trainer:
     def update_weights(self, step: int, cases: tuple[str, ...]) -> None:
         """Clip the gradient and let the optimizer step; ``cases`` are those of the step, for an error's text."""
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.method.parameters(), self.state.config.grad_clip)
+        norm = nn.utils.clip_grad_norm_(self._trained, self.state.config.grad_clip)
         if not self.scaler.is_enabled():  # the scaler skips such a step by itself
             self.watch.record(step, cases, {"the gradient": norm})
         self.scaler.step(self.optimizer)

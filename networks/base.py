@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from myutils.registry import Registry
-from networks.precision import guard_convolutions
+from networks.layers import mend_layers
 
 
 class SegmentationOutput(NamedTuple):
@@ -87,7 +87,7 @@ class SegmentationNetwork(nn.Module, ABC):
     def fresh_copy(self) -> SegmentationNetwork:
         """A network of the same kind with weights of its own, drawn from torch's global generator."""
         copy = type(self)(self.in_channels, self.num_classes)
-        guard_convolutions(copy)
+        mend_layers(copy)
         return copy
 
     def forward(self, images: Tensor) -> SegmentationOutput:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from myutils.ema import make_teacher, update_teacher
+from myutils.ema import MovingAverage, make_teacher
 from myutils.losses.segmentation import dice_ce_loss, one_hot_labels, soft_dice_loss, soft_label_loss
 from myutils.methods.base import batch_dice
 from myutils.schedules import ema_decay_at, fraction_rampup, poly_lr, sigmoid_rampup
@@ -105,7 +105,7 @@ def test_update_teacher_by_hand() -> None:
     teacher = make_teacher(student)
     nn.init.constant_(student.weight, 3.0)
     student.running_mean.fill_(5.0)
-    update_teacher(teacher, student, 0.9)
+    MovingAverage(teacher, student).update(0.9)
     assert teacher.weight.item() == pytest.approx(0.9 * 1 + 0.1 * 3)
     assert teacher.running_mean.item() == 5  # buffers are copied
     assert not teacher.weight.requires_grad and not teacher.training

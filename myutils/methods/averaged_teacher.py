@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dataloaders.patches import Batch
 from myutils.config import RunConfig
-from myutils.ema import make_teacher, update_teacher
+from myutils.ema import MovingAverage, make_teacher
 from myutils.methods.base import Method
 from myutils.schedules import ema_decay_at
 from networks.base import SegmentationNetwork, SegmentationOutput
@@ -25,6 +25,7 @@ class TeacherMethod(Method):
     def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:
         super().__init__(network, config)
         self.teacher = make_teacher(network)
+        self._average = MovingAverage(self.teacher, network)
 
     def train(self, mode: bool = True) -> TeacherMethod:
         """Training mode for the student; the teacher always evaluates."""
@@ -66,7 +67,7 @@ class TeacherMethod(Method):
     def after_step(self, step: int) -> None:
         """Move the teacher toward the student."""
         super().after_step(step)
-        update_teacher(self.teacher, self.student, ema_decay_at(step, self.config.ema_decay))
+        self._average.update(ema_decay_at(step, self.config.ema_decay))
 
     def inference_network(self) -> SegmentationNetwork:
         """The teacher."""

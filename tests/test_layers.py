@@ -1,13 +1,15 @@
-"""The guard against wrong bfloat16 weight gradients on the CPU."""
+"""Layers in place of torch's: right bfloat16 weight gradients on the CPU, and the same instance normalisation."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 from torch import nn
 
 from networks.base import NETWORKS
-from networks.precision import GuardedConv3d, guard_convolutions
+from networks.layers import GroupedInstanceNorm3d, GuardedConv3d, mend_layers
 
 
 def spoil_memory() -> None:
@@ -36,7 +38,7 @@ def test_guarded_convolution_has_the_right_gradient_under_autocast(size: tuple[i
 def test_guard_reaches_every_convolution_and_changes_no_weight(name: str) -> None:
     network = NETWORKS.get(name)(1, 2)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    guard_convolutions(network)
+    mend_layers(network)
     plain = [module for module in network.modules() if type(module) is nn.Conv3d]
     assert plain == [] and any(isinstance(module, GuardedConv3d) for module in network.modules())
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
@@ -45,7 +47,7 @@ def test_guard_reaches_every_convolution_and_changes_no_weight(name: str) -> Non
 @pytest.mark.parametrize("name", NETWORKS.names())
 def test_networks_have_finite_bf16_gradients_at_the_smallest_size(name: str) -> None:
     network = NETWORKS.get(name)(1, 2)
-    guard_convolutions(network)
+    mend_layers(network)
     for _ in range(3):
         spoil_memory()
         network.zero_grad()
@@ -53,3 +55,29 @@ def test_networks_have_finite_bf16_gradients_at_the_smallest_size(name: str) -> 
             logits = network(torch.randn(1, 1, 16, 16, 16)).logits
         logits.float().square().mean().backward()
         assert max(parameter.grad.abs().max() for parameter in network.parameters()) < 1e4
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_instance_normalisation_is_that_of_torch(affine: bool) -> None:
+    torch.manual_seed(0)
+    plain = nn.InstanceNorm3d(3, affine=affine)
+    if affine:
+        nn.init.normal_(plain.weight), nn.init.normal_(plain.bias)
+    mended = nn.Sequential(copy.deepcopy(plain))
+    mend_layers(mended)
+    assert type(mended[0]) is GroupedInstanceNorm3d
+    images = torch.randn(2, 3, 5, 4, 3, requires_grad=True)
+    upstream = torch.randn(2, 3, 5, 4, 3)
+    gradients = []
+    for norm in (plain, mended):
+        torch.testing.assert_close(norm(images), plain(images))
+        inputs = [images, *norm.parameters()]
+        gradients.append(torch.autograd.grad(norm(images), inputs, upstream))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_running_statistics_are_left_to_torch() -> None:
+    network = nn.Sequential(nn.InstanceNorm3d(2, track_running_stats=True))
+    mend_layers(network)
+    assert type(network[0]) is nn.InstanceNorm3d
