@@ -21,7 +21,7 @@ from networks.layers import mend_layers
 logger = logging.getLogger(__name__)
 
 # Learning rate and weight decay per optimizer, chosen on validation cases of LA and hippocampus (docs/results.md).
-OPTIMIZER_DEFAULTS = {"adamw": (0.003, 0.01), "sgd": (0.1, 1e-4)}
+OPTIMIZER_DEFAULTS = {"adamw": (0.003, 0.3), "sgd": (0.1, 1e-4)}
 
 
 @dataclass(frozen=True)

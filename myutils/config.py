@@ -143,7 +143,7 @@ class RunConfig:
         None, help="first learning rate, > 0, decays as (1 - t/T)^0.9; else 0.003 adamw, 0.1 sgd", group=OPTIMISATION
     )
     weight_decay: float | None = option(
-        None, help="decay of weights, >= 0; else 0.01 adamw, 1e-4 sgd", group=OPTIMISATION
+        None, help="decay of weights, >= 0; else 0.3 adamw, 1e-4 sgd", group=OPTIMISATION
     )
     grad_clip: float = option(5.0, help="largest gradient norm, > 0", group=OPTIMISATION)
     patch_size: Triple | None = option(None, help="voxels of a training patch and a window", group=OPTIMISATION)
