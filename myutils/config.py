@@ -71,7 +71,12 @@ class RunConfig:
         0.8, help="least probability of a pseudo-label that counts, 0..1", group=METHOD
     )
     uncertainty_passes: int = option(8, help="noisy teacher passes of ua_mt, >= 2", group=METHOD)
-    feature_perturbation: bool = option(False, help="fixmatch: a second stream with dropped features", group=METHOD)
+    feature_perturbation: bool | None = option(
+        None,
+        help="drop half of the encoder's channels: mean_teacher for the strong views, fixmatch in a stream of its own; "
+        "else on for best",
+        group=METHOD,
+    )
     decoders: int = option(2, help="decoders of mc_net, >= 2", group=METHOD)
     warmup_iteration: int | None = option(
         None, help="first steps with labelled patches alone; else none, bcp: 20 % of the training", group=METHOD
@@ -88,7 +93,10 @@ class RunConfig:
     soft_labels: bool = option(
         True, help="mean_teacher: learn the teacher's probabilities, not only its confident classes", group=METHOD
     )
-    copy_paste: bool = option(True, help="paste labelled boxes into unlabelled patches", group=METHOD)
+    copy_paste: bool = option(True, help="paste boxes of other patches into unlabelled ones", group=METHOD)
+    paste_unlabeled: float | None = option(
+        None, help="share of these boxes that come from unlabelled patches, 0..1; else 0, best: 0.5", group=METHOD
+    )
 
     use_contrastive_prototype: bool | None = option(
         None, help="the prototype term; else on for mean_teacher and ss_net", group=PROTOTYPES

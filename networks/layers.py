@@ -6,8 +6,8 @@ memory that it has not written). Deep levels of a network reach that size at ord
 float32 here; they are the smallest of the network, so that it costs nothing that can be measured.
 
 Slow: torch's instance normalisation of 3D maps takes up to four times as long in bf16 on the CPU as a group
-normalisation with one channel per group, which is the same function; on an H100 it takes 1.6 times as long for full-size
-patches, and about as long for small ones.
+normalisation with one channel per group, which is the same function; on an H100 it takes 1.6 times as long for
+full-size patches, and about as long for small ones.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from helpers_runs import random_batch, small_config
 
 from myutils.build import DataFacts, build_method
 from myutils.methods.mean_teacher import MeanTeacher
-from myutils.pseudo_labels import mixing_sources, pseudo_labels, take_voxels
+from myutils.pseudo_labels import drop_channels, mixing_sources, pseudo_labels, take_voxels
 
 CPU = torch.device("cpu")
 
@@ -59,6 +59,26 @@ def test_mixing_sources_reach_the_last_offset_and_keep_the_stated_volume() -> No
     assert 0.2 < sum(shares) / len(shares) < 0.55
 
 
+def test_mixing_sources_take_the_unlabelled_share_from_the_patch_before() -> None:
+    torch.manual_seed(0)
+    partners = []
+    for _ in range(200):
+        patches = mixing_sources(2, torch.Size((3, 6, 6, 6)), CPU, 0.25) // 216
+        for index, patch in enumerate(patches):
+            partner = patch[patch != 2 + index].unique().tolist()
+            assert partner in ([0], [1], [2 + (index - 1) % 3])
+            partners += partner
+    assert sum(partner > 1 for partner in partners) / len(partners) == pytest.approx(0.25, abs=0.06)
+
+
+def test_feature_perturbation_spares_the_labelled_patches() -> None:
+    torch.manual_seed(0)
+    level = torch.ones(4, 32, 2, 2, 2)
+    changed = drop_channels([level], first=1)[0]
+    assert torch.equal(changed[0], level[0])
+    assert set(changed[1:].unique().tolist()) == {0.0, 2.0}
+
+
 def test_take_voxels_by_hand() -> None:
     labels = torch.tensor([[10, 11], [20, 21]]).reshape(2, 1, 1, 2)
     sources = torch.tensor([0, 3]).reshape(1, 1, 1, 2)
@@ -79,6 +99,19 @@ def test_mix_gives_true_labels_for_certain_where_they_were_pasted() -> None:
     assert ((batch.label_l[:, None] == labels).any(0) | ~pasted).all()
     assert (labels[~pasted] == 2).all()
     assert torch.equal(mixed[:, 0][~pasted], batch.image_u_strong[:, 0][~pasted])
+
+
+def test_mix_of_unlabelled_patches_carries_the_other_belief_and_counts_as_foreign() -> None:
+    method = make(paste_unlabeled=1.0)
+    batch = random_batch()
+    believed = torch.rand(2, 3, 16, 16, 16).softmax(1)
+    mixed, target, pasted = method._mix(batch, believed)
+    assert pasted is not None and 0 < pasted.float().mean() < 0.6
+    for own, other in ((0, 1), (1, 0)):
+        box = pasted[own]
+        assert torch.equal(target[own][:, box], believed[other][:, box])
+        assert torch.equal(mixed[own][:, box], batch.image_u_strong[other][:, box])
+        assert torch.equal(target[own][:, ~box], believed[own][:, ~box])
 
 
 def test_hard_labels_count_above_the_gate_only_and_soft_ones_everywhere() -> None:

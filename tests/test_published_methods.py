@@ -18,11 +18,11 @@ from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.base import Method
 from myutils.methods.bcp import largest_components, paste_masks
 from myutils.methods.dtc import signed_distances
-from myutils.methods.fixmatch import drop_channels, gated_cross_entropy
+from myutils.methods.fixmatch import gated_cross_entropy
 from myutils.methods.mc_net import sharpen
 from myutils.methods.ss_net import overlap_distance, unit_patches
 from myutils.methods.ua_mt import input_noise, masked_square, predictive_entropy
-from myutils.pseudo_labels import PseudoLabels
+from myutils.pseudo_labels import PseudoLabels, drop_channels
 
 
 def make(name: str, **changes: Any) -> Any:

@@ -64,6 +64,8 @@ COMMON_DEFAULTS: Mapping[str, Any] = {
     "prototype_loss": "ssnet",
     "tta_flips": False,
     "strong_views": 1,
+    "feature_perturbation": False,
+    "paste_unlabeled": 0.0,
     "warmup_share": 0.0,  # of the training; fills warmup_iteration
 }
 

@@ -1,10 +1,10 @@
-"""The recipe that this project recommends so far: ``mean_teacher``, lighter consistency, two views, mirrored inputs.
+"""The recipe that this project recommends: ``mean_teacher`` with more perturbation of what the student sees.
 
-On development cases of the left atrium the mean teacher loses a little of the supervised network's precision on easy
-scans while it gains much on hard ones; with a fifth of the weight on unlabelled patches it keeps more of both
-(docs/results.md). Two strong views of each unlabelled patch learn its pseudo-label, for one pass of the teacher (Yang
-et al. 2023, arXiv:2208.09910). Whole volumes are segmented as the mean over all mirrored inputs, where there is an
-axis to mirror along. The search for a recipe is not finished (docs/methods.md).
+Two strong views of each unlabelled patch learn its pseudo-label, for one pass of the teacher; half of the encoder's
+channels are dropped for them (both as in UniMatch, Yang et al. 2023, arXiv:2208.09910), and half of the pasted boxes
+come from the other unlabelled patch instead of a labelled one (CutMix, Yun et al. 2019, arXiv:1905.04899). Unlabelled
+patches weigh half as much as labelled ones. Whole volumes are segmented as the mean over all mirrored inputs, where
+there is an axis to mirror along. What was chosen on which cases: docs/results.md.
 """
 
 from __future__ import annotations
@@ -20,5 +20,11 @@ class Best(MeanTeacher):
     """``mean_teacher`` with other defaults."""
 
     defaults = MappingProxyType(
-        {"use_contrastive_prototype": True, "consistency": 0.2, "strong_views": 2, "tta_flips": True}
+        {
+            "consistency": 0.5,
+            "strong_views": 2,
+            "feature_perturbation": True,
+            "paste_unlabeled": 0.5,
+            "tta_flips": True,
+        }
     )

@@ -108,7 +108,7 @@ class CovarianceFeaturePools(MeanTeacher):
             "dfp_correlation": LossTerm(correlation, weight * config.consistency_o),
         }
         scalars = {f"dfp_pool_{index}": size.float() for index, size in enumerate(self.pool.sizes)}
-        scalars["dfp_stage"] = regions.new_tensor(float(stage))
+        scalars["dfp_stage"] = regions.new_full((), float(stage))
         scalars["dfp_selector_accuracy"] = (named.argmax(1) == target).float().mean()
         return terms, scalars
 

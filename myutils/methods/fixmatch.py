@@ -20,7 +20,7 @@ from dataloaders.patches import Batch
 from myutils.config import required
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
-from myutils.pseudo_labels import PseudoLabels, pseudo_labels
+from myutils.pseudo_labels import PseudoLabels, drop_channels, pseudo_labels
 from networks.base import SegmentationNetwork
 
 
@@ -61,8 +61,3 @@ class FixMatch(Method):
 def gated_cross_entropy(logits: Tensor, target: PseudoLabels, gate: Tensor) -> Tensor:
     """Cross-entropy of logits (B, K, X, Y, Z) weighted by the gate (B, X, Y, Z), averaged over all voxels."""
     return (functional.cross_entropy(logits.float(), target.labels, reduction="none") * gate).mean()
-
-
-def drop_channels(encoded: list[Tensor]) -> list[Tensor]:
-    """Half of the channels of every level dropped at random, the others doubled."""
-    return [functional.dropout3d(level, 0.5) for level in encoded]

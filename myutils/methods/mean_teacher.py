@@ -6,6 +6,7 @@ Sources: Tarvainen & Valpola 2017, arXiv:1703.01780 (the averaged teacher); Sohn
 
 from __future__ import annotations
 
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from myutils.config import required
 from myutils.losses.segmentation import dice_ce_loss, one_hot_labels, soft_label_loss
 from myutils.methods.averaged_teacher import TeacherMethod
 from myutils.methods.base import METHODS, LossTerm, StepOutput
-from myutils.pseudo_labels import mixing_sources, take_voxels
+from myutils.pseudo_labels import drop_channels, mixing_sources, take_voxels
 from networks.base import SegmentationOutput
 
 
@@ -54,7 +55,9 @@ class MeanTeacher(TeacherMethod):
         teacher_u = teacher_u.repeat(required(self.config.strong_views, "strong_views"))
         believed = teacher_u.logits.float().softmax(1)
         strong, target, foreign = self._mix(batch, believed)
-        student = self.student(torch.cat([batch.image_l, strong]))
+        images = torch.cat([batch.image_l, strong])
+        change = partial(drop_channels, first=labeled) if self.config.feature_perturbation else None
+        student = self.student.run_branches(images, [self.student.branch], change)[0]
         logits_l, logits_u = student.logits[:labeled], student.logits[labeled:]
         confidence, labels = target.max(1)
         gate = (confidence > self.config.confidence_threshold).float()
@@ -78,15 +81,17 @@ class MeanTeacher(TeacherMethod):
         return {}, {}
 
     def _mix(self, batch: Batch, believed: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Strong views with boxes of labelled patches, their class probabilities, and which voxels were pasted.
+        """Strong views with boxes of other patches, their class probabilities, and which voxels were pasted.
 
         Probabilities ``believed`` (V * Bu, K, X, Y, Z) are the teacher's; pasted voxels have their true class for
         certain.
         """
         if not self.config.copy_paste or not len(batch.image_u):
             return batch.image_u_strong, believed, None
-        sources = mixing_sources(len(batch.image_l), batch.image_u_strong[:, 0].shape, batch.image_u.device)
+        shape, share = batch.image_u_strong[:, 0].shape, required(self.config.paste_unlabeled, "paste_unlabeled")
+        sources = mixing_sources(len(batch.image_l), shape, batch.image_u.device, share)
         certain = one_hot_labels(batch.label_l, believed.shape[1])
         target = take_voxels(torch.cat([certain, believed]), sources)
         strong = take_voxels(torch.cat([batch.image_l, batch.image_u_strong]), sources)
-        return strong, target, sources < batch.label_l.numel()
+        own = torch.arange(batch.label_l.numel(), sources.numel() + batch.label_l.numel(), device=sources.device)
+        return strong, target, sources != own.reshape(shape)
