@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed as dist
 
+from myutils.host_memory import keep_freed_blocks
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -58,6 +60,7 @@ def select_device(gpu: int | None = None, local_rank: int | None = None) -> torc
     if gpu is not None and not 0 <= gpu < count:
         raise ValueError(f"--gpu {gpu}: this machine has {count} CUDA devices; leave the flag out to use the CPU")
     if count == 0:
+        keep_freed_blocks()
         logger.info("device: CPU (%d threads); no CUDA device found", torch.get_num_threads())
         return torch.device("cpu")
     index = gpu if gpu is not None else (local_rank or 0) % count

@@ -1,0 +1,32 @@
+"""The C library's habits with freed memory, which decide a good part of a training step on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # glibc's malloc.h
+_LARGEST_KEPT = 1 << 30  # bytes; a larger block is mapped on its own and given back when it is freed
+
+
+def keep_freed_blocks() -> bool:
+    """Let glibc keep freed blocks for the next step instead of giving them back to the system.
+
+    As it comes, glibc maps each block above 32 MB anew and gives the top of the heap back whenever a step frees its
+    activations. The system then clears every page again: half a million page faults and 40 % of the time of a step
+    with six patches of 64x64x48. Kept blocks raise the process's memory by up to a fifth.
+
+    Returns:
+        Whether it was done: not where the environment configures malloc already, nor with another C library.
+    """
+    configured = [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]
+    if configured or not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # musl and others
+        return False
+    # Older versions refuse a threshold above 32 MB: there no block is mapped on its own.
+    kept = mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT) or mallopt(_MMAP_MAX, 0)
+    return bool(kept and mallopt(_TRIM_THRESHOLD, -1))
