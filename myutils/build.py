@@ -16,6 +16,7 @@ from myutils.config import RunConfig, required
 from myutils.inference import InferenceOptions
 from myutils.methods.base import COMMON_DEFAULTS, METHODS, Method
 from networks.base import NETWORKS, SegmentationNetwork
+from networks.checkpointing import checkpoint_blocks
 from networks.layers import mend_layers
 
 logger = logging.getLogger(__name__)
@@ -153,6 +154,8 @@ def build_network(config: RunConfig, facts: DataFacts) -> SegmentationNetwork:
             f"{network.stride[0]}; every value must be at least that"
         )
     mend_layers(network)
+    if config.checkpoint_activations:
+        checkpoint_blocks(network)
     return network
 
 

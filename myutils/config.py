@@ -178,6 +178,9 @@ class RunConfig:
         group=RUN,
         choices=("auto", "no", "bf16", "fp16"),
     )
+    checkpoint_activations: bool = option(
+        False, help="compute activations again in the backward pass: less memory, more time", group=RUN
+    )
     deterministic: bool = option(True, help="only deterministic kernels, on CUDA too", group=RUN)
     num_workers: int = option(
         0, help="processes that prepare batches, each with its own case cache; 0: the trainer itself", group=RUN

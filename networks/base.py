@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from myutils.registry import Registry
+from networks.checkpointing import checkpoint_blocks, is_checkpointed
 from networks.layers import mend_layers
 
 
@@ -88,6 +89,8 @@ class SegmentationNetwork(nn.Module, ABC):
         """A network of the same kind with weights of its own, drawn from torch's global generator."""
         copy = type(self)(self.in_channels, self.num_classes)
         mend_layers(copy)
+        if is_checkpointed(self):
+            checkpoint_blocks(copy)
         return copy
 
     def forward(self, images: Tensor) -> SegmentationOutput:
