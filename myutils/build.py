@@ -102,7 +102,8 @@ def _with_method_defaults(
     """What the user left open and the method decides; mirroring only where the data have an axis for it."""
     wanted = {**COMMON_DEFAULTS, **method.defaults}
     wanted["warmup_iteration"] = round(wanted.pop("warmup_share") * max_iteration)
-    wanted["tta_flips"] = wanted["tta_flips"] and bool(flip_axes)
+    if config.tta_flips:
+        wanted["tta_views"] = 1
     for name in ("teacher_flips", "tta_flips"):
         if getattr(config, name) and not flip_axes:
             raise ValueError(f"--{name}: there is no axis to mirror along; name some with --flip_axes, or leave it out")
@@ -138,9 +139,13 @@ def build_augmentation(config: RunConfig) -> AugmentOptions:
 
 def build_inference(config: RunConfig, amp: str) -> InferenceOptions:
     """Sliding-window settings of a resolved configuration; ``amp`` is resolved for the device."""
-    flips = required(config.flip_axes, "flip_axes") if config.tta_flips else ()
+    views = config.tta_views or 1
     return InferenceOptions(
-        patch_size=required(config.patch_size, "patch_size"), overlap=config.overlap, flips=flips, amp=amp
+        patch_size=required(config.patch_size, "patch_size"),
+        overlap=config.overlap,
+        flips=required(config.flip_axes, "flip_axes") if config.tta_flips or views > 1 else (),
+        views=views if views > 1 else 0,
+        amp=amp,
     )
 
 

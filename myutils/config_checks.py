@@ -52,6 +52,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "save_every": (1, float("inf")),
     "image_every": (1, float("inf")),
     "overlap": (0, 0.9),
+    "tta_views": (1, 64),
 }
 
 
@@ -71,6 +72,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"--labeled_bs {labeled_bs}: must be below --batch_size {batch_size}, so that a step has "
             "unlabelled patches too"
+        )
+    if settings["tta_flips"] and (settings["tta_views"] or 1) > 1:
+        raise ValueError(
+            f"mirrored inputs together with {settings['tta_views']} views: these are mirrored already; choose one"
         )
     for name in ("patch_size", "spacing", "voxel_size"):
         value = settings[name]

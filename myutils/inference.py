@@ -1,4 +1,4 @@
-"""Whole volumes through a network: sliding windows with Gaussian weights, test-time flips, label maps.
+"""Whole volumes through a network: sliding windows with Gaussian weights, views to average over, label maps.
 
 Image and network meet on the network's device; stitched volumes move to the CPU where they would crowd it.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from dataloaders.base import Volume
 from dataloaders.preprocess import Preprocess
 from myutils.distributed import autocast, resolve_amp
+from myutils.inference_views import View, make_views, seen_from, seen_places
 from networks.base import SegmentationNetwork
 
 AMP_CHOICES = ("auto", "no", "bf16", "fp16")
@@ -33,7 +33,9 @@ class InferenceOptions:
     Attributes:
         patch_size: Window size along X, Y, Z in voxels.
         overlap: Share of a window that its neighbour covers too, 0 <= overlap < 1.
-        flips: Image axes (0, 1, 2) for test-time flips; probabilities are averaged over all subsets of them.
+        flips: Image axes (0, 1, 2) that views are mirrored along.
+        views: Views whose probabilities are averaged: 0 for all mirrored ones (one alone without ``flips``), else the
+            image itself and that many less one that are turned and scaled too.
         window_batch: Windows per forward pass.
         amp: "no", "bf16", "fp16" or "auto" (what the device is fast at); logits are accumulated in float32 always.
     """
@@ -41,6 +43,7 @@ class InferenceOptions:
     patch_size: tuple[int, int, int]
     overlap: float = 0.5
     flips: tuple[int, ...] = ()
+    views: int = 0
     window_batch: int = 4
     amp: str = "no"
 
@@ -51,6 +54,8 @@ class InferenceOptions:
             raise ValueError(f"overlap {self.overlap}: pass a value in [0, 1), such as 0.5")
         if len(set(self.flips)) != len(self.flips) or not set(self.flips) <= {0, 1, 2}:
             raise ValueError(f"flips {self.flips}: pass each of the axes 0, 1, 2 at most once")
+        if self.views < 0:
+            raise ValueError(f"views {self.views}: pass 0 or more")
         if self.window_batch < 1:
             raise ValueError(f"window_batch {self.window_batch}: pass at least 1")
         if self.amp not in AMP_CHOICES:
@@ -81,20 +86,33 @@ def sliding_window_probabilities(
     images = image[None].float()  # (1, C, X, Y, Z)
     if images.numel() // network.in_channels * (network.num_classes + 1) * 4 <= STITCH_LIMIT_BYTES:
         images = images.to(device)
-    subsets = [axes for count in range(len(options.flips) + 1) for axes in combinations(options.flips, count)]
     total: Tensor | None = None
+    views = make_views(options.flips, options.views)
     with evaluation_mode(network), torch.no_grad():
-        for axes in subsets:
-            dims = [axis + 2 for axis in axes]
-            # Whole volumes of K classes are the largest thing here: one is held, while mirrored ones are added three.
-            probs = _stitched_logits(network, images.flip(dims) if dims else images, options, device)
+        for number, view in enumerate(views):
+            # Whole volumes of K classes are the largest thing here: one is held, while further views are added three.
+            probs = _stitched_logits(network, seen_from(view, images), options, device)
             for slab in probs.split(_SLAB, dim=2):
                 slab.copy_(slab.softmax(1))
-            probs = probs.flip(dims) if dims else probs  # (1, K, X, Y, Z)
-            total = probs if total is None else total.add_(probs)
+            total = probs if total is None else _add_view(total, probs, view, number)
     if total is None or not bool(total.sum().isfinite()):
         raise ValueError("the network returned values that are not finite; the image or the weights are damaged")
-    return total[0].div_(len(subsets)).cpu()  # (K, X, Y, Z)
+    return total[0].div_(len(views)).cpu()  # (K, X, Y, Z)
+
+
+def _add_view(total: Tensor, probs: Tensor, view: View, before: int) -> Tensor:
+    """``total`` (1, K, X, Y, Z), the sum of ``before`` views, plus the probabilities of one more, put back in place.
+
+    A voxel that the view does not show gets the mean of the views before.
+    """
+    if view.matrix is None:
+        return total.add_(seen_from(view, probs))
+    for start in range(0, total.shape[2], _SLAB):
+        rows = slice(start, min(start + _SLAB, total.shape[2]))
+        found, inside = seen_places(view, probs, rows)
+        part = total[:, :, rows]
+        part.add_(found.where(inside, part / before))
+    return total
 
 
 def _stitched_logits(

@@ -32,6 +32,11 @@ class InferenceFlags:
     flips: bool | None = option(
         None, help="average over mirrored inputs, along the axes of training; else the checkpoint's", group=INFERENCE
     )
+    views: int | None = option(
+        None,
+        help="average over this many views, the others turned, scaled and mirrored, >= 1; else the checkpoint's",
+        group=INFERENCE,
+    )
     largest_component: bool | None = option(
         None, help="keep the largest component of each class; else the checkpoint's", group=INFERENCE
     )
@@ -48,7 +53,8 @@ class InferenceFlags:
         """
         settings: dict[str, Any] = {
             "overlap": self.overlap,
-            "tta_flips": self.flips,
+            "tta_flips": False if self.views is not None and self.flips is None else self.flips,
+            "tta_views": 1 if self.flips and self.views is None else self.views,
             "largest_component": self.largest_component,
             "gpu": self.gpu,
             # A run trained with fp16 on a GPU is to be used on the CPU too, where fp16 is refused.

@@ -156,9 +156,12 @@ def test_strong_views_are_refused_where_nothing_learns_from_them() -> None:
         make(method="ua_mt", strong_views=2)
 
 
-def test_best_mirrors_at_the_end_where_there_is_an_axis() -> None:
-    assert make(method="best", flip_axes=(1,)).config.tta_flips is True
-    assert make(method="best", flip_axes=()).config.tta_flips is False
+def test_best_averages_views_unless_mirrored_inputs_are_asked_for() -> None:
+    assert make(method="best").config.tta_views == 4
+    assert make(method="best", tta_flips=True).config.tta_views == 1
+    assert make().config.tta_views == 1
+    with pytest.raises(ValueError, match="together with 4 views"):
+        make(tta_flips=True, tta_views=4)
 
 
 @pytest.mark.parametrize("name", ["teacher_flips", "tta_flips"])

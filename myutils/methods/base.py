@@ -62,7 +62,7 @@ COMMON_DEFAULTS: Mapping[str, Any] = {
     "consistency": 1.0,
     "use_contrastive_prototype": False,
     "prototype_loss": "ssnet",
-    "tta_flips": False,
+    "tta_views": 1,
     "strong_views": 1,
     "feature_perturbation": False,
     "paste_unlabeled": 0.0,

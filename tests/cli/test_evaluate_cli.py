@@ -143,6 +143,9 @@ def test_inference_flags_reach_the_summary(checkpoint: Path, tmp_path: Path) -> 
     assert used["overlap"] == 0.25 and used["flips"] and used["largest_component"] and used["amp"] == "no"
     assert evaluate(checkpoint, "--no-flips", "--output_dir", tmp_path) == 0
     assert json.loads((tmp_path / "summary.json").read_text())["inference"]["flips"] == []
+    assert evaluate(checkpoint, "--views", 3, "--output_dir", tmp_path) == 0
+    used = json.loads((tmp_path / "summary.json").read_text())["inference"]
+    assert used["views"] == 3 and used["flips"]
 
 
 def test_data_that_do_not_fit_are_refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,78 @@
+"""Views of a whole image whose predictions are averaged: mirrored ones, and ones that are turned and scaled too.
+
+Turned and scaled views differ as augmented training patches do (``dataloaders.transforms.random_affine``), in voxel
+space about the image's centre. They are the same for every image of a shape.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dataloaders.transforms import AugmentOptions, random_affine
+
+
+class View(NamedTuple):
+    """How an image is looked at: turned and scaled by a matrix (3, 3), if there is one, then mirrored along ``axes``.
+
+    A turned image is sampled at ``matrix @ (voxel - centre) + centre``.
+    """
+
+    axes: tuple[int, ...]
+    matrix: np.ndarray | None
+
+
+def make_views(axes: tuple[int, ...], count: int) -> list[View]:
+    """The views to average over, the image itself first.
+
+    Args:
+        axes: Image axes (0, 1, 2) to mirror along.
+        count: 0 for every way of mirroring, untouched else; else this many views, all but the first turned and scaled
+            at random and mirrored in turn.
+    """
+    mirrored = [subset for size in range(len(axes) + 1) for subset in combinations(axes, size)]
+    if count == 0:
+        return [View(subset, None) for subset in mirrored]
+    rng, options = np.random.default_rng(0), AugmentOptions((1, 1, 1))
+    turned = [View(mirrored[i % len(mirrored)], random_affine(rng, options)) for i in range(1, count)]
+    return [View((), None), *turned]
+
+
+def seen_from(view: View, images: Tensor) -> Tensor:
+    """Images (B, C, X, Y, Z) as the view shows them; places outside show the nearest border."""
+    if view.matrix is not None:
+        images, _ = _sample(images, view.matrix, slice(0, images.shape[2]))
+    return _mirror(images, view.axes)
+
+
+def seen_places(view: View, seen: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """What a view (B, K, X, Y, Z) says about the voxels of some rows along X of the image itself.
+
+    Returns:
+        Values (B, K, rows, Y, Z), and whether the view shows the place (rows, Y, Z), bool.
+    """
+    matrix = np.eye(3) if view.matrix is None else view.matrix
+    return _sample(_mirror(seen, view.axes), np.linalg.inv(matrix), rows)
+
+
+def _mirror(values: Tensor, axes: tuple[int, ...]) -> Tensor:
+    return values.flip([axis + 2 for axis in axes]) if axes else values
+
+
+def _sample(values: Tensor, matrix: np.ndarray, rows: slice) -> tuple[Tensor, Tensor]:
+    """Values (B, C, X, Y, Z) at the turned places of the voxels in ``rows``, and which of these lie inside."""
+    size = values.shape[2:]
+    half = [max((count - 1) / 2, 0.5) for count in size]
+    own = [torch.arange(count, device=values.device, dtype=torch.float32) - (count - 1) / 2 for count in size]
+    own[0] = own[0][rows]
+    voxels = torch.stack(torch.meshgrid(*own, indexing="ij"), dim=-1)  # (rows, Y, Z, 3)
+    turn = torch.tensor(matrix / np.array(half)[:, None], dtype=torch.float32, device=values.device)
+    places = voxels @ turn.T  # -1..1 from the first voxel's centre to the last one's
+    grid = places.flip(-1).expand(len(values), *places.shape)
+    sampled = functional.grid_sample(values, grid, padding_mode="border", align_corners=True)
+    return sampled, (places.abs() <= 1 + 1e-4).all(-1)
