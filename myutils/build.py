@@ -79,6 +79,10 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
         )
     if (config.strong_views or 1) > 1 and not method.uses_strong_views:
         raise ValueError(f"--strong_views {config.strong_views}: {config.method} has no use for strong views")
+    if config.feature_perturbation and not method.uses_strong_views:
+        raise ValueError(f"--feature_perturbation: {config.method} has no stream whose features it drops")
+    if config.paste_unlabeled and not method.pastes_unlabeled:
+        raise ValueError(f"--paste_unlabeled {config.paste_unlabeled}: {config.method} pastes no unlabelled boxes")
     if method.uses_unlabeled and labeled_bs >= config.batch_size:
         raise ValueError(f"--batch_size {config.batch_size}: {config.method} needs at least 2, one patch unlabelled")
     return dataclasses.replace(
@@ -102,8 +106,7 @@ def _with_method_defaults(
     """What the user left open and the method decides; mirroring only where the data have an axis for it."""
     wanted = {**COMMON_DEFAULTS, **method.defaults}
     wanted["warmup_iteration"] = round(wanted.pop("warmup_share") * max_iteration)
-    if config.tta_flips:
-        wanted["tta_views"] = 1
+    wanted["tta_flips"] = wanted["tta_flips"] and bool(flip_axes) and config.tta_views == 1
     for name in ("teacher_flips", "tta_flips"):
         if getattr(config, name) and not flip_axes:
             raise ValueError(f"--{name}: there is no axis to mirror along; name some with --flip_axes, or leave it out")
@@ -139,7 +142,7 @@ def build_augmentation(config: RunConfig) -> AugmentOptions:
 
 def build_inference(config: RunConfig, amp: str) -> InferenceOptions:
     """Sliding-window settings of a resolved configuration; ``amp`` is resolved for the device."""
-    views = config.tta_views or 1
+    views = config.tta_views
     return InferenceOptions(
         patch_size=required(config.patch_size, "patch_size"),
         overlap=config.overlap,
@@ -165,11 +168,15 @@ def build_network(config: RunConfig, facts: DataFacts) -> SegmentationNetwork:
 
 
 def build_optimizer(config: RunConfig, method: Method) -> torch.optim.Optimizer:
-    """One optimizer for everything trainable; the selectors are a group of their own."""
+    """One optimizer for everything trainable; the selectors are a group of their own.
+
+    Note: torch's fused SGD fails where some parameters have no gradient in the first steps, and starts from unwritten
+    momentum where the first step overflows in fp16.
+    """
     groups = method.parameter_groups(required(config.base_lr, "base_lr"))
     decay = required(config.weight_decay, "weight_decay")
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=decay, fused=True)
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=decay)
     return torch.optim.AdamW(groups, weight_decay=decay, fused=True)
 
 

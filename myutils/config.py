@@ -196,11 +196,11 @@ class RunConfig:
         None, help="train the supervised-only baseline too; else on for demo", group=EVALUATION
     )
     overlap: float = option(0.5, help="overlap of neighbouring windows, 0..0.9", group=EVALUATION)
-    tta_flips: bool = option(False, help="average over all mirrored inputs (flip_axes)", group=EVALUATION)
-    tta_views: int | None = option(
-        None,
-        help="average over this many views of the input, the others turned, scaled and mirrored; else 1, best: 4",
-        group=EVALUATION,
+    tta_flips: bool | None = option(
+        None, help="average over all mirrored inputs (flip_axes); else on for best", group=EVALUATION
+    )
+    tta_views: int = option(
+        1, help="average over this many views of the input, all but one turned, scaled and mirrored", group=EVALUATION
     )
     largest_component: bool = option(False, help="keep the largest component of each class", group=EVALUATION)
 

@@ -73,7 +73,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             f"--labeled_bs {labeled_bs}: must be below --batch_size {batch_size}, so that a step has "
             "unlabelled patches too"
         )
-    if settings["tta_flips"] and (settings["tta_views"] or 1) > 1:
+    if settings["tta_flips"] and settings["tta_views"] > 1:
         raise ValueError(
             f"mirrored inputs together with {settings['tta_views']} views: these are mirrored already; choose one"
         )

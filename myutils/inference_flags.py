@@ -30,7 +30,9 @@ class InferenceFlags:
         None, help="overlap of neighbouring windows, 0..0.9; else the checkpoint's", group=INFERENCE
     )
     flips: bool | None = option(
-        None, help="average over mirrored inputs, along the axes of training; else the checkpoint's", group=INFERENCE
+        None,
+        help="average over all mirrored inputs, along the axes of training, or over nothing; else the checkpoint's",
+        group=INFERENCE,
     )
     views: int | None = option(
         None,
@@ -54,7 +56,7 @@ class InferenceFlags:
         settings: dict[str, Any] = {
             "overlap": self.overlap,
             "tta_flips": False if self.views is not None and self.flips is None else self.flips,
-            "tta_views": 1 if self.flips and self.views is None else self.views,
+            "tta_views": 1 if self.views is None and self.flips is not None else self.views,
             "largest_component": self.largest_component,
             "gpu": self.gpu,
             # A run trained with fp16 on a GPU is to be used on the CPU too, where fp16 is refused.

@@ -86,6 +86,8 @@ class Trainer:
         state, tensors = read_checkpoint(folder / "last.pt", device)
         trainer = cls(state, source, folder, ranks, device)
         load_weights(trainer.method, tensors, folder / "last.pt")
+        for ours, stored in zip(trainer.optimizer.param_groups, tensors["optimizer"]["param_groups"], strict=True):
+            stored["fused"] = ours["fused"]  # it decides how a gradient scaler treats the optimizer
         trainer.optimizer.load_state_dict(tensors["optimizer"])
         trainer.scaler.load_state_dict(tensors["scaler"])
         return trainer

@@ -28,9 +28,8 @@ def checkpoint_blocks(network: nn.Module) -> None:
     Names, weights and state stay as they are; copies of the network are checkpointed too.
     """
     blocks = [block for module in network.modules() if isinstance(module, nn.ModuleList) for block in module]
-    inner = {id(part) for block in blocks for part in block.modules() if part is not block}
     for block in blocks:
-        if id(block) not in inner and not isinstance(block, CheckpointedBlock):
+        if not isinstance(block, CheckpointedBlock):
             kind = type(block)
             block.__class__ = type(f"Checkpointed{kind.__name__}", (CheckpointedBlock, kind), {})
 

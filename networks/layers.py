@@ -33,13 +33,11 @@ class GroupedInstanceNorm3d(nn.InstanceNorm3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise each channel of each patch of (B, C, X, Y, Z); the output has the input's type."""
-        weight, bias = self.weight, self.bias
-        if input.device.type == "cpu" or weight is None:
-            return functional.group_norm(input, self.num_features, weight, bias, self.eps)
+        if input.device.type == "cpu":
+            return functional.group_norm(input, self.num_features, self.weight, self.bias, self.eps)
+        weight, bias = (None if part is None else part.to(input.dtype) for part in (self.weight, self.bias))
         with torch.autocast(input.device.type, enabled=False):  # which would make the output float32
-            return functional.group_norm(
-                input, self.num_features, weight.to(input.dtype), bias.to(input.dtype), self.eps
-            )
+            return functional.group_norm(input, self.num_features, weight, bias, self.eps)
 
 
 def mend_layers(network: nn.Module) -> None:

@@ -65,12 +65,12 @@ def small_config(source: CaseSource, **changes: Any) -> RunConfig:
     return resolve_config(RunConfig(**(settings | changes)), source)
 
 
-def small_trainer(source: CaseSource, folder: Path, **changes: Any) -> Trainer:
+def small_trainer(source: CaseSource, folder: Path, device: torch.device | None = None, **changes: Any) -> Trainer:
     """A trainer of ``small_config``, its folder made."""
     config = small_config(source, **changes)
     folder.mkdir(parents=True, exist_ok=True)
     state = RunState(config, DataFacts.of(source), make_training_split(source, config.split_request()))
-    return Trainer(state, source, folder, RankInfo(), torch.device("cpu"))
+    return Trainer(state, source, folder, RankInfo(), device or torch.device("cpu"))
 
 
 def random_batch(

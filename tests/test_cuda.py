@@ -9,12 +9,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import BallSource
-from helpers_runs import batch_for, small_config
+from helpers_runs import batch_for, small_trainer
 
-from dataloaders.splits import make_training_split
 from myutils import build
-from myutils.build import DataFacts
-from myutils.checkpoint import RunState
 from myutils.distributed import RankInfo, concat_ranks, mean_over_ranks
 from myutils.inference import predict_label_map
 from myutils.methods.base import METHODS
@@ -25,13 +22,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 WITH_SCIPY = ("bcp", "dtc")  # their published forms label components or measure distances on the CPU
-
-
-def trainer_on(device: torch.device, folder: Path, source: BallSource, **changes: object) -> Trainer:
-    config = small_config(source, **changes)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = RunState(config, DataFacts.of(source), make_training_split(source, config.split_request()))
-    return Trainer(state, source, folder, RankInfo(), device)
 
 
 @pytest.fixture
@@ -46,7 +36,7 @@ def no_waiting() -> Iterator[None]:
 def test_a_step_never_waits_for_the_device(tmp_path: Path, name: str) -> None:
     changes = {"use_contrastive_prototype": True, "memory_interval": 1, "amp": "bf16", "warmup_iteration": 0}
     changes["dfp_start_iter"] = 0  # its pools, built in the first step, are the one place where a step may wait
-    trainer = trainer_on(CUDA, tmp_path, BallSource(), method=name, **changes)
+    trainer = small_trainer(BallSource(), tmp_path, CUDA, method=name, **changes)
     batch = batch_for(trainer.method).to(CUDA)
     trainer.train_step(trainer.method, batch, 0)  # kernels are chosen and moments made in the first step
     torch.cuda.synchronize()
@@ -57,9 +47,9 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("amp", ["no", "bf16", "fp16"])
 def test_resume_is_bit_identical_on_the_device(tmp_path: Path, amp: str) -> None:
     changes = {"use_contrastive_prototype": True, "max_iteration": 6, "save_every": 3, "amp": amp}
-    whole = trainer_on(CUDA, tmp_path / "whole", BallSource(), **changes)
+    whole = small_trainer(BallSource(), tmp_path / "whole", CUDA, **changes)
     whole.fit()
-    broken = trainer_on(CUDA, tmp_path / "broken", BallSource(), **changes)
+    broken = small_trainer(BallSource(), tmp_path / "broken", CUDA, **changes)
     original = broken.train_step
 
     def stop_at_four(*args: object) -> object:
@@ -80,7 +70,7 @@ def test_resume_is_bit_identical_on_the_device(tmp_path: Path, amp: str) -> None
 def test_losses_are_those_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     changes = {"method": "supervised", "max_iteration": 3}
-    trainers = [trainer_on(device, tmp_path / device.type, BallSource(), **changes) for device in (CUDA, CPU)]
+    trainers = [small_trainer(BallSource(), tmp_path / device.type, device, **changes) for device in (CUDA, CPU)]
     batch = batch_for(trainers[0].method)
     losses = []
     for trainer in trainers:
@@ -91,7 +81,7 @@ def test_losses_are_those_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_run_trains_and_scores_on_the_device(tmp_path: Path) -> None:
     source = BallSource()
-    trainer = trainer_on(CUDA, tmp_path, source, method="best", max_iteration=30, amp="auto", image_every=10)
+    trainer = small_trainer(source, tmp_path, CUDA, method="best", max_iteration=30, amp="auto", image_every=10)
     trainer.fit()
     results, _ = evaluate_run(tmp_path, source, ["ball03", "ball04"], CUDA)
     assert [result.case_id for result in results] == ["ball03", "ball04"]
@@ -105,14 +95,14 @@ def test_a_run_trains_and_scores_on_the_device(tmp_path: Path) -> None:
 
 
 def test_one_rank_over_nccl_equals_none(tmp_path: Path) -> None:
-    alone = trainer_on(CUDA, tmp_path / "alone", BallSource(), max_iteration=3)
+    alone = small_trainer(BallSource(), tmp_path / "alone", CUDA, max_iteration=3)
     alone.fit()
     torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
         values = torch.arange(6.0, device=CUDA).reshape(2, 3)
         assert torch.equal(concat_ranks(values), values)
         assert torch.equal(mean_over_ranks(values), values)
-        grouped = trainer_on(CUDA, tmp_path / "group", BallSource(), max_iteration=3)
+        grouped = small_trainer(BallSource(), tmp_path / "group", CUDA, max_iteration=3)
         network = torch.nn.parallel.DistributedDataParallel(grouped.method, device_ids=[CUDA], broadcast_buffers=False)
         for step, batch in enumerate(grouped.loader(0)):
             grouped.train_step(network, batch.to(CUDA), step)

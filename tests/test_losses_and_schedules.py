@@ -111,6 +111,17 @@ def test_update_teacher_by_hand() -> None:
     assert not teacher.weight.requires_grad and not teacher.training
 
 
+def test_moving_average_follows_modules_that_moved() -> None:
+    student = nn.Linear(1, 1, bias=False)
+    teacher = make_teacher(student)
+    average = MovingAverage(teacher, student)
+    average.update(0.5)
+    student.double(), teacher.double()
+    nn.init.constant_(student.weight, 3.0), nn.init.constant_(teacher.weight, 1.0)
+    average.update(0.5)
+    assert teacher.weight.item() == 2.0
+
+
 def test_soft_label_loss_of_one_hot_targets_is_dice_ce() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(2, 3, 4, 4, 4), torch.randint(0, 3, (2, 4, 4, 4))

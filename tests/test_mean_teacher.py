@@ -79,6 +79,32 @@ def test_feature_perturbation_spares_the_labelled_patches() -> None:
     assert set(changed[1:].unique().tolist()) == {0.0, 2.0}
 
 
+def test_feature_perturbation_changes_what_unlabelled_patches_learn_and_nothing_else() -> None:
+    settings = {"use_contrastive_prototype": False}
+    terms = []
+    batch = random_batch()
+    for perturbed in (False, True):
+        method = make(feature_perturbation=perturbed, **settings)
+        torch.manual_seed(1)
+        terms.append(method(batch, 3).terms)
+    torch.testing.assert_close(terms[0]["supervised"].value, terms[1]["supervised"].value)
+    assert not torch.isclose(terms[0]["consistency"].value, terms[1]["consistency"].value)
+
+
+def test_a_single_unlabelled_patch_takes_its_boxes_from_labelled_ones() -> None:
+    method = make(paste_unlabeled=1.0, strong_views=2)
+    batch = random_batch(unlabeled=1, views=2)
+    _, target, pasted = method._mix(batch, torch.full((2, 3, 16, 16, 16), 1 / 3))
+    assert pasted is not None and pasted.any()
+    assert (target.amax(1)[pasted] == 1).all()
+
+
+@pytest.mark.parametrize("flag", ["feature_perturbation", "paste_unlabeled"])
+def test_flags_of_the_mixed_patches_are_refused_where_nothing_uses_them(flag: str) -> None:
+    with pytest.raises(ValueError, match=f"--{flag}"):
+        make(method="bcp", **{flag: True if flag == "feature_perturbation" else 0.5})
+
+
 def test_take_voxels_by_hand() -> None:
     labels = torch.tensor([[10, 11], [20, 21]]).reshape(2, 1, 1, 2)
     sources = torch.tensor([0, 3]).reshape(1, 1, 1, 2)
@@ -156,10 +182,10 @@ def test_strong_views_are_refused_where_nothing_learns_from_them() -> None:
         make(method="ua_mt", strong_views=2)
 
 
-def test_best_averages_views_unless_mirrored_inputs_are_asked_for() -> None:
-    assert make(method="best").config.tta_views == 4
-    assert make(method="best", tta_flips=True).config.tta_views == 1
-    assert make().config.tta_views == 1
+def test_best_mirrors_at_the_end_where_there_is_an_axis_and_no_other_view() -> None:
+    assert make(method="best", flip_axes=(1,)).config.tta_flips is True
+    assert make(method="best", flip_axes=()).config.tta_flips is False
+    assert make(method="best", flip_axes=(1,), tta_views=4).config.tta_flips is False
     with pytest.raises(ValueError, match="together with 4 views"):
         make(tta_flips=True, tta_views=4)
 

@@ -59,6 +59,26 @@ def test_trainer_resumes_bit_identically(tmp_path: Path, method: str, optimizer:
     assert all(torch.equal(ours[key], theirs[key]) for ours, theirs in states for key in ours)
 
 
+def test_sgd_trains_through_a_warm_up_that_leaves_parameters_without_gradient(tmp_path: Path) -> None:
+    trainer = small_trainer(BallSource(), tmp_path, method="cps", optimizer="sgd", warmup_iteration=2)
+    assert trainer.fit().step == 4
+
+
+def test_a_run_without_the_newer_settings_can_be_resumed(tmp_path: Path) -> None:
+    first = small_trainer(BallSource(), tmp_path, method="best", max_iteration=4, save_every=2)
+    first._stop_now = lambda done: done == 2  # type: ignore[method-assign]
+    with pytest.raises(TrainingInterrupted):
+        first.fit()
+    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    for name in ("paste_unlabeled", "feature_perturbation", "checkpoint_activations"):
+        del content["config"][name]
+    content["optimizer"]["param_groups"][0]["fused"] = None
+    torch.save(content, tmp_path / "last.pt")
+    resumed = Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU)
+    assert resumed.optimizer.param_groups[0]["fused"]
+    assert resumed.fit().step == 4
+
+
 def test_trainer_gives_the_same_weights_for_any_number_of_workers(tmp_path: Path) -> None:
     alone = small_trainer(BallSource(), tmp_path / "a", num_workers=0)
     helped = small_trainer(BallSource(), tmp_path / "b", num_workers=2)

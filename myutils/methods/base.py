@@ -62,7 +62,7 @@ COMMON_DEFAULTS: Mapping[str, Any] = {
     "consistency": 1.0,
     "use_contrastive_prototype": False,
     "prototype_loss": "ssnet",
-    "tta_views": 1,
+    "tta_flips": False,
     "strong_views": 1,
     "feature_perturbation": False,
     "paste_unlabeled": 0.0,
@@ -76,11 +76,13 @@ class Method(nn.Module, ABC):
     Attributes:
         uses_unlabeled: Whether steps hold unlabelled patches; if not, all patches of a step are labelled.
         uses_strong_views: Whether it learns from ``image_u_strong``.
+        pastes_unlabeled: Whether it can paste boxes of unlabelled patches (``--paste_unlabeled``).
         defaults: Settings that differ from ``COMMON_DEFAULTS`` when no flag says so.
     """
 
     uses_unlabeled: bool = True
     uses_strong_views: bool = False
+    pastes_unlabeled: bool = False
     defaults: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:

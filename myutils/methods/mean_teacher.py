@@ -45,6 +45,7 @@ class MeanTeacher(TeacherMethod):
     """Student, its moving average, and the prototype term on both."""
 
     uses_strong_views = True
+    pastes_unlabeled = True
     defaults = MappingProxyType({"use_contrastive_prototype": True})
 
     def losses(self, batch: Batch, step: int) -> StepOutput:
@@ -83,12 +84,13 @@ class MeanTeacher(TeacherMethod):
     def _mix(self, batch: Batch, believed: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Strong views with boxes of other patches, their class probabilities, and which voxels were pasted.
 
-        Probabilities ``believed`` (V * Bu, K, X, Y, Z) are the teacher's; pasted voxels have their true class for
-        certain.
+        Probabilities ``believed`` (V * Bu, K, X, Y, Z) are the teacher's; voxels of a labelled patch have their true
+        class for certain. A single unlabelled patch has no other one to take boxes from.
         """
         if not self.config.copy_paste or not len(batch.image_u):
             return batch.image_u_strong, believed, None
-        shape, share = batch.image_u_strong[:, 0].shape, required(self.config.paste_unlabeled, "paste_unlabeled")
+        shape = batch.image_u_strong[:, 0].shape
+        share = (self.config.paste_unlabeled or 0.0) if len(batch.image_u) > 1 else 0.0
         sources = mixing_sources(len(batch.image_l), shape, batch.image_u.device, share)
         certain = one_hot_labels(batch.label_l, believed.shape[1])
         target = take_voxels(torch.cat([certain, believed]), sources)

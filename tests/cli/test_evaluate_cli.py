@@ -148,6 +148,26 @@ def test_inference_flags_reach_the_summary(checkpoint: Path, tmp_path: Path) -> 
     assert used["views"] == 3 and used["flips"]
 
 
+@pytest.mark.parametrize(
+    ("stored", "flags", "expected"),
+    [
+        ({}, (), (0, True)),
+        ({}, ("--no-flips",), (0, False)),
+        ({}, ("--views", 3), (3, True)),
+        ({"tta_views": 4}, (), (4, True)),
+        ({"tta_views": 4}, ("--no-flips",), (0, False)),
+        ({"tta_views": 4}, ("--flips",), (0, True)),
+    ],
+)
+def test_flips_and_views_take_each_others_place(
+    cohort: Path, tmp_path: Path, stored: dict[str, int], flags: tuple[object, ...], expected: tuple[int, bool]
+) -> None:
+    best = trained_run(cohort, tmp_path / "run", method="best", flip_axes=(0,), **stored)
+    assert evaluate(best, *flags, "--output_dir", tmp_path / "scores") == 0
+    used = json.loads((tmp_path / "scores" / "summary.json").read_text())["inference"]
+    assert (used["views"], bool(used["flips"])) == expected
+
+
 def test_data_that_do_not_fit_are_refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     two = write_cohort(tmp_path / "two", cases=2, labeled=2, channels=2, prefix="two")
     assert "2 image channels, the checkpoint was trained on 1" in refused(capsys, checkpoint, "--dataset_path", two)
