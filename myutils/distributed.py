@@ -53,6 +53,8 @@ def peak_memory_mb(device: torch.device) -> float:
 def select_device(gpu: int | None = None, local_rank: int | None = None) -> torch.device:
     """The CUDA device ``gpu`` (or that of the local rank), else the CPU with one log line that says so.
 
+    On the CPU freed memory stays with the process from then on (``keep_freed_blocks``).
+
     Raises:
         ValueError: If a GPU number was asked for that this machine does not have.
     """

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from conftest import BallSource
 from torch import Tensor, nn
 
 from dataloaders.base import CaseSource
@@ -71,6 +73,35 @@ def small_trainer(source: CaseSource, folder: Path, device: torch.device | None 
     folder.mkdir(parents=True, exist_ok=True)
     state = RunState(config, DataFacts.of(source), make_training_split(source, config.split_request()))
     return Trainer(state, source, folder, RankInfo(), device or torch.device("cpu"))
+
+
+def whole_and_resumed(folder: Path, device: torch.device | None = None, **changes: Any) -> tuple[Trainer, Trainer]:
+    """The same six steps twice: in one go, and killed at step 4 and resumed from step 3."""
+    changes |= {"use_contrastive_prototype": True, "max_iteration": 6, "save_every": 3}
+    whole = small_trainer(BallSource(), folder / "whole", device, **changes)
+    whole.fit()
+    broken = small_trainer(BallSource(), folder / "broken", device, **changes)
+    original = broken.train_step
+
+    def kill_at_four(*args: Any) -> StepOutput:
+        if broken.state.step == 4:
+            raise RuntimeError("killed")
+        return original(*args)
+
+    broken.train_step = kill_at_four  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="killed"):
+        broken.fit()
+    torch.randn(100)  # the world's random state moves on
+    resumed = Trainer.resume(BallSource(), folder / "broken", RankInfo(), broken.device)
+    assert resumed.state.step == 3
+    resumed.fit()
+    return whole, resumed
+
+
+def assert_same_weights(first: Trainer, second: Trainer) -> None:
+    """Every tensor of both methods is equal to the last bit."""
+    ours, theirs = first.method.state_dict(), second.method.state_dict()
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
 
 
 def random_batch(

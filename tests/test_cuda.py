@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import BallSource
-from helpers_runs import batch_for, small_trainer
+from helpers_runs import assert_same_weights, batch_for, small_trainer, whole_and_resumed
 
 from myutils import build
-from myutils.distributed import RankInfo, concat_ranks, mean_over_ranks
+from myutils.distributed import concat_ranks, mean_over_ranks
 from myutils.inference import predict_label_map
 from myutils.methods.base import METHODS
 from myutils.report import evaluate_run
-from myutils.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -46,25 +45,7 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("amp", ["no", "bf16", "fp16"])
 def test_resume_is_bit_identical_on_the_device(tmp_path: Path, amp: str) -> None:
-    changes = {"use_contrastive_prototype": True, "max_iteration": 6, "save_every": 3, "amp": amp}
-    whole = small_trainer(BallSource(), tmp_path / "whole", CUDA, **changes)
-    whole.fit()
-    broken = small_trainer(BallSource(), tmp_path / "broken", CUDA, **changes)
-    original = broken.train_step
-
-    def stop_at_four(*args: object) -> object:
-        if broken.state.step == 4:
-            raise RuntimeError("killed")
-        return original(*args)
-
-    broken.train_step = stop_at_four  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="killed"):
-        broken.fit()
-    resumed = Trainer.resume(BallSource(), tmp_path / "broken", RankInfo(), CUDA)
-    assert resumed.state.step == 3
-    resumed.fit()
-    ours, theirs = whole.method.state_dict(), resumed.method.state_dict()
-    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    assert_same_weights(*whole_and_resumed(tmp_path, CUDA, amp=amp))
 
 
 def test_losses_are_those_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

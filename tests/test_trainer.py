@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BallSource
-from helpers_runs import random_batch, small_trainer, spoil_consistency
+from helpers_runs import assert_same_weights, random_batch, small_trainer, spoil_consistency, whole_and_resumed
 
 from dataloaders.base import Volume
 from myutils.distributed import RankInfo
@@ -23,37 +23,12 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in trainer.method.state_dict().items()}
 
 
-def assert_same_weights(first: Trainer, second: Trainer) -> None:
-    ours, theirs = weights(first), weights(second)
-    different = [key for key in ours if not torch.equal(ours[key], theirs[key])]
-    assert different == []
-
-
 @pytest.mark.parametrize(
     ("method", "optimizer", "amp"),
     [("mean_teacher", "adamw", "no"), ("mean_teacher", "adamw", "bf16"), ("supervised", "sgd", "no")],
 )
 def test_trainer_resumes_bit_identically(tmp_path: Path, method: str, optimizer: str, amp: str) -> None:
-    changes = {"method": method, "optimizer": optimizer, "amp": amp}
-    changes |= {"use_contrastive_prototype": True, "max_iteration": 6}
-    whole = small_trainer(BallSource(), tmp_path / "whole", **changes)
-    whole.fit()
-
-    broken = small_trainer(BallSource(), tmp_path / "broken", save_every=3, **changes)
-    original = broken.train_step
-
-    def kill_at_four(*args: object) -> object:
-        if broken.state.step == 4:
-            raise RuntimeError("killed")
-        return original(*args)
-
-    broken.train_step = kill_at_four  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="killed"):
-        broken.fit()
-    torch.randn(100)  # the world's random state moves on
-    resumed = Trainer.resume(BallSource(), tmp_path / "broken", RankInfo(), CPU)
-    assert resumed.state.step == 3
-    resumed.fit()
+    whole, resumed = whole_and_resumed(tmp_path, method=method, optimizer=optimizer, amp=amp)
     assert_same_weights(whole, resumed)
     states = zip(whole.optimizer.state.values(), resumed.optimizer.state.values(), strict=True)
     assert all(torch.equal(ours[key], theirs[key]) for ours, theirs in states for key in ours)
