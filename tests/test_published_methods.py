@@ -234,7 +234,7 @@ def test_ss_net_perturbs_harder_than_chance_and_leaves_no_gradient_of_the_probe(
     assert smoothness.item() > max(value.item() for value in chance)
 
 
-@pytest.mark.parametrize(("name", "weight"), [("mean_teacher", 1.0), ("ua_mt", 0.1), ("bcp", 0.5), ("ss_net", 1.0)])
+@pytest.mark.parametrize(("name", "weight"), [("mean_teacher", 0.5), ("ua_mt", 0.1), ("bcp", 0.5), ("ss_net", 1.0)])
 def test_consistency_weight_is_the_methods_own_unless_given(name: str, weight: float) -> None:
     source = BallSource()
     assert resolve_config(RunConfig(method=name), source).consistency == weight
