@@ -1,13 +1,12 @@
 """ContrastivePrototypeManager: a memory of prototype vectors per class and the losses that use it.
 
 Contract: memory, counts and selectors move with ``.to()``, are part of ``state_dict()`` and agree across ranks.
-Only ``get_memory_info`` and ``explain_non_finite`` make the host wait for an accelerator.
+Only ``get_memory_info`` makes the host wait for an accelerator.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,24 +16,14 @@ from myutils import prototype_forms as forms
 from myutils import prototype_losses as losses
 from myutils.prototype_memory import (
     RANKINGS,
+    Candidates,
     PrototypeMemory,
     best_per_class,
     flatten_classes,
     merge_ranks,
-    non_finite_message,
     unit_vectors,
 )
 from myutils.prototype_sampling import gated_pseudo_labels, pick_voxels, require_class_ids, sample_per_class
-
-
-class _Voxels(NamedTuple):
-    """Sampled voxels: features (S, E) for loss and memory, labels, confidences, may they be stored (S,)."""
-
-    features: Tensor
-    memory_features: Tensor
-    class_labels: Tensor
-    confidences: Tensor
-    eligible: Tensor
 
 
 class ContrastivePrototypeManager(PrototypeMemory):
@@ -89,15 +78,13 @@ class ContrastivePrototypeManager(PrototypeMemory):
         checks.require_choice("ranking", ranking, RANKINGS)
         checks.require_choice("prototype_loss", prototype_loss, forms.LOSS_FORMS)
         checks.require_gate(confidence_threshold, ignore_index, num_classes)
-        super().__init__(num_classes, feature_dim, elements_per_class)
+        super().__init__(num_classes, feature_dim, elements_per_class, overwrite_with_unlabeled, check_finite)
         self.use_learned_selector = use_learned_selector
         self.confidence_threshold = confidence_threshold
         self.ranking = ranking
         self.samples_per_class = samples_per_class
-        self.overwrite_with_unlabeled = overwrite_with_unlabeled
         self.prototype_loss = prototype_loss
         self.ignore_index = ignore_index
-        self.check_finite = check_finite
         self.feature_selectors: nn.ModuleList | None = None
         self.memory_selectors: nn.ModuleList | None = None
         if use_learned_selector:
@@ -110,12 +97,15 @@ class ContrastivePrototypeManager(PrototypeMemory):
             return None, None
         return self.feature_selectors, self.memory_selectors
 
-    def sample_positions(self, class_labels: Tensor, samples_per_class: int | None = None) -> tuple[Tensor, Tensor]:
+    def sample_positions(
+        self, class_labels: Tensor, samples_per_class: int | None = None, parts: int = 1
+    ) -> tuple[Tensor, Tensor]:
         """Draw voxels to compare, so that a caller can run its heads on these alone.
 
         Args:
             class_labels: Class ids (B, X, Y, Z) or (N,), integers; ``ignore_index`` marks voxels not to draw.
             samples_per_class: Largest number of voxels of one class; default as constructed.
+            parts: With P parts the labels are groups, class id + K * part, and each group has its own quota.
 
         Returns:
             Flat positions (S,) and their labels (S,), uniform within each class, without replacement. On an
@@ -123,7 +113,7 @@ class ContrastivePrototypeManager(PrototypeMemory):
         """
         quota = self.samples_per_class if samples_per_class is None else samples_per_class
         checks.require_at_least("samples_per_class", quota, 1)
-        return sample_per_class(class_labels, self.num_classes, quota, self.ignore_index)
+        return sample_per_class(class_labels, parts * self.num_classes, quota, self.ignore_index)
 
     @torch.no_grad()
     def update_memory(
@@ -146,9 +136,25 @@ class ContrastivePrototypeManager(PrototypeMemory):
         confidences = confidences or {}
         checks.require_mappings(features, confidences, self.num_classes, self.feature_dim)
         merged, labels, ranks = flatten_classes(features, confidences, self.ranking != "lowest", self.memory)
-        merged = self._known_rows(merged, labels)
-        candidates, keys = self._candidates(merged, labels, ranks)
-        self.write(candidates, keys, self.writable(from_labeled, self.overwrite_with_unlabeled), from_labeled)
+        self.store(self._rank(self.known_rows(merged, labels), labels, ranks, from_labeled))
+
+    @torch.no_grad()
+    def candidates(self, vectors: Tensor, logits: Tensor, class_labels: Tensor, from_labeled: bool) -> Candidates:
+        """The best trusted voxels of each class, for ``store``: predicted as their label, above the threshold.
+
+        With several ranks this is a collective call; all get the best of all ranks.
+
+        Args:
+            vectors: What would be stored (S, E).
+            logits: What the voxels were predicted as (S, K).
+            class_labels: Class ids (S,), ``ignore_index`` for rows to leave out.
+            from_labeled: Whether these are true labels; see ``update_memory``.
+        """
+        confidences, predicted = logits.float().softmax(dim=1).max(dim=1)
+        trusted = (confidences > self.confidence_threshold) & (predicted == class_labels)
+        labels = class_labels.masked_fill(~trusted, self.ignore_index)
+        known = self.known_rows(vectors, class_labels)
+        return self._rank(known, labels, confidences.to(known.dtype), from_labeled)
 
     def contrastive_class_to_class_learned_memory(self, features: Tensor, class_labels: Tensor) -> Tensor:
         """Weighted mean of 1 - cosine between the features of a class and its memory, averaged over classes.
@@ -169,9 +175,36 @@ class ContrastivePrototypeManager(PrototypeMemory):
         checks.require_rows(features, class_labels, self.feature_dim)
         require_class_ids(class_labels, self.num_classes, self.ignore_index)
         with torch.autocast(features.device.type, enabled=False):
-            vectors = self._known_rows(features, class_labels)
+            vectors = self.known_rows(features, class_labels)
             member = losses.class_membership(class_labels, self.num_classes)  # (K, N)
             return self._contrastive(vectors, unit_vectors(vectors), class_labels, member)
+
+    def losses_by_part(
+        self, features: Tensor, groups: Tensor, parts: int = 1, margin: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Losses of several sets of voxels against the memory as it is: each as if alone, then summed.
+
+        Args:
+            features: (S, E).
+            groups: Class id + K * part (S,), parts 0..P-1; ``ignore_index`` for rows to leave out.
+            parts: Number of sets P, such as labelled and pseudo-labelled voxels.
+            margin: Distance at which ``inter`` leaves two class means alone, in (0, 2].
+
+        Returns:
+            ``contrastive_loss``, ``intra_loss``, ``inter_loss``: scalars on the graph.
+        """
+        unknown = (groups < 0) | (groups >= parts * self.num_classes)
+        class_labels = (groups % self.num_classes).masked_fill(unknown, self.ignore_index)
+        vectors = self.known_rows(features, class_labels)
+        member = losses.class_membership(groups, parts * self.num_classes)
+        member = member.unflatten(0, (parts, self.num_classes))  # (P, K, S)
+        units = unit_vectors(vectors)  # (S, E)
+        prototypes, filled = self.prototypes()
+        return {
+            "contrastive_loss": self._contrastive(vectors, units, class_labels, member),
+            "intra_loss": losses.intra_class_loss(units, class_labels, prototypes, member, filled),
+            "inter_loss": losses.inter_class_loss(units, member, margin),
+        }
 
     def update_and_compute_loss(
         self,
@@ -218,83 +251,45 @@ class ContrastivePrototypeManager(PrototypeMemory):
         checks.require_label_source(labels, is_labeled)
         checks.require_batch(features, predictions, labels, memory_features, (self.feature_dim, self.num_classes))
         with torch.autocast(features.device.type, enabled=False):
-            voxels = self._draw(features, predictions, labels, memory_features)
+            class_labels = labels
+            if class_labels is None:
+                class_labels = gated_pseudo_labels(predictions, self.confidence_threshold, self.ignore_index)
+            stored = features if memory_features is None else memory_features
+            if features.ndim > 2 or len(features) > self.num_classes * self.samples_per_class:
+                positions, class_labels = self.sample_positions(class_labels)
+                features, stored, predictions = (pick_voxels(x, positions) for x in (features, stored, predictions))
+            require_class_ids(class_labels, self.num_classes, self.ignore_index)
+            class_labels = class_labels.long()
             if update:
-                stored = voxels.class_labels.masked_fill(~voxels.eligible, self.ignore_index)
-                candidates, keys = self._candidates(voxels.memory_features, stored, voxels.confidences)
-                allowed = self.writable(is_labeled, self.overwrite_with_unlabeled)
-                self.write(candidates, keys, allowed & (self.memory_count == 0), is_labeled)
-            member = losses.class_membership(voxels.class_labels, self.num_classes)  # (K, S)
-            units = unit_vectors(voxels.features)  # (S, E)
-            prototypes, filled = self.prototypes()
-            parts = {
-                "contrastive_loss": self._contrastive(voxels.features, units, voxels.class_labels, member),
-                "intra_loss": losses.intra_class_loss(units, voxels.class_labels, prototypes, member, filled),
-                "inter_loss": losses.inter_class_loss(units, member, margin),
-            }
+                found = self.candidates(stored, predictions, class_labels, is_labeled)
+                self.store(found, only_empty=True)
+            parts = self.losses_by_part(features, class_labels, margin=margin)
             total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
             if update:
-                self.write(candidates, keys, allowed, is_labeled)
+                self.store(found)
         return total, {**parts, "total_prototype_loss": total}
 
-    def explain_non_finite(self, features: Tensor, class_labels: Tensor) -> str | None:
-        """Name the classes (N,) whose features (N, E) hold NaN or infinity, or ``None``; for error handling."""
-        return non_finite_message(features, class_labels)
-
-    def _known_rows(self, features: Tensor, class_labels: Tensor) -> Tensor:
-        """Features (N, E) as float32, zero where the voxel has no class; refuses non-finite ones where it may look."""
-        vectors = features.to(self.compute_dtype())
-        known = (class_labels >= 0) & (class_labels < self.num_classes)
-        on_host = features.device.type == "cpu"
-        if not (on_host and known.all()):
-            vectors = vectors.where(known[:, None], 0.0)
-        looks = on_host if self.check_finite is None else self.check_finite
-        message = non_finite_message(vectors, class_labels) if looks else None
-        if message:
-            raise checks.NonFiniteFeaturesError(message)
-        return vectors
-
-    @torch.no_grad()
-    def _candidates(self, vectors: Tensor, class_labels: Tensor, confidences: Tensor) -> tuple[Tensor, Tensor]:
-        """Best M vectors per class over all ranks (K, M, E) and their keys (K, M), from (N, E), (N,), (N,)."""
+    def _rank(self, vectors: Tensor, class_labels: Tensor, confidences: Tensor, from_labeled: bool) -> Candidates:
+        """Best M vectors per class over all ranks, from (N, E), (N,), (N,)."""
         keys = confidences
         if self.ranking == "random":
             keys = torch.rand_like(confidences)
         elif self.feature_selectors is not None and self.ranking != "confidence":
             keys = losses.own_class_logits(self.feature_selectors, vectors, class_labels)
         keys = -keys if self.ranking == "lowest" else keys
-        return merge_ranks(*best_per_class(vectors, class_labels, keys, self.memory.shape))
+        return Candidates(*merge_ranks(*best_per_class(vectors, class_labels, keys, self.memory.shape)), from_labeled)
 
     def _contrastive(self, vectors: Tensor, units: Tensor, class_labels: Tensor, member: Tensor) -> Tensor:
+        """The contrastive term of voxels (S, E), their directions, class ids (S,) and groups (P, K, S)."""
         memory, used = self.snapshot()
         feature_logits, memory_logits = vectors.new_zeros(vectors.shape[0]), memory.new_zeros(used.shape)
         if self.feature_selectors is not None and self.memory_selectors is not None:
             feature_logits = losses.own_class_logits(self.feature_selectors, vectors.detach(), class_labels)
             memory_logits = losses.memory_logits(self.memory_selectors, memory)
-        feature_weights = losses.score_weights(feature_logits, member)  # (K, N)
+        feature_weights = losses.score_weights(feature_logits, member)  # (P, K, S)
         memory_weights = losses.score_weights(memory_logits, used)  # (K, M)
-        taking_part = member.any(dim=1) & (self.memory_count > 0)
+        taking_part = member.any(dim=-1) & (self.memory_count > 0)  # (P, K)
         if self.prototype_loss == "ssnet":
             return losses.class_to_class_loss(units, feature_weights, memory, memory_weights, taking_part)
         similarities = forms.class_similarities(self.prototype_loss, units, memory, memory_weights)
         return forms.class_contrast(similarities, class_labels, feature_weights, taking_part)
-
-    def _draw(
-        self, features: Tensor, predictions: Tensor, labels: Tensor | None, memory_features: Tensor | None
-    ) -> _Voxels:
-        """Sample voxels of each class by label, or by gated pseudo-label where ``labels`` is ``None``."""
-        gate = (self.confidence_threshold, self.ignore_index)
-        class_labels = gated_pseudo_labels(predictions, *gate) if labels is None else labels
-        if features.ndim > 2 or len(features) > self.num_classes * self.samples_per_class:
-            positions, class_labels = self.sample_positions(class_labels)
-            features, predictions = pick_voxels(features, positions), pick_voxels(predictions, positions)
-            memory_features = None if memory_features is None else pick_voxels(memory_features, positions)
-        else:
-            require_class_ids(class_labels, self.num_classes, self.ignore_index)
-            class_labels = class_labels.long()
-        vectors = self._known_rows(features, class_labels)  # (S, E)
-        stored = vectors if memory_features is None else self._known_rows(memory_features, class_labels)
-        probs = predictions.detach().float().softmax(dim=1)  # (S, K)
-        confidences, predicted = probs.max(dim=1)
-        eligible = (confidences > self.confidence_threshold) & (predicted == class_labels)
-        return _Voxels(vectors, stored.detach(), class_labels, confidences.to(vectors.dtype), eligible)

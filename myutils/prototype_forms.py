@@ -101,10 +101,9 @@ def class_contrast(similarities: Tensor, class_labels: Tensor, feature_weights: 
     Args:
         similarities: (N, K), ``ABSENT`` where a class is empty.
         class_labels: Class ids (N,).
-        feature_weights: (K, N), rows sum to 1 or are zero.
-        taking_part: Classes (K,) with both features and memory, bool.
+        feature_weights: (P, K, N), rows sum to 1 or are zero.
+        taking_part: Classes (P, K) with both features and memory, bool.
     """
     known = class_labels.clamp(0, similarities.shape[1] - 1)
-    usable = taking_part[known] & (class_labels >= 0)  # (N,)
-    losses = -similarities.log_softmax(1).gather(1, known[:, None]).squeeze(1)  # (N,)
-    return mean_over(feature_weights @ losses.where(usable, 0.0), taking_part)
+    losses = -similarities.log_softmax(1).gather(1, known[:, None]).squeeze(1)  # (N,), finite also where empty
+    return mean_over(feature_weights @ losses, taking_part)

@@ -13,6 +13,7 @@ from torch.nn import functional
 from myutils.prototype_memory import unit_vectors
 
 _SMALLEST_SQUARE = 1e-12
+_LEAK = 0.2
 
 
 def build_selector(feature_dim: int) -> nn.Sequential:
@@ -24,7 +25,7 @@ def build_selector(feature_dim: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(feature_dim, feature_dim),
         nn.LayerNorm(feature_dim),
-        nn.LeakyReLU(0.2),
+        nn.LeakyReLU(_LEAK),
         nn.Linear(feature_dim, 1),
     )
 
@@ -35,29 +36,42 @@ def _score(selector: nn.Module, vectors: Tensor) -> Tensor:
     return selector(vectors.to(own_type)).squeeze(-1).to(vectors.dtype)
 
 
+def stacked_logits(selectors: nn.ModuleList, vectors: Tensor) -> Tensor:
+    """Logits (K, N) of vectors (K, N, E), or of (N, E) under each of the K selectors, in one go for all of them.
+
+    For accelerators, where K small networks cost K times the launches. Types as in ``_score``.
+    """
+    stacks = [torch.stack(same) for same in zip(*(selector.parameters() for selector in selectors), strict=True)]
+    weight, bias, gain, shift, last_weight, last_bias = stacks  # (K, E, E), four of (K, E) or (K, 1, E), (K, 1)
+    hidden = vectors.to(weight.dtype) @ weight.mT + bias[:, None]
+    hidden = functional.layer_norm(hidden, hidden.shape[-1:]) * gain[:, None] + shift[:, None]
+    return (functional.leaky_relu(hidden, _LEAK) @ last_weight.mT).squeeze(-1).add(last_bias).to(vectors.dtype)
+
+
 def own_class_logits(
-    selectors: nn.ModuleList, vectors: Tensor, class_labels: Tensor, masked: bool | None = None
+    selectors: nn.ModuleList, vectors: Tensor, class_labels: Tensor, stacked: bool | None = None
 ) -> Tensor:
     """Logit of each vector (N, E) under the selector of its own class (N,); 0 for ids outside 0..K-1.
 
     On the CPU each selector sees its class only. Elsewhere that would make the host wait for the class sizes, so
-    every selector sees every vector and the others' answers are masked; ``masked`` forces either way.
+    every selector sees every vector; ``stacked`` forces either way.
     """
-    if masked is None:
-        masked = vectors.device.type != "cpu"
+    if stacked is None:
+        stacked = vectors.device.type != "cpu"
+    if stacked:
+        answers = stacked_logits(selectors, vectors)  # (K, N)
+        return answers.where(class_membership(class_labels, len(selectors)), 0.0).sum(0)
     logits = vectors.new_zeros(vectors.shape[0])  # (N,)
     for class_id, selector in enumerate(selectors):
-        member = class_labels == class_id  # (N,)
-        if masked:
-            logits = _score(selector, vectors).where(member, logits)
-        else:
-            rows = member.nonzero().squeeze(1)
-            logits = logits.index_copy(0, rows, _score(selector, vectors[rows]))
+        rows = (class_labels == class_id).nonzero().squeeze(1)
+        logits = logits.index_copy(0, rows, _score(selector, vectors[rows]))
     return logits
 
 
 def memory_logits(selectors: nn.ModuleList, memory: Tensor) -> Tensor:
     """Logits (K, M) of the memory (K, M, E) under each class's memory selector."""
+    if memory.device.type != "cpu":
+        return stacked_logits(selectors, memory)
     return torch.stack([_score(selector, rows) for selector, rows in zip(selectors, memory, strict=True)])
 
 
@@ -67,14 +81,14 @@ def score_weights(logits: Tensor, member: Tensor) -> Tensor:
     Computed as the softmax of log-sigmoid, which is the same and cannot divide by zero.
 
     Args:
-        logits: (K, N), or broadcastable to it.
-        member: Which entries take part (K, N), bool.
+        logits: (..., N), or broadcastable to it.
+        member: Which entries take part (..., N), bool.
 
     Returns:
-        Weights (K, N) that sum to 1 over the members; zeros in a row without any.
+        Weights (..., N) that sum to 1 over the members; zeros in a row without any.
     """
     lowest = torch.finfo(logits.dtype).min
-    return functional.logsigmoid(logits).where(member, lowest).softmax(dim=1) * member
+    return functional.logsigmoid(logits).where(member, lowest).softmax(dim=-1) * member
 
 
 def class_membership(class_labels: Tensor, num_classes: int) -> Tensor:
@@ -83,28 +97,31 @@ def class_membership(class_labels: Tensor, num_classes: int) -> Tensor:
 
 
 def mean_over(values: Tensor, taking_part: Tensor) -> Tensor:
-    """Mean of the values where ``taking_part`` (same shape, bool); 0 on the graph where nothing does."""
-    return (values * taking_part).sum() / taking_part.sum().clamp(min=1)
+    """Mean over the last axis of the values where ``taking_part`` (same shape, bool), summed over parts before it.
+
+    A part in which nothing takes part adds 0, still on the graph.
+    """
+    return ((values * taking_part).sum(-1) / taking_part.sum(-1).clamp(min=1)).sum()
 
 
 def class_to_class_loss(
     units: Tensor, feature_weights: Tensor, memory: Tensor, memory_weights: Tensor, taking_part: Tensor
 ) -> Tensor:
-    """Mean over classes of the weighted mean of 1 - cosine over all pairs of a feature and a memory vector.
+    """Weighted mean of 1 - cosine over all pairs of a feature and a memory vector, averaged over classes.
 
     With unit vectors f, m and weights w, v that each sum to 1, the mean over the N x M pairs is
     ``sum_ij w_i v_j (1 - <f_i, m_j>) = 1 - <sum_i w_i f_i, sum_j v_j m_j>``: linear in N + M.
 
     Args:
         units: Features of length 1 (N, E).
-        feature_weights: (K, N), rows sum to 1 or are zero.
+        feature_weights: (P, K, N), rows sum to 1 or are zero.
         memory: (K, M, E).
         memory_weights: (K, M), rows sum to 1 or are zero.
-        taking_part: Classes (K,) with both features and memory, bool.
+        taking_part: Classes (P, K) with both features and memory, bool.
     """
-    feature_means = feature_weights @ units  # (K, E)
+    feature_means = feature_weights @ units  # (P, K, E)
     memory_means = (memory_weights[..., None] * unit_vectors(memory)).sum(dim=1)  # (K, E)
-    return mean_over(1.0 - (feature_means * memory_means).sum(dim=1), taking_part)
+    return mean_over(1.0 - (feature_means * memory_means).sum(dim=-1), taking_part)
 
 
 def intra_class_loss(units: Tensor, class_labels: Tensor, prototypes: Tensor, member: Tensor, filled: Tensor) -> Tensor:
@@ -118,12 +135,12 @@ def intra_class_loss(units: Tensor, class_labels: Tensor, prototypes: Tensor, me
         units: Features of length 1 (N, E).
         class_labels: Class ids (N,).
         prototypes: Unit vectors (K, E), constants.
-        member: (K, N), bool.
+        member: (P, K, N), bool.
         filled: Classes with a prototype (K,), bool.
     """
     own = prototypes[class_labels.clamp(0, prototypes.shape[0] - 1)]  # (N, E)
     spread = (1.0 - (units * own).sum(dim=1)).square()  # (N,)
-    counts = member.sum(dim=1)  # (K,)
+    counts = member.sum(dim=-1)  # (P, K)
     return mean_over(member.to(spread) @ spread / counts.clamp(min=1), filled & (counts > 0))
 
 
@@ -136,13 +153,13 @@ def inter_class_loss(units: Tensor, member: Tensor, margin: float) -> Tensor:
 
     Args:
         units: Features of length 1 (N, E).
-        member: (K, N), bool.
+        member: (P, K, N), bool.
         margin: Distance beyond which a pair is left alone.
     """
-    counts = member.sum(dim=1)  # (K,)
-    means = unit_vectors((member.to(units) @ units) / counts.clamp(min=1)[:, None])  # (K, E)
-    squares = (means[:, None] - means[None]).square().sum(dim=2)  # (K, K)
+    counts = member.sum(dim=-1)  # (P, K)
+    means = unit_vectors((member.to(units) @ units) / counts.clamp(min=1)[..., None])  # (P, K, E)
+    squares = (means[..., :, None, :] - means[..., None, :, :]).square().sum(dim=-1)  # (P, K, K)
     distances = squares.clamp(min=_SMALLEST_SQUARE).sqrt()
     present = counts > 0
-    pairs = torch.triu(present[:, None] & present[None], diagonal=1)  # (K, K)
-    return mean_over(functional.relu(margin - distances).square(), pairs)
+    pairs = torch.triu(present[..., :, None] & present[..., None, :], diagonal=1)  # (P, K, K)
+    return mean_over(functional.relu(margin - distances).square().flatten(-2), pairs.flatten(-2))

@@ -6,11 +6,13 @@ Contract: what goes in is detached; a write replaces a class's vectors or leaves
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from myutils.distributed import concat_ranks
+from myutils.prototype_checks import NonFiniteFeaturesError
 
 RANKINGS = ("highest", "lowest", "random", "confidence")
 _EMPTY = float("-inf")
@@ -111,6 +113,20 @@ def merge_ranks(candidates: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     return candidates.gather(1, order[..., None].expand(-1, -1, candidates.shape[2])), keys
 
 
+class Candidates(NamedTuple):
+    """What a batch offers to the memory.
+
+    Attributes:
+        vectors: (K, M, E), detached, best first.
+        keys: Their ranks (K, M), falling; ``-inf`` in unused slots.
+        from_labeled: Whether true labels told the classes.
+    """
+
+    vectors: Tensor
+    keys: Tensor
+    from_labeled: bool
+
+
 class PrototypeMemory(nn.Module):
     """Buffers of up to M vectors for each of K classes.
 
@@ -124,8 +140,17 @@ class PrototypeMemory(nn.Module):
     memory_count: Tensor
     memory_from_labeled: Tensor
 
-    def __init__(self, num_classes: int, feature_dim: int, elements_per_class: int) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        feature_dim: int,
+        elements_per_class: int,
+        overwrite_with_unlabeled: bool,
+        check_finite: bool | None,
+    ) -> None:
         super().__init__()
+        self.check_finite = check_finite
+        self.overwrite_with_unlabeled = overwrite_with_unlabeled
         self.num_classes = num_classes
         self.feature_dim = feature_dim
         self.elements_per_class = elements_per_class
@@ -137,26 +162,40 @@ class PrototypeMemory(nn.Module):
         """Type of all arithmetic: float32, or float64 after ``.double()``; never half precision."""
         return torch.promote_types(self.memory.dtype, torch.float32)
 
+    def known_rows(self, features: Tensor, class_labels: Tensor) -> Tensor:
+        """Features (N, E) as float32, zero where the voxel has no class; refuses non-finite ones where it may look."""
+        vectors = features.to(self.compute_dtype())
+        known = (class_labels >= 0) & (class_labels < self.num_classes)
+        on_host = features.device.type == "cpu"
+        if not (on_host and known.all()):
+            vectors = vectors.where(known[:, None], 0.0)
+        looks = on_host if self.check_finite is None else self.check_finite
+        message = non_finite_message(vectors, class_labels) if looks else None
+        if message:
+            raise NonFiniteFeaturesError(message)
+        return vectors
+
     def snapshot(self) -> tuple[Tensor, Tensor]:
         """Copy of the memory (K, M, E), so that a later write leaves a loss's graph alone, and used slots (K, M)."""
         slots = torch.arange(self.elements_per_class, device=self.memory.device)
         return self.memory.to(self.compute_dtype(), copy=True), slots < self.memory_count[:, None]
 
-    def writable(self, from_labeled: bool, overwrite: bool) -> Tensor:
-        """Classes (K,) that such voxels may replace: pseudo-labelled ones leave labelled memory alone."""
-        if from_labeled or overwrite:
-            return torch.ones_like(self.memory_from_labeled)
-        return ~self.memory_from_labeled
-
     @torch.no_grad()
-    def write(self, candidates: Tensor, keys: Tensor, allowed: Tensor, from_labeled: bool) -> None:
-        """Replace the allowed classes (K,) that have candidates (K, M, E) with a key (K, M) above ``-inf``."""
-        used = keys > _EMPTY  # (K, M), falling keys: used slots come first
-        replaced = allowed & used.any(dim=1)  # (K,)
-        fresh = candidates.where(used[..., None], 0.0).to(self.memory)
+    def store(self, found: Candidates, only_empty: bool = False) -> None:
+        """Replace the vectors of each class that has candidates, of empty classes alone with ``only_empty``.
+
+        Pseudo-labelled candidates leave a class that came from true labels alone, unless ``overwrite_with_unlabeled``.
+        """
+        used = found.keys > _EMPTY  # (K, M), falling keys: used slots come first
+        replaced = used.any(dim=1)  # (K,)
+        if only_empty:
+            replaced = replaced & (self.memory_count == 0)
+        if not (found.from_labeled or self.overwrite_with_unlabeled):
+            replaced = replaced & ~self.memory_from_labeled
+        fresh = found.vectors.where(used[..., None], 0.0).to(self.memory)
         self.memory.copy_(fresh.where(replaced[:, None, None], self.memory))
         self.memory_count.copy_(used.sum(dim=1).where(replaced, self.memory_count))
-        source = torch.full_like(self.memory_from_labeled, from_labeled)
+        source = torch.full_like(self.memory_from_labeled, found.from_labeled)
         self.memory_from_labeled.copy_(source.where(replaced, self.memory_from_labeled))
 
     def prototypes(self) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from myutils.config import RunConfig, required
 from myutils.contrastive_prototype_manager import ContrastivePrototypeManager
 from myutils.ema import MovingAverage, make_teacher
+from myutils.prototype_memory import Candidates
 from myutils.prototype_sampling import pick_voxels
 from myutils.schedules import ema_decay_at
 from networks.base import SegmentationNetwork, SegmentationOutput
@@ -32,6 +33,14 @@ class PseudoVoxels(NamedTuple):
 
     labels: Tensor
     teacher: SegmentationOutput
+
+
+class _Drawn(NamedTuple):
+    """Sampled voxels: flat positions in the whole batch (S,), class id + K * part (S,), projections (S, E)."""
+
+    positions: Tensor
+    groups: Tensor
+    projected: Tensor
 
 
 class PrototypeTerm(nn.Module):
@@ -88,63 +97,61 @@ class PrototypeTerm(nn.Module):
         teacher_l: SegmentationOutput | None = None,
         pseudo: PseudoVoxels | None = None,
     ) -> dict[str, Tensor]:
-        """Raw losses of the labelled voxels, plus those of the unlabelled ones; the memory is refilled afterwards.
+        """Raw losses of the labelled voxels, plus those of the unlabelled ones, against the memory before this batch.
 
-        All sampled voxels are read from the student's features in one go: each read costs a gradient map of the size
-        of the features.
+        Both kinds go through one sampling, one read of the student's features and one pass of the heads: each read
+        costs a gradient map of the size of the features, and on an accelerator every launch counts.
 
         Args:
             student: Student outputs of the whole batch, labelled patches first, on the graph.
             labels: True class ids (Bl, X, Y, Z) of the labelled patches.
-            step: Training step; labelled features enter the memory where ``refills_at(step)``.
+            step: Training step; features enter the memory where ``refills_at(step)``.
             teacher_l: Teacher outputs of the labelled patches on refill steps; None for the student's own features.
             pseudo: The unlabelled patches; None without any.
         """
-        quota = self.manager.samples_per_class  # of a class in the whole batch; both halves get as much
+        manager = self.manager
+        parts = 1 if pseudo is None else 2
+        groups = labels.reshape(-1)
         if pseudo is not None:
-            quota = max(1, quota // 2)
-        positions, classes = self.manager.sample_positions(labels, quota)
-        rows, count = [positions], len(positions)
-        if pseudo is not None:
-            positions_u, drawn = self.manager.sample_positions(pseudo.labels, quota)
-            rows.append(positions_u + labels.numel())
+            confident = pseudo.labels.reshape(-1)
+            groups = torch.cat([groups, (confident + manager.num_classes).masked_fill(confident == IGNORE, IGNORE)])
+        quota = max(1, manager.samples_per_class // parts)  # of a class in the whole batch; both halves get as much
+        positions, groups = manager.sample_positions(groups, quota, parts)
         with torch.autocast(labels.device.type, enabled=False):
-            projected = self.projection(pick_voxels(student.features, torch.cat(rows)).float())  # (S, E)
+            projected = self.projection(pick_voxels(student.features, positions).float())  # (S, E)
             predicted = self.prediction(projected)
-            if teacher_l is None:
-                stored, logits = projected[:count].detach(), student.logits.detach()
-            else:
-                stored, logits = self._teacher_embeddings(teacher_l, positions), teacher_l.logits
-            seen = pick_voxels(logits, positions).float()
-            losses = self._compare(predicted[:count], seen, stored, classes, update=self.refills_at(step))
+            if not self.refills_at(step):
+                return manager.losses_by_part(predicted, groups, parts)
+            drawn = _Drawn(positions, groups, projected.detach())
+            found = [self._labeled_candidates(drawn, student, teacher_l, labels.numel())]
             if pseudo is not None:
-                stored = self._teacher_embeddings(pseudo.teacher, positions_u)
-                seen = pick_voxels(pseudo.teacher.logits, positions_u).float()
-                # On an accelerator unused slots point at any voxel, pasted ones too: NaN is below every gate.
-                seen = seen.masked_fill((drawn == IGNORE)[:, None], float("nan"))
-                extra = self._compare(predicted[count:], seen, stored, None, update=True)
-                losses = {name: losses[name] + extra[name] for name in losses}
+                found.append(self._pseudo_candidates(drawn, pseudo.teacher, labels.numel()))
+            for candidates in found:
+                manager.store(candidates, only_empty=True)
+            losses = manager.losses_by_part(predicted, groups, parts)
+            for candidates in found:
+                manager.store(candidates)
         return losses
 
     @torch.no_grad()
-    def _teacher_embeddings(self, teacher: SegmentationOutput, positions: Tensor) -> Tensor:
-        """What enters the memory: teacher features (S, F) through the averaged projection, (S, E)."""
-        return self.teacher_projection(pick_voxels(teacher.features, positions).float())
+    def _labeled_candidates(
+        self, drawn: _Drawn, student: SegmentationOutput, teacher: SegmentationOutput | None, count: int
+    ) -> Candidates:
+        """What the labelled patches, the first ``count`` voxels, offer to the memory."""
+        positions = drawn.positions.clamp(max=count - 1)
+        stored = drawn.projected if teacher is None else self._teacher_embeddings(teacher, positions)
+        logits = pick_voxels((student if teacher is None else teacher).logits.detach(), positions)
+        classes = drawn.groups.masked_fill(drawn.groups >= self.manager.num_classes, IGNORE)
+        return self.manager.candidates(stored, logits, classes, from_labeled=True)
 
-    def _compare(
-        self, features: Tensor, logits: Tensor, stored: Tensor, classes: Tensor | None, *, update: bool
-    ) -> dict[str, Tensor]:
-        """The manager's losses of sampled voxels: features (S, E), logits (S, K), true classes (S,) or None."""
-        config = self.config
-        _, losses = self.manager.update_and_compute_loss(
-            features,
-            logits,
-            labels=classes,
-            is_labeled=classes is not None,
-            contrastive_weight=config.contrastive_weight,
-            intra_weight=config.intra_weight,
-            inter_weight=config.inter_weight,
-            memory_features=stored,
-            update=update,
-        )
-        return losses
+    @torch.no_grad()
+    def _pseudo_candidates(self, drawn: _Drawn, teacher: SegmentationOutput, count: int) -> Candidates:
+        """What the unlabelled patches, the voxels from ``count`` on, offer to the memory."""
+        positions = (drawn.positions - count).clamp(min=0)
+        classes = drawn.groups - self.manager.num_classes
+        stored, logits = self._teacher_embeddings(teacher, positions), pick_voxels(teacher.logits, positions)
+        return self.manager.candidates(stored, logits, classes.clamp(min=IGNORE), from_labeled=False)
+
+    def _teacher_embeddings(self, teacher: SegmentationOutput, positions: Tensor) -> Tensor:
+        """Teacher features (S, F) at flat positions (S,) through the averaged projection, (S, E)."""
+        return self.teacher_projection(pick_voxels(teacher.features, positions).float())

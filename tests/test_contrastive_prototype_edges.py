@@ -9,6 +9,7 @@ import torch
 from prototype_cases import E, K, fill, make_manager, sure_logits
 
 from myutils.contrastive_prototype_manager import ContrastivePrototypeManager
+from myutils.prototype_memory import non_finite_message
 
 
 @pytest.fixture(autouse=True)
@@ -73,8 +74,8 @@ def test_non_finite_features_name_the_class(bad: float) -> None:
         manager.contrastive_class_to_class_learned_memory(features, labels)
     with pytest.raises(ValueError, match="class 1: 1 of 3"):
         manager.update_memory({1: features})
-    assert "class 2" in str(manager.explain_non_finite(features, labels))
-    assert manager.explain_non_finite(features[:2], labels[:2]) is None
+    assert "class 2" in str(non_finite_message(features, labels))
+    assert non_finite_message(features[:2], labels[:2]) is None
 
 
 def test_non_finite_features_of_ignored_voxels_do_no_harm() -> None:

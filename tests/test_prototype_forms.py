@@ -129,3 +129,21 @@ def test_a_mean_is_not_all_that_counts() -> None:
 def test_unknown_form_is_refused() -> None:
     with pytest.raises(ValueError, match="ssnet, infonce, multiproto"):
         ContrastivePrototypeManager(3, 8, prototype_loss="cosine")
+
+
+@pytest.mark.parametrize("form", ["ssnet", "infonce", "multiproto"])
+def test_parts_cost_what_each_costs_alone(form: str) -> None:
+    """Two sets of voxels in one go: the same losses and gradients as two calls, also where a class is absent."""
+    prototypes = manager(form, use_learned_selector=True)
+    features = torch.randn(12, 8, requires_grad=True)
+    groups = torch.tensor([0, 0, 1, 2, -1, 2, 3, 3, 3, -1, 5, 5])  # the second part has no voxel of class 1
+    together = sum(prototypes.losses_by_part(features, groups, 2).values())
+    (expected_gradient,) = torch.autograd.grad(together, features)
+    logits, alone = torch.zeros(12, 3), []
+    for rows in (slice(0, 6), slice(6, 12)):
+        labels = torch.where(groups[rows] < 0, groups[rows], groups[rows] % 3)
+        _, losses = prototypes.update_and_compute_loss(features[rows], logits[rows], labels, update=False)
+        alone += [loss for name, loss in losses.items() if name != "total_prototype_loss"]
+    (gradient,) = torch.autograd.grad(sum(alone), features)
+    torch.testing.assert_close(sum(alone), together)
+    torch.testing.assert_close(gradient, expected_gradient)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from prototype_cases import E, K, fill, make_manager, sure_logits
 
-from myutils.prototype_losses import own_class_logits
+from myutils.prototype_losses import memory_logits, own_class_logits, stacked_logits
 from myutils.prototype_sampling import sample_per_class
 
 
@@ -69,10 +69,12 @@ def test_padded_slots_change_neither_loss_nor_memory() -> None:
     torch.testing.assert_close(outcomes[0], outcomes[1])
 
 
-def test_masked_and_gathered_selector_logits_agree() -> None:
+def test_stacked_and_gathered_selector_logits_agree() -> None:
     selectors, _ = make_manager(use_learned_selector=True).get_selectors()
     assert selectors is not None
     vectors, labels = torch.randn(9, E), torch.tensor([0, 1, 2, -1, 1, 1, 0, 5, 2])
-    gathered, masked = (own_class_logits(selectors, vectors, labels, masked=way) for way in (False, True))
-    torch.testing.assert_close(gathered, masked)
-    assert masked[3] == masked[7] == 0
+    gathered, stacked = (own_class_logits(selectors, vectors, labels, stacked=way) for way in (False, True))
+    torch.testing.assert_close(gathered, stacked)
+    assert stacked[3] == stacked[7] == 0
+    memory = torch.randn(K, 4, E)
+    torch.testing.assert_close(stacked_logits(selectors, memory), memory_logits(selectors, memory))
