@@ -74,7 +74,7 @@ class RunConfig:
     feature_perturbation: bool | None = option(
         None,
         help="drop half of the encoder's channels: mean_teacher for the strong views, fixmatch in a stream of its own; "
-        "else on for mean_teacher, cov_dfp and best",
+        "else on for best",
         group=METHOD,
     )
     decoders: int = option(2, help="decoders of mc_net, >= 2", group=METHOD)
@@ -95,7 +95,7 @@ class RunConfig:
     )
     copy_paste: bool = option(True, help="paste boxes of other patches into unlabelled ones", group=METHOD)
     paste_unlabeled: float | None = option(
-        None, help="share of these boxes that come from other unlabelled patches, 0..1; else 0.5", group=METHOD
+        None, help="share of these boxes that come from other unlabelled patches, 0..1; else 0, best: 0.5", group=METHOD
     )
 
     use_contrastive_prototype: bool | None = option(

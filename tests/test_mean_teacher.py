@@ -115,7 +115,7 @@ def test_take_voxels_by_hand() -> None:
 
 
 def test_mix_gives_true_labels_for_certain_where_they_were_pasted() -> None:
-    method = make(paste_unlabeled=0.0)
+    method = make()
     batch = random_batch()
     believed = torch.tensor([0.2, 0.3, 0.5]).reshape(1, 3, 1, 1, 1).expand(2, 3, 16, 16, 16)
     mixed, target, pasted = method._mix(batch, believed)
@@ -165,7 +165,7 @@ def test_teacher_flips_average_the_views_with_mirrored_ones() -> None:
 def test_each_strong_view_learns_the_same_pseudo_label() -> None:
     """Two equal views without pasting give the loss of one; the second one alone moves it."""
     torch.manual_seed(0)
-    settings = {"use_contrastive_prototype": False, "copy_paste": False, "feature_perturbation": False}
+    settings = {"use_contrastive_prototype": False, "copy_paste": False}
     one, two = make(**settings), make(strong_views=2, **settings)
     two.load_state_dict(one.state_dict())
     batch = random_batch()

@@ -1,8 +1,9 @@
-"""The recipe that this project recommends: ``mean_teacher`` with two strong views, mirrored inputs and no prototypes.
+"""The recipe that this project recommends: ``mean_teacher`` with more perturbation of what the student sees.
 
 Two strong views of each unlabelled patch learn its pseudo-label, for one pass of the teacher (the dual streams of
-UniMatch, Yang et al. 2023, arXiv:2208.09910, without a loss between them). Whole volumes are segmented as the mean over
-all mirrored inputs, where there is an axis to mirror along. What was chosen on which cases: docs/results.md.
+UniMatch, Yang et al. 2023, arXiv:2208.09910, without a loss between them); half of the encoder's channels are dropped
+for them, and half of the pasted boxes come from the other unlabelled patch. Whole volumes are segmented as the mean
+over all mirrored inputs, where there is an axis to mirror along. What was chosen on which cases: docs/results.md.
 """
 
 from __future__ import annotations
@@ -10,11 +11,19 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from myutils.methods.base import METHODS
-from myutils.methods.mean_teacher import PERTURBED, MeanTeacher
+from myutils.methods.mean_teacher import CONSISTENCY, MeanTeacher
 
 
 @METHODS.register("best")
 class Best(MeanTeacher):
     """``mean_teacher`` with other defaults."""
 
-    defaults = MappingProxyType({**PERTURBED, "strong_views": 2, "tta_flips": True})
+    defaults = MappingProxyType(
+        {
+            "consistency": CONSISTENCY,
+            "strong_views": 2,
+            "feature_perturbation": True,
+            "paste_unlabeled": 0.5,
+            "tta_flips": True,
+        }
+    )

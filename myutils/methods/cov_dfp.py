@@ -20,6 +20,8 @@ Note:
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,7 +29,7 @@ from torch.nn import functional
 from myutils.config import RunConfig, required
 from myutils.dynamic_feature_pool import DynamicFeaturePool, correlation_consistency
 from myutils.methods.base import METHODS, LossTerm
-from myutils.methods.mean_teacher import PERTURBED, MeanTeacher, StepParts
+from myutils.methods.mean_teacher import CONSISTENCY, MeanTeacher, StepParts
 from myutils.prototype_sampling import gated_pseudo_labels, pick_voxels, sample_per_class
 from myutils.prototype_term import IGNORE
 from myutils.schedules import fraction_rampup
@@ -41,7 +43,7 @@ _START_SHARE = 0.2
 class CovarianceFeaturePools(MeanTeacher):
     """Mean teacher with feature pools; the prototype term is off unless its flag says otherwise."""
 
-    defaults = PERTURBED
+    defaults = MappingProxyType({"consistency": CONSISTENCY})
 
     def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:
         super().__init__(network, config)
