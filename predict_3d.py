@@ -29,7 +29,7 @@ from dataloaders.geometry import READ_ERRORS
 from myutils.checkpoint import InferenceBundle, load_for_inference
 from myutils.distributed import is_main_rank, join_shares, own_share, start_process_group, stop_process_group
 from myutils.flags import option
-from myutils.inference import InferenceOptions, label_map_from, predict_probabilities
+from myutils.inference import InferenceOptions, label_map_from, predict_label_map, predict_probabilities
 from myutils.inference_flags import InferenceFlags, inference_options, start
 from myutils.label_files import save_in_geometry_of, save_volume
 from myutils.scan_inputs import Scan, find_scans, require_free_outputs
@@ -136,10 +136,13 @@ def segment(scan: Scan, job: Job) -> None:
     channels, expected = volume.image.shape[0], job.bundle.in_channels
     if channels != expected:
         raise ValueError(f"the scan has {channels} channels, the network takes {expected}")
-    probabilities = predict_probabilities(job.bundle.network, volume, job.bundle.preprocess, job.options, job.device)
-    arrays = [label_map_from(probabilities, keep_largest=job.keep_largest)]
+    arguments = (job.bundle.network, volume, job.bundle.preprocess, job.options, job.device)
     if job.probabilities:
-        arrays.append(np.moveaxis(probabilities, 0, -1))  # (X, Y, Z, K)
+        probabilities = predict_probabilities(*arguments)
+        label_map = label_map_from(probabilities, keep_largest=job.keep_largest)
+        arrays = [label_map, np.moveaxis(probabilities, 0, -1)]  # (X, Y, Z) and (X, Y, Z, K)
+    else:
+        arrays = [predict_label_map(*arguments, keep_largest=job.keep_largest)]
     header = scan.header()
     for path, array in zip(job.outputs(scan), arrays, strict=True):
         if header is None:

@@ -71,15 +71,16 @@ class Preprocess:
         affine = resampled_affine(volume.affine, shape, size, self._ratio(volume))
         return Volume(volume.case_id, image, label, affine, self.spacing)
 
-    def restore(self, probabilities: np.ndarray, original: Volume) -> np.ndarray:
+    def restore(self, probabilities: np.ndarray, original: Volume, rows: slice | None = None) -> np.ndarray:
         """Bring class probabilities back onto the original grid, linearly.
 
         Args:
             probabilities: Class probabilities (K, X', Y', Z'), float32, on the grid that ``__call__`` gave.
             original: The case before ``__call__``.
+            rows: Part of the original image along X; all of it by default.
 
         Returns:
-            Probabilities (K, X, Y, Z), float32, X, Y, Z those of the original image.
+            Probabilities (K, X, Y, Z), float32, X, Y, Z those of the original image, X those of ``rows``.
 
         Raises:
             ValueError: If the shape is not the one that ``__call__`` gives for this case.
@@ -91,12 +92,12 @@ class Preprocess:
                 f"case {original.case_id}: probabilities have shape {probabilities.shape}; "
                 f"expected (K, {', '.join(map(str, expected))})"
             )
+        probabilities = probabilities.astype(np.float32, copy=False)
+        rows = rows or slice(0, shape[0])
         if self.spacing is None:
-            return probabilities.astype(np.float32, copy=False)
+            return probabilities[:, rows]
         inverse = tuple(1 / ratio for ratio in self._ratio(original))
-        return np.stack(
-            [resample(p.astype(np.float32), shape, inverse, order=1) for p in probabilities]
-        )  # (K, X, Y, Z)
+        return np.stack([resample(p, shape, inverse, order=1, rows=rows) for p in probabilities])  # (K, X, Y, Z)
 
     def _ratio(self, volume: Volume) -> tuple[float, ...]:
         """Working voxel size over the volume's, per axis."""
@@ -142,7 +143,9 @@ def z_score(values: np.ndarray, foreground: np.ndarray) -> np.ndarray:
     return ((values - foreground.mean()) / deviation).astype(np.float32)
 
 
-def resample(array: np.ndarray, size: tuple[int, ...], ratio: tuple[float, ...], *, order: SplineOrder) -> np.ndarray:
+def resample(
+    array: np.ndarray, size: tuple[int, ...], ratio: tuple[float, ...], *, order: SplineOrder, rows: slice | None = None
+) -> np.ndarray:
     """Sample an array (X, Y, Z) on a grid with the same centre.
 
     Args:
@@ -150,11 +153,13 @@ def resample(array: np.ndarray, size: tuple[int, ...], ratio: tuple[float, ...],
         size: Voxels of the new grid per axis.
         ratio: Voxel size of the new grid over that of the old one, per axis.
         order: Spline order: 0 nearest, 1 linear, 3 cubic; the border value continues beyond the border.
+        rows: Part of the new grid along X; all of it by default.
     """
+    rows = rows or slice(0, size[0])
     if tuple(size) == array.shape and all(abs(step - 1) < 1e-9 for step in ratio):
-        return array.copy()
-    sampled = np.empty(size, dtype=array.dtype)
-    start = _first_voxel(array.shape, size, ratio)
+        return array[rows].copy()
+    sampled = np.empty((rows.stop - rows.start, *size[1:]), dtype=array.dtype)
+    start = _first_voxel(array.shape, size, ratio) + np.array([rows.start * ratio[0], 0, 0])
     ndimage.affine_transform(array, np.asarray(ratio), start, output=sampled, order=order, mode="nearest")
     return sampled
 

@@ -92,6 +92,19 @@ def test_network_is_in_evaluation_mode_inside_and_gets_its_own_mode_back() -> No
     assert network.noise.training and not first.requires_grad
 
 
+def test_weights_come_back_as_they_were() -> None:
+    network = VoxelwiseNetwork(in_channels=2)
+    layouts: list[bool] = []
+    last = torch.channels_last_3d
+    network.product = torch.nn.Conv3d(2, 1, 2, padding="same", bias=False)
+    weight = network.product.weight
+    network.product.register_forward_pre_hook(lambda *_: layouts.append(weight.is_contiguous(memory_format=last)))
+    before, storage = weight.detach().clone(), weight.data_ptr()
+    sliding_window_probabilities(network, torch.randn(2, 8, 8, 8), InferenceOptions((8, 8, 8)), CPU)
+    assert layouts == [True] and weight.is_contiguous() and weight.data_ptr() == storage
+    assert torch.equal(weight.detach(), before)
+
+
 def test_bf16_runs_in_bfloat16_and_accumulates_in_float32() -> None:
     network, image = VoxelwiseNetwork(), torch.randn(1, 8, 8, 12)
     probs = sliding_window_probabilities(network, image, InferenceOptions((8, 8, 8), amp="bf16"), CPU)
@@ -135,6 +148,7 @@ def test_prediction_returns_to_the_case_grid() -> None:
     label_map = predict_label_map(*arguments)
     assert label_map.dtype == np.uint8
     np.testing.assert_array_equal(label_map, image[0] > 0)
+    np.testing.assert_array_equal(label_map, label_map_from(probabilities))
 
 
 def test_largest_component_keeps_one_part_per_class() -> None:

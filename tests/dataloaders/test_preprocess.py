@@ -175,6 +175,16 @@ def test_restore_puts_a_ramp_back_where_it_was() -> None:
     assert np.allclose(restored[inner], (world((12, 12, 8), affine) @ SLOPE)[inner], atol=1e-4)
 
 
+def test_restore_of_some_rows_equals_those_of_the_whole() -> None:
+    volume = volume_of(np.random.default_rng(0).normal(size=(1, 9, 7, 5)))
+    for spacing in (None, (1.3, 0.8, 2.0)):
+        preprocess = Preprocess("mr", spacing)
+        probabilities = np.random.default_rng(0).random((2, *preprocess(volume).image.shape[1:]), dtype=np.float32)
+        whole = preprocess.restore(probabilities, volume)
+        parts = [preprocess.restore(probabilities, volume, rows) for rows in (slice(0, 4), slice(4, 9))]
+        np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, rtol=1e-5)
+
+
 def test_restore_without_spacing_changes_nothing_but_the_type() -> None:
     volume = volume_of(np.zeros((1, 3, 4, 5)))
     probabilities = np.random.default_rng(0).random((2, 3, 4, 5))

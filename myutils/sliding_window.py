@@ -1,0 +1,105 @@
+"""Sliding windows over a volume of any size: rows of the result come out as soon as they are complete.
+
+Contract: no map of the whole volume is held here, only a band of one window's extent along X.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+WindowFunction = Callable[[Tensor], Tensor]  # windows (B, C, x, y, z) to class scores (B, K, x, y, z)
+_SIGMA = 0.125  # of a window's extent, as in nnU-Net (Isensee et al. 2021) and MONAI
+
+
+def window_starts(size: int, window: int, overlap: float) -> list[int]:
+    """First voxels of evenly spaced windows along an axis; neighbours share at least ``overlap`` of a window.
+
+    Args:
+        size: Voxels along the axis, at least ``window``.
+        window: Extent of a window.
+        overlap: 0 <= overlap < 1.
+    """
+    step = max(1, int(window * (1 - overlap)))
+    count = -(-(size - window) // step) + 1
+    return [round(start) for start in np.linspace(0, size - window, count)]
+
+
+def axis_weights(starts: list[int], window: int, size: int) -> list[Tensor]:
+    """Gaussian weights (window,) of each window along an axis; those of the windows over a voxel sum to 1."""
+    distance = np.arange(window) - (window - 1) / 2
+    bell = np.exp(-0.5 * np.square(distance / (_SIGMA * window)))
+    total = np.zeros(size)
+    for start in starts:
+        total[start : start + window] += bell
+    return [torch.from_numpy(bell / total[start : start + window]).float() for start in starts]
+
+
+def stitched_rows(
+    scores: WindowFunction,
+    image: Tensor,
+    window: tuple[int, int, int],
+    overlap: float,
+    window_batch: int,
+    device: torch.device,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Class scores of a whole image, a few rows along X at a time, in order.
+
+    A voxel's scores are the mean over the windows that show it, with Gaussian weights about each window's centre.
+
+    Args:
+        scores: Called with windows on ``device``.
+        image: (C, X, Y, Z); one smaller than the window is padded with its least value, evenly on both sides.
+        window: Extent of a window in voxels.
+        overlap: Share of a window that its neighbour covers too, 0 <= overlap < 1.
+        window_batch: Windows per call of ``scores``.
+        device: Where ``scores`` runs.
+
+    Yields:
+        Rows of the image, and their scores (K, rows, Y, Z), float32, where the image lies; overwritten afterwards.
+    """
+    missing = [max(0, extent - size) for extent, size in zip(window, image.shape[1:], strict=True)]
+    margins = [(gap // 2, gap - gap // 2) for gap in missing]
+    if any(missing):
+        image = functional.pad(image, [m for pair in reversed(margins) for m in pair], value=float(image.min()))
+    size = image.shape[1:]
+    starts = [window_starts(n, w, overlap) for n, w in zip(size, window, strict=True)]
+    weights = [
+        [part.to(image.device) for part in axis_weights(s, w, n)] for s, w, n in zip(starts, window, size, strict=True)
+    ]
+    inner = [slice(low, n - high) for (low, high), n in zip(margins, size, strict=True)]
+    band: Tensor | None = None  # scores (K, x, Y, Z) of the rows from ``first`` on
+    first = 0
+    places = list(product(*(range(len(s)) for s in starts)))  # those along X change last
+    for begin in range(0, len(places), window_batch):
+        chosen = places[begin : begin + window_batch]
+        boxes = [tuple(slice(s[i], s[i] + w) for s, i, w in zip(starts, at, window, strict=True)) for at in chosen]
+        found = scores(torch.stack([image[(slice(None), *box)] for box in boxes]).to(device)).to(image.device)
+        for at, box, values in zip(chosen, boxes, found, strict=True):
+            if band is None:
+                band = values.new_zeros(len(values), window[0], *size[1:], dtype=torch.float32)
+            if box[0].start > first:
+                done = box[0].start - first
+                yield from _inside(band[:, :done], first, inner)
+                kept = band[:, done:].clone()
+                band[:, : window[0] - done] = kept
+                band[:, window[0] - done :] = 0
+                first = box[0].start
+            along_x, along_y, along_z = (part[i] for part, i in zip(weights, at, strict=True))
+            weight = along_x[:, None, None] * (along_y[:, None] * along_z)
+            band[:, :, box[1], box[2]].addcmul_(values, weight)
+    assert band is not None
+    yield from _inside(band, first, inner)
+
+
+def _inside(band: Tensor, first: int, inner: list[slice]) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the image and their scores, without the padding; nothing where all rows are padding."""
+    low, high = max(first, inner[0].start), min(first + band.shape[1], inner[0].stop)
+    if low < high:
+        rows = slice(low - inner[0].start, high - inner[0].start)
+        yield rows, band[:, low - first : high - first, inner[1], inner[2]]

@@ -1,0 +1,88 @@
+"""Sliding windows against a naive loop over voxels and windows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from myutils.sliding_window import axis_weights, stitched_rows, window_starts
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "overlap", "expected"),
+    [
+        (8, 8, 0.5, [0]),
+        (9, 8, 0.5, [0, 1]),
+        (16, 8, 0.5, [0, 4, 8]),
+        (206, 112, 0.5, [0, 47, 94]),
+        (20, 8, 0.0, [0, 6, 12]),
+        (4, 2, 0.9, [0, 1, 2]),
+    ],
+)
+def test_windows_are_evenly_spaced_and_overlap_as_asked(
+    size: int, window: int, overlap: float, expected: list[int]
+) -> None:
+    assert window_starts(size, window, overlap) == expected
+
+
+def test_weights_are_gaussians_that_sum_to_one() -> None:
+    starts = window_starts(21, 8, 0.5)
+    parts = axis_weights(starts, 8, 21)
+    total = torch.zeros(21)
+    for start, part in zip(starts, parts, strict=True):
+        total[start : start + 8] += part
+    torch.testing.assert_close(total, torch.ones(21))
+    alone = axis_weights([0, 20], 8, 28)[0]  # no neighbour: all of the weight, at the far ends too
+    torch.testing.assert_close(alone, torch.ones(8))
+    first, second = axis_weights([0, 4], 8, 12)
+    nearer = math.exp(-0.5 * (1.5 / 1.0) ** 2) / math.exp(-0.5 * (2.5 / 1.0) ** 2)  # voxel 5: centres 3.5 and 7.5
+    assert float(first[5] / second[1]) == pytest.approx(nearer, rel=1e-4)
+
+
+def window_score(window: Tensor) -> Tensor:
+    """Two classes that depend on the place in the window: (B, 1, x, y, z) to (B, 2, x, y, z)."""
+    ramp = torch.arange(window.shape[2], dtype=torch.float32)[:, None, None]
+    return torch.cat([window * ramp, window.mean((2, 3, 4), keepdim=True) - window], 1)
+
+
+@pytest.mark.parametrize("size", [(6, 6, 6), (13, 9, 7), (20, 4, 6), (3, 2, 11), (7, 6, 6)])
+@pytest.mark.parametrize("window_batch", [1, 3, 50])
+def test_rows_equal_a_naive_loop(size: tuple[int, int, int], window_batch: int) -> None:
+    torch.manual_seed(0)
+    image, window = torch.rand(1, *size) + 1, (6, 4, 6)
+    low = [max(0, w - n) // 2 for w, n in zip(window, size, strict=True)]
+    padded = torch.full((1, *(max(w, n) for w, n in zip(window, size, strict=True))), float(image.min()))
+    inside = tuple(slice(start, start + n) for start, n in zip(low, size, strict=True))
+    padded[(slice(None), *inside)] = image
+    expected, weights = torch.zeros(2, *padded.shape[1:]), torch.zeros(padded.shape[1:])
+    bells = [torch.exp(-0.5 * ((torch.arange(w) - (w - 1) / 2) / (w / 8)) ** 2) for w in window]
+    bell = bells[0][:, None, None] * bells[1][:, None] * bells[2]
+    starts = [window_starts(n, w, 0.5) for n, w in zip(padded.shape[1:], window, strict=True)]
+    for x in starts[0]:
+        for y in starts[1]:
+            for z in starts[2]:
+                box = (slice(x, x + 6), slice(y, y + 4), slice(z, z + 6))
+                expected[(slice(None), *box)] += bell * window_score(padded[(slice(None), *box)][None])[0]
+                weights[box] += bell
+    expected = (expected / weights)[(slice(None), *inside)]
+    found, covered = torch.zeros_like(expected), []
+    for rows, values in stitched_rows(window_score, image, window, 0.5, window_batch, CPU):
+        found[:, rows] = values
+        covered += range(rows.start, rows.stop)
+    assert covered == list(range(size[0]))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_whole_map_is_held() -> None:
+    """Twice as long an image comes out in more pieces, none of them longer than a window."""
+    for length in (40, 80):
+        lengths = [
+            values.shape[1]
+            for _, values in stitched_rows(window_score, torch.rand(1, length, 4, 4), (8, 4, 4), 0.5, 2, CPU)
+        ]
+        assert sum(lengths) == length and max(lengths) <= 8
