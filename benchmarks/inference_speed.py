@@ -30,6 +30,7 @@ from myutils.checkpoint import InferenceBundle, load_for_inference
 from myutils.distributed import resolve_amp, start_process_group
 from myutils.inference import InferenceOptions, sliding_window_probabilities
 from myutils.metrics import segmentation_metrics
+from myutils.pseudo_labels import most_probable
 from myutils.scan_inputs import find_scans
 
 Side = Callable[[Tensor], Tensor]
@@ -55,7 +56,7 @@ def main() -> None:
             if number == 0 and name == STRIDE:
                 continue  # its many windows need no warming up
             started = time.perf_counter()
-            maps[name] = side(image).argmax(0).cpu().numpy()
+            maps[name] = most_probable(side(image), 0).cpu().numpy()
             if number:
                 seconds[name].append(time.perf_counter() - started)
     lines = [

@@ -19,6 +19,7 @@ from dataloaders.base import Volume
 from dataloaders.preprocess import Preprocess
 from myutils.distributed import autocast, resolve_amp
 from myutils.inference_views import View, make_views, seen_from, seen_places
+from myutils.pseudo_labels import most_probable
 from myutils.sliding_window import stitched_rows
 from networks.base import SegmentationNetwork
 
@@ -213,7 +214,8 @@ def label_map_from(probabilities: np.ndarray, *, keep_largest: bool = False) -> 
     """The most probable class of each voxel (X, Y, Z), uint8, from probabilities (K, X, Y, Z)."""
     label_map = np.empty(probabilities.shape[1:], dtype=np.uint8)
     for start in range(0, len(label_map), _SLAB):
-        label_map[start : start + _SLAB] = probabilities[:, start : start + _SLAB].argmax(0)
+        slab = torch.from_numpy(probabilities[:, start : start + _SLAB])
+        label_map[start : start + _SLAB] = most_probable(slab, 0).numpy()
     return largest_component(label_map) if keep_largest else label_map
 
 
@@ -234,12 +236,12 @@ def predict_label_map(
     image = torch.from_numpy(np.array(preprocess(volume).image))
     if preprocess.spacing is None:
         for rows, probs in probability_rows(network, image, options, device):
-            label_map[rows] = probs.argmax(0).numpy()
+            label_map[rows] = most_probable(probs, 0).numpy()
     else:
         whole = sliding_window_probabilities(network, image, options, device).numpy()
         for start in range(0, len(label_map), _SLAB):
             rows = slice(start, min(start + _SLAB, len(label_map)))
-            label_map[rows] = preprocess.restore(whole, volume, rows).argmax(0)
+            label_map[rows] = label_map_from(preprocess.restore(whole, volume, rows))
     return largest_component(label_map) if keep_largest else label_map
 
 

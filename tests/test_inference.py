@@ -96,7 +96,7 @@ def test_weights_come_back_as_they_were() -> None:
     network = VoxelwiseNetwork(in_channels=2)
     layouts: list[bool] = []
     last = torch.channels_last_3d
-    network.product = torch.nn.Conv3d(2, 1, 2, padding="same", bias=False)
+    network.product = torch.nn.Conv3d(2, 1, 3, padding="same", bias=False)
     weight = network.product.weight
     network.product.register_forward_pre_hook(lambda *_: layouts.append(weight.is_contiguous(memory_format=last)))
     before, storage = weight.detach().clone(), weight.data_ptr()

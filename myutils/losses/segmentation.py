@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from myutils.pseudo_labels import most_probable
+
 _SMOOTH = 1e-5
 
 
@@ -79,4 +81,4 @@ def soft_label_loss(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         return 0.0 * logits.float().sum()
     log_probs = functional.log_softmax(logits.float(), dim=1)
     cross_entropy = -(targets * log_probs).sum(1).mean()
-    return 0.5 * (cross_entropy + soft_dice_loss(log_probs.exp(), targets.argmax(1), mask))
+    return 0.5 * (cross_entropy + soft_dice_loss(log_probs.exp(), most_probable(targets), mask))

@@ -16,6 +16,7 @@ from myutils.config import RunConfig, required
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.prototype_sampling import gated_pseudo_labels
 from myutils.prototype_term import IGNORE, PrototypeTerm, PseudoVoxels
+from myutils.pseudo_labels import most_probable
 from myutils.registry import Registry
 from myutils.schedules import fraction_rampup, sigmoid_rampup
 from networks.base import SegmentationNetwork, SegmentationOutput
@@ -181,7 +182,7 @@ METHODS: Registry[type[Method]] = Registry("method", "myutils.methods")
 @torch.no_grad()
 def batch_dice(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean hard Dice (scalar) over the foreground classes that occur in labels (B, X, Y, Z); logits (B, K, X, Y, Z)."""
-    prediction = logits.argmax(1)
+    prediction = most_probable(logits)
     scores, present = [], []
     for class_id in range(1, logits.shape[1]):
         ours, truth = prediction == class_id, labels == class_id

@@ -27,7 +27,7 @@ from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.averaged_teacher import TeacherMethod
 from myutils.methods.base import METHODS, LossTerm, StepOutput
 from myutils.prototype_term import IGNORE
-from myutils.pseudo_labels import random_boxes
+from myutils.pseudo_labels import most_probable, random_boxes
 
 _BOX_SIDE = 2 / 3
 
@@ -72,7 +72,7 @@ class BidirectionalCopyPaste(TeacherMethod):
         image_l, image_u = batch.image_l[:count], batch.image_u[:count]
         label_l = batch.label_l[:count]
         teacher_u = self.teach(batch, image_u, with_labeled=False)[1]
-        label_u = largest_components(teacher_u.logits.argmax(1))
+        label_u = largest_components(most_probable(teacher_u.logits))
         true = torch.cat([mask := paste_masks(count, image_l.shape[2:], image_l.device), ~mask])  # inward, outward
         images = torch.cat([image_l, image_l]).where(true.unsqueeze(1), torch.cat([image_u, image_u]))
         labels = torch.cat([label_l, label_l]).where(true, torch.cat([label_u, label_u]))

@@ -18,6 +18,7 @@ from dataloaders.patches import Batch
 from myutils.config import RunConfig
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
+from myutils.pseudo_labels import most_probable
 from networks.base import SegmentationNetwork
 
 
@@ -39,7 +40,7 @@ class CrossPseudoSupervision(Method):
         logits_a = student.logits
         supervised = dice_ce_loss(logits_a[:labeled], batch.label_l) + dice_ce_loss(logits_b[:labeled], batch.label_l)
         free_a, free_b = logits_a[labeled:].float(), logits_b[labeled:].float()
-        labels_a, labels_b = free_a.detach().argmax(1), free_b.detach().argmax(1)
+        labels_a, labels_b = most_probable(free_a), most_probable(free_b)
         cross = functional.cross_entropy(free_a, labels_b) + functional.cross_entropy(free_b, labels_a)
         terms = {
             "supervised": LossTerm(supervised, 1.0),

@@ -24,6 +24,7 @@ from dataloaders.patches import Batch
 from myutils.config import RunConfig
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
+from myutils.pseudo_labels import most_probable
 from networks.base import SegmentationNetwork
 
 _STEEPNESS = 1500.0
@@ -76,7 +77,7 @@ class DualTaskConsistency(Method):
         }
         own = student.patches(slice(labeled, None))
         terms |= self.prototype_terms(student, batch.label_l, step, teacher_u=own)
-        return StepOutput(terms, {}, own.logits.detach().argmax(1), logits_l.detach())
+        return StepOutput(terms, {}, most_probable(own.logits), logits_l.detach())
 
     def inference_network(self) -> SegmentationNetwork:
         """The student."""

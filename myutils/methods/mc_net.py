@@ -21,6 +21,7 @@ from dataloaders.patches import Batch
 from myutils.config import RunConfig
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
+from myutils.pseudo_labels import most_probable
 from networks.base import Branch, SegmentationNetwork
 
 _TEMPERATURE = 0.1
@@ -57,8 +58,8 @@ class MutualConsistency(Method):
         first = outputs[0]
         own = first.patches(slice(labeled, None))
         terms |= self.prototype_terms(first, batch.label_l, step, teacher_u=own)
-        scalars = {"disagreement": (probs[0].argmax(1) != probs[1].argmax(1)).float().mean()}
-        return StepOutput(terms, scalars, own.logits.detach().argmax(1), first.logits[:labeled].detach())
+        scalars = {"disagreement": (most_probable(probs[0]) != most_probable(probs[1])).float().mean()}
+        return StepOutput(terms, scalars, most_probable(own.logits), first.logits[:labeled].detach())
 
     def _branches(self) -> list[Branch]:
         return [self.student.branch, *(branch for branch in self.others if isinstance(branch, Branch))]

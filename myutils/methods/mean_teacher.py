@@ -23,7 +23,7 @@ from myutils.config import required
 from myutils.losses.segmentation import dice_ce_loss, one_hot_labels, soft_label_loss
 from myutils.methods.averaged_teacher import TeacherMethod
 from myutils.methods.base import METHODS, LossTerm, StepOutput
-from myutils.pseudo_labels import drop_channels, mixing_sources, take_voxels
+from myutils.pseudo_labels import drop_channels, mixing_sources, most_probable, take_voxels
 from networks.base import SegmentationOutput
 
 
@@ -83,7 +83,7 @@ class MeanTeacher(TeacherMethod):
         )
         further, scalars = self.further_terms(StepParts(batch, student, teacher_l, teacher_u, foreign), step)
         scalars |= {"confidence": believed.amax(1).mean(), "gate_share": gate.mean()}
-        return StepOutput(terms | further, scalars, believed[:weak].argmax(1), logits_l.detach())
+        return StepOutput(terms | further, scalars, most_probable(believed[:weak]), logits_l.detach())
 
     def further_terms(self, parts: StepParts, step: int) -> tuple[dict[str, LossTerm], dict[str, Tensor]]:
         """Terms and logged scalars that a subclass adds to the step."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from dataloaders.patches import Batch
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
+from myutils.pseudo_labels import most_probable
 from networks.base import SegmentationNetwork
 
 _PROBE, _RADIUS = 10.0, 10.0  # lengths (L2, per patch) of the probing and of the final perturbation
@@ -56,7 +57,7 @@ class SSNet(Method):
         }
         own = student.patches(slice(labeled, None))
         terms |= self.prototype_terms(student, batch.label_l, step, teacher_u=own)
-        return StepOutput(terms, {}, own.logits.detach().argmax(1), logits_l.detach())
+        return StepOutput(terms, {}, most_probable(own.logits), logits_l.detach())
 
     def _smoothness(self, images: Tensor, logits: Tensor) -> Tensor:
         """Distance between the prediction and that of the worst nearby image."""
