@@ -181,6 +181,9 @@ class RunConfig:
     checkpoint_activations: bool = option(
         False, help="compute activations again in the backward pass: less memory, more time", group=RUN
     )
+    compile: bool = option(
+        False, help="torch.compile of the networks; needs a C++ compiler, and minutes at the start", group=RUN
+    )
     deterministic: bool = option(True, help="only deterministic kernels, on CUDA too", group=RUN)
     num_workers: int = option(
         0, help="processes that prepare batches, each with its own case cache; 0: the trainer itself", group=RUN

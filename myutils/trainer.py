@@ -38,6 +38,7 @@ from myutils.run_log import RunLog, step_scalars
 from myutils.schedules import poly_lr
 from myutils.seeding import derive_seed, seed_everything
 from myutils.stop_signals import stop_signals
+from networks.compiling import compile_networks
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ class Trainer:
         self.preprocess = build.build_preprocess(config)
         seed_everything(config.seed, deterministic=config.deterministic)
         self.method = build.build_method(config, state.facts).to(device)
+        if config.compile:
+            compile_networks(self.method)
         if self.method.uses_unlabeled and not state.split.unlabeled:
             raise ValueError(
                 f"--labelnum {config.labelnum}: no unlabelled case is left for {config.method}; "

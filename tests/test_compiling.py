@@ -1,0 +1,58 @@
+"""``--compile``: the same losses and gradients, for every network and every kind of branch."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BallSource
+from helpers_runs import batch_for, small_config, small_trainer
+
+from myutils import trainer
+from myutils.build import DataFacts, build_method
+from networks.base import NETWORKS
+from networks.compiling import compile_networks
+
+
+@pytest.mark.parametrize("method", ["mean_teacher", "mc_net"])
+@pytest.mark.parametrize("model", NETWORKS.names())
+def test_compiled_networks_give_the_same_losses_and_gradients(model: str, method: str) -> None:
+    torch.manual_seed(0)
+    source = BallSource()
+    plain = build_method(small_config(source, model=model, method=method), DataFacts.of(source))
+    compiled = copy.deepcopy(plain)
+    compile_networks(compiled, backend="aot_eager")
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    batch, found = batch_for(plain), []
+    for built in (plain, compiled):
+        torch.manual_seed(1)
+        loss = built(batch, 3).total()
+        loss.backward()
+        found.append([loss, *(p.grad for p in built.student.parameters())])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+
+
+def test_the_flag_compiles_the_method_and_a_run_ends_as_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[object] = []
+
+    def with_fewer_passes(method: torch.nn.Module) -> None:
+        compiled.append(method)
+        compile_networks(method, backend="eager")
+
+    monkeypatch.setattr(trainer, "compile_networks", with_fewer_passes)
+    runs = [small_trainer(BallSource(), tmp_path / str(flag), compile=flag, max_iteration=3) for flag in (False, True)]
+    weights = [run.fit() and run.method.student.state_dict() for run in runs]
+    assert compiled == [runs[1].method]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, msg=name)
+
+
+def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ValueError, match=r"--compile: no C\+\+ compiler"):
+        compile_networks(NETWORKS.get("unet_3d")(1, 2))
