@@ -110,12 +110,12 @@ class Preprocess:
 
     def _normalize(self, channel: np.ndarray) -> np.ndarray:
         """Normalise one channel (X, Y, Z) by its foreground."""
-        values = channel.astype(np.float64)
-        foreground = values[foreground_mask(values)]
+        foreground = channel[foreground_mask(channel)].astype(np.float64)
+        limits = (-np.inf, np.inf)
         if self.modality == "ct" and foreground.size:
-            low, high = np.percentile(foreground, CT_PERCENTILES)
-            values, foreground = np.clip(values, low, high), np.clip(foreground, low, high)
-        return z_score(values, foreground)
+            limits = tuple(np.percentile(foreground, CT_PERCENTILES))
+            np.clip(foreground, *limits, out=foreground)
+        return z_score(channel, foreground, limits)
 
 
 def foreground_mask(channel: np.ndarray) -> np.ndarray:
@@ -130,17 +130,21 @@ def foreground_mask(channel: np.ndarray) -> np.ndarray:
     return np.ones(channel.shape, dtype=bool)
 
 
-def z_score(values: np.ndarray, foreground: np.ndarray) -> np.ndarray:
-    """Subtract the foreground's mean and divide by its standard deviation, at every voxel; float32.
+def z_score(values: np.ndarray, foreground: np.ndarray, limits: tuple[float, float] = (-np.inf, np.inf)) -> np.ndarray:
+    """Clip to ``limits``, subtract the foreground's mean and divide by its standard deviation, at every voxel; float32.
 
-    A foreground of one value (a mask, say) is replaced by all voxels; a constant image gives zeros.
+    A foreground of one value (a mask, say) is replaced by all voxels; a constant image gives zeros. The foreground is
+    float64 and clipped already; the image is worked on slice by slice, for volumes may be large.
     """
     if foreground.size == 0 or np.ptp(foreground) == 0:
-        foreground = values
-    deviation = float(foreground.std())
+        foreground = np.clip(values.astype(np.float64), *limits)
+    deviation, mean = float(foreground.std()), float(foreground.mean())
+    scaled = np.zeros(values.shape, dtype=np.float32)
     if np.ptp(foreground) == 0 or deviation == 0:
-        return np.zeros(values.shape, dtype=np.float32)
-    return ((values - foreground.mean()) / deviation).astype(np.float32)
+        return scaled
+    for place, part in zip(scaled, values, strict=True):
+        place[...] = (np.clip(part.astype(np.float64), *limits) - mean) / deviation
+    return scaled
 
 
 def resample(

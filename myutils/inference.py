@@ -206,7 +206,7 @@ def predict_probabilities(
 ) -> np.ndarray:
     """Class probabilities (K, X, Y, Z), float32, of a raw case on its own grid."""
     prepared = preprocess(volume)
-    probs = sliding_window_probabilities(network, torch.from_numpy(np.array(prepared.image)), options, device)
+    probs = sliding_window_probabilities(network, torch.from_numpy(prepared.image), options, device)
     return preprocess.restore(probs.numpy(), volume)
 
 
@@ -233,7 +233,7 @@ def predict_label_map(
     Those of the resampled grid are, where ``preprocess`` has a spacing.
     """
     label_map = np.empty(volume.image.shape[1:], dtype=np.uint8)
-    image = torch.from_numpy(np.array(preprocess(volume).image))
+    image = torch.from_numpy(preprocess(volume).image)
     if preprocess.spacing is None:
         for rows, probs in probability_rows(network, image, options, device):
             label_map[rows] = most_probable(probs, 0).numpy()

@@ -10,7 +10,7 @@ import pytest
 from conftest import BallSource
 from helpers_runs import small_trainer
 
-from benchmarks import inference_speed, metrics_speed, scaling, step_cost
+from benchmarks import inference_speed, large_volume, metrics_speed, scaling, step_cost
 
 
 def test_step_cost_prints_every_side_and_its_ratios(
@@ -65,3 +65,11 @@ def test_inference_speed_compares_three_sides(
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert [words[0] for words in lines] == ["ours", "monai", "stride"]
     assert lines[0][2] == "1.00" and float(lines[1][4]) == 100 and float(lines[0][4]) > 80
+
+
+def test_large_volume_prints_its_peak(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--size", "24", "20", "16", "--patch_size", "16", "16", "16", "--classes", "3"]
+    monkeypatch.setattr(sys, "argv", ["x", *sizes])
+    large_volume.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert "(24, 20, 16), 3 classes" in lines[0] and lines[1].startswith("peak above")
