@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -107,22 +108,26 @@ def _averaged_windows(
     """Rows of probabilities; each window is seen in every view at once."""
     amp = resolve_amp(options.amp, device)
 
-    def scores(windows: Tensor) -> Tensor:
-        total: Tensor | None = None
-        for view in views:
-            with autocast(amp, device):
-                logits = network(seen_from(view, windows)).logits
-            if len(views) == 1:
-                return logits
-            probs = seen_from(view, logits.float().softmax(1))
-            total = probs if total is None else total.add_(probs)
-        assert total is not None
-        return total.div_(len(views)).clamp_(min=_LEAST).log_()
+    def logits(windows: Tensor) -> Tensor:
+        with autocast(amp, device):
+            return network(windows).logits
+
+    def mean_log_probs(windows: Tensor) -> Tensor:
+        each = (seen_from(view, logits(seen_from(view, windows)).float().softmax(1)) for view in views)
+        return reduce(Tensor.add_, each).div_(len(views)).clamp_(min=_LEAST).log_()
 
     band = options.patch_size[0] * math.prod(image.shape[2:])
     if (image.numel() + band * network.num_classes) * 4 <= DEVICE_LIMIT_BYTES:
         image = image.to(device)
-    for rows, values in stitched_rows(scores, image, options.patch_size, options.overlap, options.window_batch, device):
+    for rows, values in stitched_rows(
+        mean_log_probs if len(views) > 1 else logits,
+        image,
+        network.num_classes,
+        window=options.patch_size,
+        overlap=options.overlap,
+        window_batch=options.window_batch,
+        device=device,
+    ):
         yield rows, values.softmax(0)
 
 
@@ -130,13 +135,15 @@ def _averaged_maps(
     network: SegmentationNetwork, image: Tensor, views: list[View], options: InferenceOptions, device: torch.device
 ) -> Iterator[tuple[slice, Tensor]]:
     """Rows of probabilities; the whole image is seen in one view after the other."""
-    total: Tensor | None = None
-    for number, view in enumerate(views):
-        seen = seen_from(view, image[None])[0]
-        plain = _averaged_windows(network, seen, [View((), None)], options, device)
-        probs = torch.cat([values.cpu() for _, values in plain], dim=1)[None]
-        total = probs if total is None else _add_view(total, probs, view, number)
-    assert total is not None
+    untouched = [View((), None)]
+
+    def whole_map(view: View) -> Tensor:
+        rows = _averaged_windows(network, seen_from(view, image[None])[0], untouched, options, device)
+        return torch.cat([values.cpu() for _, values in rows], dim=1)[None]
+
+    total = whole_map(views[0])
+    for number, view in enumerate(views[1:], start=1):
+        total = _add_view(total, whole_map(view), view, number)
     for start in range(0, image.shape[1], _SLAB):
         rows = slice(start, min(start + _SLAB, image.shape[1]))
         yield rows, total[0, :, rows] / len(views)
@@ -159,12 +166,9 @@ def sliding_window_probabilities(
     network: SegmentationNetwork, image: Tensor, options: InferenceOptions, device: torch.device
 ) -> Tensor:
     """Class probabilities (K, X, Y, Z), float32, on the CPU, of a preprocessed image; see ``probability_rows``."""
-    whole: Tensor | None = None
+    whole = torch.empty(network.num_classes, *image.shape[1:])
     for rows, probs in probability_rows(network, image, options, device):
-        if whole is None:
-            whole = probs.new_empty(len(probs), *image.shape[1:])
         whole[:, rows] = probs
-    assert whole is not None
     return whole
 
 

@@ -43,6 +43,8 @@ def axis_weights(starts: list[int], window: int, size: int) -> list[Tensor]:
 def stitched_rows(
     scores: WindowFunction,
     image: Tensor,
+    num_classes: int,
+    *,
     window: tuple[int, int, int],
     overlap: float,
     window_batch: int,
@@ -54,7 +56,8 @@ def stitched_rows(
 
     Args:
         scores: Called with windows on ``device``.
-        image: (C, X, Y, Z); one smaller than the window is padded with its least value, evenly on both sides.
+        image: (C, X, Y, Z), float32; one smaller than the window is padded with its least value, evenly on both sides.
+        num_classes: Number of scores K of a voxel.
         window: Extent of a window in voxels.
         overlap: Share of a window that its neighbour covers too, 0 <= overlap < 1.
         window_batch: Windows per call of ``scores``.
@@ -63,38 +66,40 @@ def stitched_rows(
     Yields:
         Rows of the image, and their scores (K, rows, Y, Z), float32, where the image lies; overwritten afterwards.
     """
-    missing = [max(0, extent - size) for extent, size in zip(window, image.shape[1:], strict=True)]
-    margins = [(gap // 2, gap - gap // 2) for gap in missing]
-    if any(missing):
-        image = functional.pad(image, [m for pair in reversed(margins) for m in pair], value=float(image.min()))
+    image, inner = _padded(image, window)
     size = image.shape[1:]
     starts = [window_starts(n, w, overlap) for n, w in zip(size, window, strict=True)]
     weights = [
-        [part.to(image.device) for part in axis_weights(s, w, n)] for s, w, n in zip(starts, window, size, strict=True)
+        [part.to(image.device) for part in axis_weights(found, w, n)]
+        for found, w, n in zip(starts, window, size, strict=True)
     ]
-    inner = [slice(low, n - high) for (low, high), n in zip(margins, size, strict=True)]
-    band: Tensor | None = None  # scores (K, x, Y, Z) of the rows from ``first`` on
-    first = 0
-    places = list(product(*(range(len(s)) for s in starts)))  # those along X change last
+    band, first = image.new_zeros(num_classes, window[0], *size[1:]), 0  # the rows from ``first`` on
+    places = list(product(*(range(len(found)) for found in starts)))  # those along X change last
     for begin in range(0, len(places), window_batch):
         chosen = places[begin : begin + window_batch]
         boxes = [tuple(slice(s[i], s[i] + w) for s, i, w in zip(starts, at, window, strict=True)) for at in chosen]
         found = scores(torch.stack([image[(slice(None), *box)] for box in boxes]).to(device)).to(image.device)
         for at, box, values in zip(chosen, boxes, found, strict=True):
-            if band is None:
-                band = values.new_zeros(len(values), window[0], *size[1:], dtype=torch.float32)
-            if box[0].start > first:
-                done = box[0].start - first
+            done = box[0].start - first
+            if done:
                 yield from _inside(band[:, :done], first, inner)
-                kept = band[:, done:].clone()
-                band[:, : window[0] - done] = kept
+                band[:, : window[0] - done] = band[:, done:].clone()
                 band[:, window[0] - done :] = 0
                 first = box[0].start
             along_x, along_y, along_z = (part[i] for part, i in zip(weights, at, strict=True))
-            weight = along_x[:, None, None] * (along_y[:, None] * along_z)
+            weight = along_x[:, None, None] * (along_y[:, None] * along_z)  # (x, y, z)
             band[:, :, box[1], box[2]].addcmul_(values, weight)
-    assert band is not None
     yield from _inside(band, first, inner)
+
+
+def _padded(image: Tensor, window: tuple[int, int, int]) -> tuple[Tensor, list[slice]]:
+    """An image (C, X, Y, Z) at least as large as a window, and where the given one lies in it."""
+    missing = [max(0, extent - size) for extent, size in zip(window, image.shape[1:], strict=True)]
+    margins = [(gap // 2, gap - gap // 2) for gap in missing]
+    inner = [slice(low, low + n) for (low, _), n in zip(margins, image.shape[1:], strict=True)]
+    if any(missing):
+        image = functional.pad(image, [m for pair in reversed(margins) for m in pair], value=float(image.min()))
+    return image, inner
 
 
 def _inside(band: Tensor, first: int, inner: list[slice]) -> Iterator[tuple[slice, Tensor]]:

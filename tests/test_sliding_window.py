@@ -71,7 +71,9 @@ def test_rows_equal_a_naive_loop(size: tuple[int, int, int], window_batch: int) 
                 weights[box] += bell
     expected = (expected / weights)[(slice(None), *inside)]
     found, covered = torch.zeros_like(expected), []
-    for rows, values in stitched_rows(window_score, image, window, 0.5, window_batch, CPU):
+    for rows, values in stitched_rows(
+        window_score, image, 2, window=window, overlap=0.5, window_batch=window_batch, device=CPU
+    ):
         found[:, rows] = values
         covered += range(rows.start, rows.stop)
     assert covered == list(range(size[0]))
@@ -80,9 +82,8 @@ def test_rows_equal_a_naive_loop(size: tuple[int, int, int], window_batch: int) 
 
 def test_no_whole_map_is_held() -> None:
     """Twice as long an image comes out in more pieces, none of them longer than a window."""
+    settings = {"window": (8, 4, 4), "overlap": 0.5, "window_batch": 2, "device": CPU}
     for length in (40, 80):
-        lengths = [
-            values.shape[1]
-            for _, values in stitched_rows(window_score, torch.rand(1, length, 4, 4), (8, 4, 4), 0.5, 2, CPU)
-        ]
+        pieces = stitched_rows(window_score, torch.rand(1, length, 4, 4), 2, **settings)  # type: ignore[arg-type]
+        lengths = [values.shape[1] for _, values in pieces]
         assert sum(lengths) == length and max(lengths) <= 8
