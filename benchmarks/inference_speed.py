@@ -12,6 +12,7 @@ map against the label, where there is one, and against MONAI's. A first round wa
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import sys
 import time
@@ -43,6 +44,8 @@ def main() -> None:
     _, device = start_process_group()
     bundle = load_for_inference(settings.checkpoint, device)
     options = build_inference(bundle.config, resolve_amp(bundle.config.amp, device))
+    if settings.window:
+        options = dataclasses.replace(options, patch_size=tuple(settings.window))
     volume = find_scans(settings.image)[0].read()
     image = torch.from_numpy(np.array(bundle.preprocess(volume).image))
     truth = None
@@ -80,6 +83,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--image", type=Path, required=True, help="NIfTI file")
     parser.add_argument("--label", type=Path, help="NIfTI file")
+    parser.add_argument("--window", type=int, nargs=3, help="default: the checkpoint's patch size")
     parser.add_argument("--stride", type=int, nargs=3, default=(18, 18, 4), help="0 0 0 leaves this side out")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds")
     return parser.parse_args()
