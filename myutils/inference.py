@@ -26,6 +26,7 @@ from networks.base import SegmentationNetwork
 
 AMP_CHOICES = ("auto", "no", "bf16", "fp16")
 DEVICE_LIMIT_BYTES = 4 * 1024**3  # of an image and a band of scores that may lie on the network's device
+_VOXELS_AT_ONCE = 2**20
 _SLAB = 16  # voxels along X that are worked on at a time where a whole volume would be copied
 _LEAST = 1e-30  # probability, before its logarithm
 
@@ -40,7 +41,7 @@ class InferenceOptions:
         flips: Image axes (0, 1, 2) that views are mirrored along.
         views: Views whose probabilities are averaged: 0 for all mirrored ones (one alone without ``flips``), else the
             image itself and that many less one that are turned and scaled too.
-        window_batch: Windows per forward pass.
+        window_batch: Windows per forward pass; None for up to four, as many as hold a million voxels.
         amp: "no", "bf16", "fp16" or "auto" (what the device is fast at); logits are accumulated in float32 always.
     """
 
@@ -48,7 +49,7 @@ class InferenceOptions:
     overlap: float = 0.5
     flips: tuple[int, ...] = ()
     views: int = 0
-    window_batch: int = 4
+    window_batch: int | None = None
     amp: str = "no"
 
     def __post_init__(self) -> None:
@@ -60,10 +61,14 @@ class InferenceOptions:
             raise ValueError(f"flips {self.flips}: pass each of the axes 0, 1, 2 at most once")
         if self.views < 0:
             raise ValueError(f"views {self.views}: pass 0 or more")
-        if self.window_batch < 1:
+        if self.window_batch is not None and self.window_batch < 1:
             raise ValueError(f"window_batch {self.window_batch}: pass at least 1")
         if self.amp not in AMP_CHOICES:
             raise ValueError(f"amp {self.amp!r}: pass one of {', '.join(AMP_CHOICES)}")
+
+    def windows_at_once(self) -> int:
+        """Windows per forward pass; more of a large size would take memory and no less time."""
+        return self.window_batch or max(1, min(4, _VOXELS_AT_ONCE // math.prod(self.patch_size)))
 
 
 def probability_rows(
@@ -125,7 +130,7 @@ def _averaged_windows(
         network.num_classes,
         window=options.patch_size,
         overlap=options.overlap,
-        window_batch=options.window_batch,
+        window_batch=options.windows_at_once(),
         device=device,
     ):
         yield rows, values.softmax(0)

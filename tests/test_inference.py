@@ -122,6 +122,14 @@ def test_damaged_weights_and_wrong_channels_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("patch_size", "given", "expected"),
+    [((32, 32, 16), None, 4), ((112, 112, 80), None, 1), ((80, 80, 80), None, 2), ((112, 112, 80), 3, 3)],
+)
+def test_large_windows_run_one_by_one(patch_size: tuple[int, int, int], given: int | None, expected: int) -> None:
+    assert InferenceOptions(patch_size, window_batch=given).windows_at_once() == expected
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"overlap": 1.0}, r"overlap 1.0.*\[0, 1\)"),
