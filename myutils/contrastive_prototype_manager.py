@@ -6,7 +6,7 @@ Only ``get_memory_info`` makes the host wait for an accelerator.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -93,9 +93,8 @@ class ContrastivePrototypeManager(PrototypeMemory):
 
     def get_selectors(self) -> tuple[nn.ModuleList, nn.ModuleList] | tuple[None, None]:
         """Feature selectors and memory selectors, K each, or ``(None, None)``; they exist from the start."""
-        if self.feature_selectors is None or self.memory_selectors is None:
-            return None, None
-        return self.feature_selectors, self.memory_selectors
+        pair = self.feature_selectors, self.memory_selectors
+        return (None, None) if pair[0] is None or pair[1] is None else (pair[0], pair[1])
 
     def sample_positions(
         self, class_labels: Tensor, samples_per_class: int | None = None, parts: int = 1
@@ -141,7 +140,6 @@ class ContrastivePrototypeManager(PrototypeMemory):
     @torch.no_grad()
     def candidates(self, vectors: Tensor, logits: Tensor, class_labels: Tensor, from_labeled: bool) -> Candidates:
         """The best trusted voxels of each class, for ``store``: predicted as their label, above the threshold.
-
         With several ranks this is a collective call; all get the best of all ranks.
 
         Args:
@@ -153,8 +151,7 @@ class ContrastivePrototypeManager(PrototypeMemory):
         confidences, predicted = logits.float().softmax(dim=1).max(dim=1)
         trusted = (confidences > self.confidence_threshold) & (predicted == class_labels)
         labels = class_labels.masked_fill(~trusted, self.ignore_index)
-        known = self.known_rows(vectors, class_labels)
-        return self._rank(known, labels, confidences.to(known.dtype), from_labeled)
+        return self._rank(self.known_rows(vectors, class_labels), labels, confidences, from_labeled)
 
     def contrastive_class_to_class_learned_memory(self, features: Tensor, class_labels: Tensor) -> Tensor:
         """Weighted mean of 1 - cosine between the features of a class and its memory, averaged over classes.
@@ -188,23 +185,35 @@ class ContrastivePrototypeManager(PrototypeMemory):
             features: (S, E).
             groups: Class id + K * part (S,), parts 0..P-1; ``ignore_index`` for rows to leave out.
             parts: Number of sets P, such as labelled and pseudo-labelled voxels.
-            margin: Distance at which ``inter`` leaves two class means alone, in (0, 2].
-
-        Returns:
-            ``contrastive_loss``, ``intra_loss``, ``inter_loss``: scalars on the graph.
+            margin: As in ``update_and_compute_loss``, whose raw losses and errors these are.
         """
+        checks.require_rows(features, groups, self.feature_dim)
+        checks.require_loss_settings({}, margin)
+        require_class_ids(groups, parts * self.num_classes, self.ignore_index)
         unknown = (groups < 0) | (groups >= parts * self.num_classes)
         class_labels = (groups % self.num_classes).masked_fill(unknown, self.ignore_index)
-        vectors = self.known_rows(features, class_labels)
-        member = losses.class_membership(groups, parts * self.num_classes)
-        member = member.unflatten(0, (parts, self.num_classes))  # (P, K, S)
-        units = unit_vectors(vectors)  # (S, E)
-        prototypes, filled = self.prototypes()
-        return {
-            "contrastive_loss": self._contrastive(vectors, units, class_labels, member),
-            "intra_loss": losses.intra_class_loss(units, class_labels, prototypes, member, filled),
-            "inter_loss": losses.inter_class_loss(units, member, margin),
-        }
+        with torch.autocast(features.device.type, enabled=False):
+            vectors = self.known_rows(features, class_labels)
+            member = losses.class_membership(groups, parts * self.num_classes)
+            member = member.unflatten(0, (parts, self.num_classes))  # (P, K, S)
+            units = unit_vectors(vectors)  # (S, E)
+            prototypes, filled = self.prototypes()
+            return {
+                "contrastive_loss": self._contrastive(vectors, units, class_labels, member),
+                "intra_loss": losses.intra_class_loss(units, class_labels, prototypes, member, filled),
+                "inter_loss": losses.inter_class_loss(units, member, margin),
+            }
+
+    def compare_and_store(
+        self, features: Tensor, groups: Tensor, found: Sequence[Candidates], parts: int = 1, margin: float = 1.0
+    ) -> dict[str, Tensor]:
+        """``losses_by_part`` against the memory as it stood (empty classes are filled first), then ``store``."""
+        for candidates in found:
+            self.store(candidates, only_empty=True)
+        raw = self.losses_by_part(features, groups, parts, margin)
+        for candidates in found:
+            self.store(candidates)
+        return raw
 
     def update_and_compute_loss(
         self,
@@ -251,22 +260,17 @@ class ContrastivePrototypeManager(PrototypeMemory):
         checks.require_label_source(labels, is_labeled)
         checks.require_batch(features, predictions, labels, memory_features, (self.feature_dim, self.num_classes))
         with torch.autocast(features.device.type, enabled=False):
-            class_labels = labels
-            if class_labels is None:
-                class_labels = gated_pseudo_labels(predictions, self.confidence_threshold, self.ignore_index)
+            gate = (self.confidence_threshold, self.ignore_index)
+            class_labels = gated_pseudo_labels(predictions, *gate) if labels is None else labels
             stored = features if memory_features is None else memory_features
             if features.ndim > 2 or len(features) > self.num_classes * self.samples_per_class:
                 positions, class_labels = self.sample_positions(class_labels)
                 features, stored, predictions = (pick_voxels(x, positions) for x in (features, stored, predictions))
             require_class_ids(class_labels, self.num_classes, self.ignore_index)
             class_labels = class_labels.long()
-            if update:
-                found = self.candidates(stored, predictions, class_labels, is_labeled)
-                self.store(found, only_empty=True)
-            parts = self.losses_by_part(features, class_labels, margin=margin)
+            found = [self.candidates(stored, predictions, class_labels, is_labeled)] if update else []
+            parts = self.compare_and_store(features, class_labels, found, margin=margin)
             total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
-            if update:
-                self.store(found)
         return total, {**parts, "total_prototype_loss": total}
 
     def _rank(self, vectors: Tensor, class_labels: Tensor, confidences: Tensor, from_labeled: bool) -> Candidates:
@@ -292,4 +296,5 @@ class ContrastivePrototypeManager(PrototypeMemory):
         if self.prototype_loss == "ssnet":
             return losses.class_to_class_loss(units, feature_weights, memory, memory_weights, taking_part)
         similarities = forms.class_similarities(self.prototype_loss, units, memory, memory_weights)
-        return forms.class_contrast(similarities, class_labels, feature_weights, taking_part)
+        unused = 0.0 * memory_weights.sum()  # multiproto weighs no memory: its selectors stay on the graph
+        return unused + forms.class_contrast(similarities, class_labels, feature_weights, taking_part)

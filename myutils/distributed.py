@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -42,6 +43,9 @@ def peak_memory_mb(device: torch.device) -> float:
     """Largest memory so far in MB: allocated on a CUDA device, else resident in this process; NaN where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss starts at what the parent process held
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1024
     if sys.platform == "win32":
         return float("nan")
     import resource  # not on Windows

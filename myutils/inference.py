@@ -1,6 +1,7 @@
 """Whole volumes through a network: sliding windows with Gaussian weights, views to average over, label maps.
 
-Contract: a label map needs memory for the image, itself and a band of probabilities, whatever the number of classes.
+Contract: a label map needs memory for the image, itself and a band of probabilities, whatever the number of classes;
+turned views (``--tta_views``) and resampling (``--spacing``) need whole maps of all classes.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class InferenceOptions:
         return self.window_batch or max(1, min(4, _VOXELS_AT_ONCE // math.prod(self.patch_size)))
 
 
-def probability_rows(
+def _probability_rows(
     network: SegmentationNetwork, image: Tensor, options: InferenceOptions, device: torch.device
 ) -> Iterator[tuple[slice, Tensor]]:
     """Class probabilities of a preprocessed image, a few rows along X at a time, so that no whole map need be held.
@@ -91,8 +92,9 @@ def probability_rows(
             are not finite.
 
     Note:
-        Windows are put together by the mean of their log-probabilities, which is the softmax of the mean of logits.
-        Views that are mirrored are averaged window by window, as probabilities; turned ones need whole maps.
+        Until it is exhausted or closed, gradients are off and the network is in evaluation mode. Windows are put
+        together by the mean of their log-probabilities, which is the softmax of the mean of logits. Views that are
+        mirrored are averaged window by window, as probabilities; turned ones need whole maps.
     """
     if image.ndim != 4 or image.shape[0] != network.in_channels:
         raise ValueError(f"image has shape {tuple(image.shape)}; this network takes ({network.in_channels}, X, Y, Z)")
@@ -140,11 +142,16 @@ def _averaged_maps(
     network: SegmentationNetwork, image: Tensor, views: list[View], options: InferenceOptions, device: torch.device
 ) -> Iterator[tuple[slice, Tensor]]:
     """Rows of probabilities; the whole image is seen in one view after the other."""
-    untouched = [View((), None)]
+    classes, untouched = network.num_classes, [View((), None)]
+    if (image.shape[0] + 3 * classes) * math.prod(image.shape[1:]) * 4 <= DEVICE_LIMIT_BYTES:
+        image = image.to(device)
 
     def whole_map(view: View) -> Tensor:
-        rows = _averaged_windows(network, seen_from(view, image[None])[0], untouched, options, device)
-        return torch.cat([values.cpu() for _, values in rows], dim=1)[None]
+        whole = image.new_empty(1, classes, *image.shape[1:])
+        seen = seen_from(view, image[None])[0]
+        for rows, values in _averaged_windows(network, seen, untouched, options, device):
+            whole[0, :, rows] = values
+        return whole
 
     total = whole_map(views[0])
     for number, view in enumerate(views[1:], start=1):
@@ -170,9 +177,9 @@ def _add_view(total: Tensor, probs: Tensor, view: View, before: int) -> Tensor:
 def sliding_window_probabilities(
     network: SegmentationNetwork, image: Tensor, options: InferenceOptions, device: torch.device
 ) -> Tensor:
-    """Class probabilities (K, X, Y, Z), float32, on the CPU, of a preprocessed image; see ``probability_rows``."""
+    """Class probabilities (K, X, Y, Z), float32, on the CPU, of a preprocessed image; see ``_probability_rows``."""
     whole = torch.empty(network.num_classes, *image.shape[1:])
-    for rows, probs in probability_rows(network, image, options, device):
+    for rows, probs in _probability_rows(network, image, options, device):
         whole[:, rows] = probs
     return whole
 
@@ -237,14 +244,11 @@ def predict_label_map(
     *,
     keep_largest: bool = False,
 ) -> np.ndarray:
-    """Class ids (X, Y, Z), uint8, of a raw case on its own grid; its probabilities are never held as a whole.
-
-    Those of the resampled grid are, where ``preprocess`` has a spacing.
-    """
+    """Class ids (X, Y, Z), uint8, of a raw case on its own grid."""
     label_map = np.empty(volume.image.shape[1:], dtype=np.uint8)
     image = torch.from_numpy(preprocess(volume).image)
     if preprocess.spacing is None:
-        for rows, probs in probability_rows(network, image, options, device):
+        for rows, probs in _probability_rows(network, image, options, device):
             label_map[rows] = most_probable(probs, 0).numpy()
     else:
         whole = sliding_window_probabilities(network, image, options, device).numpy()

@@ -120,18 +120,13 @@ class PrototypeTerm(nn.Module):
         with torch.autocast(labels.device.type, enabled=False):
             projected = self.projection(pick_voxels(student.features, positions).float())  # (S, E)
             predicted = self.prediction(projected)
-            if not self.refills_at(step):
-                return manager.losses_by_part(predicted, groups, parts)
-            drawn = _Drawn(positions, groups, projected.detach())
-            found = [self._labeled_candidates(drawn, student, teacher_l, labels.numel())]
-            if pseudo is not None:
-                found.append(self._pseudo_candidates(drawn, pseudo.teacher, labels.numel()))
-            for candidates in found:
-                manager.store(candidates, only_empty=True)
-            losses = manager.losses_by_part(predicted, groups, parts)
-            for candidates in found:
-                manager.store(candidates)
-        return losses
+            found = []
+            if self.refills_at(step):
+                drawn = _Drawn(positions, groups, projected.detach())
+                found.append(self._labeled_candidates(drawn, student, teacher_l, labels.numel()))
+                if pseudo is not None:
+                    found.append(self._pseudo_candidates(drawn, pseudo.teacher, labels.numel()))
+            return manager.compare_and_store(predicted, groups, found, parts)
 
     @torch.no_grad()
     def _labeled_candidates(

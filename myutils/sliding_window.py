@@ -1,6 +1,9 @@
 """Sliding windows over a volume of any size: rows of the result come out as soon as they are complete.
 
 Contract: no map of the whole volume is held here, only a band of one window's extent along X.
+
+Why not MONAI's ``sliding_window_inference``: it holds maps of all classes and their weights for the whole volume, 2 GB
+of scores for 512 x 512 x 400 voxels and 5 classes where the band takes 0.4, and its last windows overlap unevenly.
 """
 
 from __future__ import annotations
@@ -82,14 +85,14 @@ def stitched_rows(
         for at, box, values in zip(chosen, boxes, found, strict=True):
             done = box[0].start - first
             if done:
-                yield from _inside(band[:, :done], first, inner)
+                yield _inside(band[:, :done], first, inner)
                 band[:, : window[0] - done] = band[:, done:].clone()
                 band[:, window[0] - done :] = 0
                 first = box[0].start
             along_x, along_y, along_z = (part[i] for part, i in zip(weights, at, strict=True))
             weight = along_x[:, None, None] * (along_y[:, None] * along_z)  # (x, y, z)
             band[:, :, box[1], box[2]].addcmul_(values, weight)
-    yield from _inside(band, first, inner)
+    yield _inside(band, first, inner)
 
 
 def _padded(image: Tensor, window: tuple[int, int, int]) -> tuple[Tensor, list[slice]]:
@@ -102,9 +105,8 @@ def _padded(image: Tensor, window: tuple[int, int, int]) -> tuple[Tensor, list[s
     return image, inner
 
 
-def _inside(band: Tensor, first: int, inner: list[slice]) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the image and their scores, without the padding; nothing where all rows are padding."""
+def _inside(band: Tensor, first: int, inner: list[slice]) -> tuple[slice, Tensor]:
+    """Rows of the image and their scores, without the padding."""
     low, high = max(first, inner[0].start), min(first + band.shape[1], inner[0].stop)
-    if low < high:
-        rows = slice(low - inner[0].start, high - inner[0].start)
-        yield rows, band[:, low - first : high - first, inner[1], inner[2]]
+    rows = slice(low - inner[0].start, high - inner[0].start)
+    return rows, band[:, low - first : high - first, inner[1], inner[2]]

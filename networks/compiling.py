@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 
 import torch
 from torch import nn
@@ -19,8 +20,9 @@ def compile_networks(method: nn.Module, backend: str = "inductor") -> None:
     Raises:
         ValueError: If there is no C++ compiler, which torch's own backend needs.
     """
-    if backend == "inductor" and not any(map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))):
-        raise ValueError("--compile: no C++ compiler (c++, g++, clang++ or $CXX) was found; install one or go without")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # what torch's backend takes
+    if backend == "inductor" and shutil.which(compiler) is None:
+        raise ValueError(f"--compile: no C++ compiler {compiler!r} was found; install it, set $CXX or go without")
     for module in method.modules():
         if isinstance(module, SegmentationNetwork):
             module.encode = torch.compile(module.encode, backend=backend)  # type: ignore[method-assign]

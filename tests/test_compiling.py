@@ -61,7 +61,10 @@ def test_the_flag_compiles_the_method_and_a_run_ends_as_without(
 
 
 def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"--compile: no C\+\+ compiler 'no-such-compiler'"):
+        compile_networks(NETWORKS.get("unet_3d")(1, 2))
+    monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ValueError, match=r"--compile: no C\+\+ compiler"):
         compile_networks(NETWORKS.get("unet_3d")(1, 2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from myutils.inference import (
     predict_probabilities,
     sliding_window_probabilities,
 )
+from myutils.sliding_window import axis_weights, window_starts
 from networks.base import SegmentationOutput
 
 CPU = torch.device("cpu")
@@ -79,6 +82,31 @@ def test_flips_average_over_all_subsets_of_the_axes() -> None:
     probs = sliding_window_probabilities(network, image, InferenceOptions((8, 8, 8), flips=(0, 1, 2)), CPU)
     torch.testing.assert_close(probs[1], torch.sigmoid(image[0]))
     assert len(network.shapes) == 8
+
+
+class PlaceNetwork(VoxelwiseNetwork):
+    """Logits that depend on the place in the window, differently along each axis."""
+
+    def segment(self, images: Tensor) -> SegmentationOutput:
+        x, y, z = (torch.arange(n, dtype=torch.float32) for n in images.shape[2:])
+        score = images * (1 + x[:, None, None]) - 0.2 * y[:, None] + 0.1 * z * z
+        return SegmentationOutput(torch.cat([torch.zeros_like(score), score], 1), score)
+
+
+def test_mirrored_views_are_averaged_window_by_window() -> None:
+    """Windows are put together by the weighted mean of the logarithms of what the views say on average."""
+    network, image, window = PlaceNetwork(), torch.randn(1, 11, 6, 4), (6, 4, 4)
+    starts = [window_starts(n, w, 0.5) for n, w in zip(image.shape[1:], window, strict=True)]
+    weights = [axis_weights(s, w, n) for s, w, n in zip(starts, window, image.shape[1:], strict=True)]
+    expected = torch.zeros(2, 11, 6, 4)
+    for i, j, k in itertools.product(*(range(len(found)) for found in starts)):
+        box = tuple(slice(s[n], s[n] + w) for s, n, w in zip(starts, (i, j, k), window, strict=True))
+        crop = image[(slice(None), *box)][None]
+        views = [network(crop.flip(axes)).logits.softmax(1).flip(axes) for axes in ([], [2], [4], [2, 4])]
+        weight = weights[0][i][:, None, None] * weights[1][j][:, None] * weights[2][k]
+        expected[(slice(None), *box)] += weight * (sum(views) / 4)[0].log()
+    found = sliding_window_probabilities(network, image, InferenceOptions(window, flips=(0, 2)), CPU)
+    torch.testing.assert_close(found, expected.softmax(0))
 
 
 def test_network_is_in_evaluation_mode_inside_and_gets_its_own_mode_back() -> None:

@@ -12,6 +12,7 @@ from helpers_runs import batch_for, random_batch, small_config
 from myutils.build import DataFacts, build_method
 from myutils.finite_watch import FiniteWatch
 from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
+from myutils.prototype_forms import LOSS_FORMS
 
 CASES = [(name, prototypes) for name in METHODS.names() for prototypes in (False, True)]
 
@@ -67,6 +68,14 @@ def test_method_uses_every_trainable_parameter_in_every_step(name: str, prototyp
         step(method, number).total().backward()
         missing = [key for key, p in method.named_parameters() if p.requires_grad and p.grad is None]
         assert missing == []
+
+
+@pytest.mark.parametrize("form", LOSS_FORMS)
+def test_every_loss_form_uses_every_selector(form: str) -> None:
+    """A parameter without a gradient stops training on several ranks at the second step."""
+    method = make("mean_teacher", True, prototype_loss=form)
+    step(method, 1).total().backward()
+    assert [key for key, p in method.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 @pytest.mark.parametrize(("name", "prototypes"), CASES)
