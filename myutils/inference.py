@@ -156,9 +156,14 @@ def _averaged_maps(
     total = whole_map(views[0])
     for number, view in enumerate(views[1:], start=1):
         total = _add_view(total, whole_map(view), view, number)
-    for start in range(0, image.shape[1], _SLAB):
-        rows = slice(start, min(start + _SLAB, image.shape[1]))
+    for rows in _slabs(image.shape[1]):
         yield rows, total[0, :, rows] / len(views)
+
+
+def _slabs(length: int) -> Iterator[slice]:
+    """Parts of an axis, in order, that are worked on one after the other."""
+    for start in range(0, length, _SLAB):
+        yield slice(start, min(start + _SLAB, length))
 
 
 def _add_view(total: Tensor, probs: Tensor, view: View, before: int) -> Tensor:
@@ -166,8 +171,7 @@ def _add_view(total: Tensor, probs: Tensor, view: View, before: int) -> Tensor:
 
     A voxel that the view does not show gets the mean of the views before.
     """
-    for start in range(0, total.shape[2], _SLAB):
-        rows = slice(start, min(start + _SLAB, total.shape[2]))
+    for rows in _slabs(total.shape[2]):
         found, inside = seen_places(view, probs, rows)
         part = total[:, :, rows]
         part.add_(found.where(inside, part / before))
@@ -229,9 +233,8 @@ def predict_probabilities(
 def label_map_from(probabilities: np.ndarray, *, keep_largest: bool = False) -> np.ndarray:
     """The most probable class of each voxel (X, Y, Z), uint8, from probabilities (K, X, Y, Z)."""
     label_map = np.empty(probabilities.shape[1:], dtype=np.uint8)
-    for start in range(0, len(label_map), _SLAB):
-        slab = torch.from_numpy(probabilities[:, start : start + _SLAB])
-        label_map[start : start + _SLAB] = most_probable(slab, 0).numpy()
+    for rows in _slabs(len(label_map)):
+        label_map[rows] = most_probable(torch.from_numpy(probabilities[:, rows]), 0).numpy()
     return largest_component(label_map) if keep_largest else label_map
 
 
@@ -252,8 +255,7 @@ def predict_label_map(
             label_map[rows] = most_probable(probs, 0).numpy()
     else:
         whole = sliding_window_probabilities(network, image, options, device).numpy()
-        for start in range(0, len(label_map), _SLAB):
-            rows = slice(start, min(start + _SLAB, len(label_map)))
+        for rows in _slabs(len(label_map)):
             label_map[rows] = label_map_from(preprocess.restore(whole, volume, rows))
     return largest_component(label_map) if keep_largest else label_map
 

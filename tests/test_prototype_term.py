@@ -39,13 +39,8 @@ def output_of(labels: torch.Tensor, features: torch.Tensor) -> SegmentationOutpu
     return SegmentationOutput(logits, features)
 
 
-@pytest.mark.parametrize("fixed_size", [False, True])
-def test_only_drawn_pseudo_labels_take_part(monkeypatch: pytest.MonkeyPatch, fixed_size: bool) -> None:
-    """With fixed-size sampling, padded slots point at voxels without a pseudo-label that the teacher is sure about."""
-    monkeypatch.setattr(
-        contrastive_prototype_manager, "sample_per_class", functools.partial(sample_per_class, fixed_size=fixed_size)
-    )
-    term = make_term()
+def groups_compared(term: PrototypeTerm, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The groups of the voxels of every comparison from here on."""
     compared: list[torch.Tensor] = []
     compare = term.manager.losses_by_part
 
@@ -54,6 +49,17 @@ def test_only_drawn_pseudo_labels_take_part(monkeypatch: pytest.MonkeyPatch, fix
         return compare(features, groups, *settings)  # type: ignore[arg-type]
 
     monkeypatch.setattr(term.manager, "losses_by_part", spy)
+    return compared
+
+
+@pytest.mark.parametrize("fixed_size", [False, True])
+def test_only_drawn_pseudo_labels_take_part(monkeypatch: pytest.MonkeyPatch, fixed_size: bool) -> None:
+    """With fixed-size sampling, padded slots point at voxels without a pseudo-label that the teacher is sure about."""
+    monkeypatch.setattr(
+        contrastive_prototype_manager, "sample_per_class", functools.partial(sample_per_class, fixed_size=fixed_size)
+    )
+    term = make_term()
+    compared = groups_compared(term, monkeypatch)
     logits = torch.zeros(2, 3, SIZE, SIZE, SIZE)
     logits[:, 1] = 10.0  # the teacher is sure of class 1 everywhere
     features = torch.randn(2, WIDTH, SIZE, SIZE, SIZE, requires_grad=True)
@@ -87,7 +93,7 @@ def test_true_labels_fill_the_memory_before_pseudo_labels_may() -> None:
     assert torch.equal(term.manager.memory, before)  # the memory takes nothing between refills
 
 
-def test_a_refill_compares_with_the_memory_as_it_stood(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refill_compares_with_the_memory_as_it_stood() -> None:
     term = make_term()
     labels, confident = random_halves()
     student = output_of(torch.cat([labels, confident]), torch.randn(2, WIDTH, SIZE, SIZE, SIZE))
@@ -142,14 +148,7 @@ def test_the_student_fills_the_memory_with_what_it_projects() -> None:
 
 def test_both_kinds_share_the_quota_of_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
     term = make_term(prototype_samples=40)
-    compared: list[torch.Tensor] = []
-    compare = term.manager.losses_by_part
-
-    def spy(features: torch.Tensor, groups: torch.Tensor, *settings: float) -> object:
-        compared.append(groups)
-        return compare(features, groups, *settings)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(term.manager, "losses_by_part", spy)
+    compared = groups_compared(term, monkeypatch)
     labels, confident = random_halves()
     student = output_of(torch.cat([labels, confident]), torch.randn(2, WIDTH, SIZE, SIZE, SIZE))
     term(student, labels, 1, pseudo=PseudoVoxels(confident, student.patches(slice(1, 2))))

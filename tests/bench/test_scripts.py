@@ -58,19 +58,8 @@ def test_inference_speed_compares_three_sides(
     volume = source.load("ball00", with_label=True)
     for name, array in (("image", volume.image[0].astype("float32")), ("label", volume.label)):
         nib.save(nib.Nifti1Image(array, volume.affine), tmp_path / f"{name}.nii.gz")
-    given = [
-        "--checkpoint",
-        "last.pt",
-        "--image",
-        "image.nii.gz",
-        "--label",
-        "label.nii.gz",
-        "--window",
-        "16",
-        "16",
-        "16",
-    ]
-    given += ["--stride", "8", "8", "8"]
+    given = ["--checkpoint", "last.pt", "--image", "image.nii.gz", "--label", "label.nii.gz"]
+    given += ["--window", "16", "16", "16", "--stride", "8", "8", "8"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["x", *given, "--rounds", "1"])
     inference_speed.main()
