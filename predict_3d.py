@@ -32,7 +32,7 @@ from myutils.flags import option
 from myutils.inference import InferenceOptions, label_map_from, predict_label_map, predict_probabilities
 from myutils.inference_flags import InferenceFlags, inference_options, start
 from myutils.label_files import save_in_geometry_of, save_volume
-from myutils.scan_inputs import Scan, find_scans, require_free_outputs
+from myutils.scan_inputs import Scan, find_scans, join_channels, require_free_outputs
 
 logger = logging.getLogger("predict")
 
@@ -105,6 +105,7 @@ def prepare(flags: PredictFlags) -> Job:
     bundle = load_for_inference(flags.checkpoint, device)
     config = flags.apply_to(bundle.config)
     options = inference_options(bundle, config, device)
+    scans = join_channels(scans, bundle.in_channels)
     job = Job(bundle, options, config.largest_component, device, scans, flags.output, flags.probabilities)
     require_free_outputs(scans, [path for scan in scans for path in job.outputs(scan)])
     flags.output.mkdir(parents=True, exist_ok=True)
@@ -135,7 +136,10 @@ def segment(scan: Scan, job: Job) -> None:
     volume = scan.read()
     channels, expected = volume.image.shape[0], job.bundle.in_channels
     if channels != expected:
-        raise ValueError(f"the scan has {channels} channels, the network takes {expected}")
+        raise ValueError(
+            f"the scan has {channels} channels, the network takes {expected}; store them in one 4D file, or in "
+            "<name>_0000.nii.gz, <name>_0001.nii.gz ..."
+        )
     arguments = (job.bundle.network, volume, job.bundle.preprocess, job.options, job.device)
     if job.probabilities:
         probabilities = predict_probabilities(*arguments)

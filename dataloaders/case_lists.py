@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
+CHANNEL_SUFFIX = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")  # nnU-Net: one file per channel, from _0000
 
 
 def strip_nifti_suffix(name: str) -> str:

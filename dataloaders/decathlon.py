@@ -5,14 +5,13 @@ Source: Simpson et al. 2019 (MSD), arXiv:1902.09063; Isensee et al. 2021 (nnU-Ne
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dataloaders.base import SOURCES
-from dataloaders.case_lists import NIFTI_SUFFIXES, strip_nifti_suffix
+from dataloaders.case_lists import CHANNEL_SUFFIX, NIFTI_SUFFIXES, strip_nifti_suffix
 from dataloaders.class_names import (
     choose_modality,
     fit_class_names,
@@ -21,9 +20,8 @@ from dataloaders.class_names import (
     stated_modality,
 )
 from dataloaders.file_source import FileSource
-from dataloaders.geometry import GRID_TOLERANCE, Spacing, nifti_channels, read_nifti
+from dataloaders.geometry import Spacing, nifti_channels, read_nifti_channels
 
-CHANNEL_SUFFIX = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 CaseTable = dict[str, tuple[tuple[Path, ...], Path | None]]  # id -> (channel files, label file)
 
 
@@ -60,14 +58,7 @@ class DecathlonFolder(FileSource):
 
     def read_image(self, case_id: str) -> tuple[np.ndarray, np.ndarray, Spacing]:
         """Read one image, or the files of its channels, which must share a grid."""
-        paths = self.images[case_id]
-        parts = [read_nifti(path) for path in paths]
-        image, affine, spacing = parts[0]
-        tolerance = GRID_TOLERANCE * min(spacing)
-        for path, (other, other_affine, _) in zip(paths[1:], parts[1:], strict=True):
-            if other.shape[1:] != image.shape[1:] or np.abs(other_affine - affine).max() > tolerance:
-                raise ValueError(f"case {case_id}: {path} is not on the grid of {paths[0]}; resample it")
-        return np.concatenate([part[0] for part in parts]), affine, spacing  # (C, X, Y, Z)
+        return read_nifti_channels(self.images[case_id], case_id)
 
 
 def training_cases(root: Path, content: dict[str, Any]) -> CaseTable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -48,6 +49,25 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
     affine = np.asarray(image.affine, dtype=np.float64).copy()
     affine[:3] *= MILLIMETRES.get(image.header.get_xyzt_units()[0], 1.0)
     return _channels_first(voxels, path), affine, affine_spacing(affine, str(path))
+
+
+def read_nifti_channels(paths: Sequence[Path], case_id: str) -> tuple[np.ndarray, np.ndarray, Spacing]:
+    """Read the files of a case's channels as one image; the geometry is that of the first.
+
+    Returns:
+        As ``read_nifti``; the channels of the files follow each other.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: As ``read_nifti``, and if the files do not share a grid.
+    """
+    parts = [read_nifti(path) for path in paths]
+    image, affine, spacing = parts[0]
+    tolerance = GRID_TOLERANCE * min(spacing)
+    for path, (other, other_affine, _) in zip(paths[1:], parts[1:], strict=True):
+        if other.shape[1:] != image.shape[1:] or np.abs(other_affine - affine).max() > tolerance:
+            raise ValueError(f"case {case_id}: {path} is not on the grid of {paths[0]}; resample it")
+    return np.concatenate([part[0] for part in parts]), affine, spacing  # (C, X, Y, Z)
 
 
 def nifti_channels(path: Path) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,8 @@ import nibabel as nib
 import SimpleITK as sitk  # noqa: N813 - its usual name
 
 from dataloaders.base import Volume
-from dataloaders.case_lists import NIFTI_SUFFIXES, strip_nifti_suffix
-from dataloaders.geometry import read_dicom_series, read_nifti
+from dataloaders.case_lists import CHANNEL_SUFFIX, NIFTI_SUFFIXES, strip_nifti_suffix
+from dataloaders.geometry import READ_ERRORS, nifti_channels, read_dicom_series, read_nifti_channels
 from dataloaders.nifti_folder import list_nifti
 
 logger = logging.getLogger(__name__)
@@ -20,24 +20,32 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Scan:
-    """One input: a NIfTI file, or a folder with one DICOM series.
+    """One input: a NIfTI file, one file per channel, or a folder with one DICOM series.
 
     Attributes:
         name: Name of the output, without suffix.
-        path: The file or folder.
+        path: The file, that of the first channel, or the folder.
+        more_channels: Files of the other channels.
     """
 
     name: str
     path: Path
+    more_channels: tuple[Path, ...] = ()
 
     @property
     def is_dicom(self) -> bool:
         """Whether this is a DICOM folder."""
         return self.path.is_dir()
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The NIfTI files, one per channel or one for all; none for DICOM."""
+        return () if self.is_dicom else (self.path, *self.more_channels)
+
     def read(self) -> Volume:
-        """Read image and geometry; errors as in ``read_nifti`` and ``read_dicom_series``."""
-        image, affine, spacing = (read_dicom_series if self.is_dicom else read_nifti)(self.path)
+        """Read image and geometry; errors as in ``read_nifti_channels`` and ``read_dicom_series``."""
+        found = read_dicom_series(self.path) if self.is_dicom else read_nifti_channels(self.files, self.name)
+        image, affine, spacing = found
         return Volume(self.name, image, None, affine, spacing)
 
     def header(self) -> nib.Nifti1Header | None:
@@ -76,6 +84,35 @@ def find_scans(path: Path) -> list[Scan]:
     raise FileNotFoundError(f"--input {path} holds no .nii, no .nii.gz and no DICOM series")
 
 
+def join_channels(scans: Sequence[Scan], channels: int) -> list[Scan]:
+    """nnU-Net's ``<name>_0000``, ``<name>_0001`` ... as one scan each; all other scans as they are.
+
+    Files are joined where a network of several ``channels`` can take them in no other way: exactly so many files, of
+    one channel each, numbered from 0.
+    """
+    groups: dict[str, list[Scan]] = {}
+    for scan in scans:
+        match = None if scan.is_dicom else CHANNEL_SUFFIX.match(scan.name)
+        groups.setdefault(match["case"] if match else f"/{scan.name}", []).append(scan)  # no name has a slash
+    joined: list[Scan] = []
+    for name, parts in groups.items():
+        numbered = [part.name for part in parts] == [f"{name}_{channel:04d}" for channel in range(channels)]
+        if channels > 1 and numbered and all(_holds_one_channel(part.path) for part in parts):
+            first, *others = (part.path for part in parts)
+            joined.append(Scan(name, first, tuple(others)))
+        else:
+            joined += parts
+    return joined
+
+
+def _holds_one_channel(path: Path) -> bool:
+    """By the header; a damaged file counts, so that its scan is reported once, as a whole."""
+    try:
+        return nifti_channels(path) == 1
+    except READ_ERRORS:
+        return True
+
+
 def _holds_series(folder: Path) -> bool:
     """Whether GDCM finds a series; its warning where it finds none would only repeat our error."""
     shown = sitk.ProcessObject.GetGlobalWarningDisplay()
@@ -92,7 +129,7 @@ def require_free_outputs(scans: Iterable[Scan], outputs: Iterable[Path]) -> None
     Raises:
         ValueError: Naming the file and the fix.
     """
-    inputs = [scan.path for scan in scans if not scan.is_dicom]
+    inputs = [path for scan in scans for path in scan.files]
     resolved = {path.resolve(): path for path in inputs}
     seen: set[Path] = set()
     for output in outputs:

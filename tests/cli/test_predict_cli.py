@@ -110,6 +110,33 @@ def test_multi_channel_scan_gives_a_3d_label_map(two_channel_checkpoint: Path, t
     np.testing.assert_array_equal(after.affine, nib.load(path).affine)
 
 
+def test_files_of_single_channels_are_joined_as_nnunet_names_them(
+    two_channel_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = nib.load(scan(tmp_path / "both.nii.gz", shape=(*SHAPE, 2)))
+    voxels = np.asarray(both.dataobj)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for channel in range(2):
+        nib.save(nib.Nifti1Image(voxels[..., channel], both.affine), folder / f"both_000{channel}.nii.gz")
+        shutil.copy(folder / f"both_000{channel}.nii.gz", folder / f"moved_000{channel}.nii.gz")
+    nib.save(nib.Nifti1Image(voxels[..., 0], np.eye(4)), folder / "moved_0001.nii.gz")
+    shutil.copy(folder / "both_0000.nii.gz", folder / "single_0000.nii.gz")
+    shutil.copy(tmp_path / "both.nii.gz", folder / "whole_0000.nii.gz")
+    shutil.copy(tmp_path / "both.nii.gz", folder / "whole_0001.nii.gz")
+    (folder / "broken_0000.nii.gz").write_bytes(b"rubbish")
+    shutil.copy(folder / "both_0000.nii.gz", folder / "broken_0001.nii.gz")
+    assert predict(two_channel_checkpoint, folder, tmp_path / "out") == 1
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["both.nii.gz", "whole_0000.nii.gz", "whole_0001.nii.gz"]
+    joined, whole = (nib.load(tmp_path / "out" / name) for name in written[:2])
+    np.testing.assert_array_equal(np.asarray(joined.dataobj), np.asarray(whole.dataobj))
+    np.testing.assert_array_equal(joined.affine, both.affine)
+    err = capsys.readouterr().err
+    assert "3 of 6 scans segmented" in err and "is not on the grid of" in err and "single_0000.nii.gz: skipped" in err
+    assert "failed: broken, moved, single_0000" in err
+
+
 def test_bad_files_are_named_and_skipped(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "in"
     good = scan(folder / "b_good.nii.gz")
