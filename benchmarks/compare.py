@@ -14,19 +14,22 @@ Several numbers of labels (``--labelnum 2,4,8,16``) give a table each and a plot
 --no-use_contrastive_prototype"``. Everything after ``--`` goes to every training unchanged.
 
 Finished runs are kept and interrupted ones resumed, so that the same command goes on where it stopped; it also redraws
-the table. A run whose settings differ from those asked for is refused. Written to ``--output_dir``: ``table_N.md`` and
-``table_N.png`` per number of labels N, ``sweep.png``, and one folder and log per run.
+the table. A run whose settings differ from those asked for is refused; rows of different code are named below it.
+Written to ``--output_dir``: ``table_N.md`` and ``table_N.png`` per number of labels N, ``sweep.png``, and one folder,
+log and ``.plan.json`` per run.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +38,7 @@ from benchmarks.comparison_tables import Row, draw_rows, draw_sweep, format_rows
 from dataloaders.base import SOURCES, SourceOptions
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("dataloaders", "myutils", "networks")
 SUPERVISED, FULL = "supervised", "supervised, all labels"
 
 
@@ -153,20 +157,48 @@ def train_all(settings: argparse.Namespace, plans: list[Plan], lists: tuple[Path
 def train(settings: argparse.Namespace, name: str, flags: list[str]) -> Path:
     """Run, resume or skip one training; returns its folder."""
     folder: Path = settings.output_dir / name
-    remembered = folder.with_suffix(".flags.json")
-    if remembered.exists() and json.loads(remembered.read_text("utf-8")) != flags:
+    remembered = beside(folder, ".plan.json")
+    if not remembered.exists():
+        remembered.write_text(json.dumps({"flags": flags, "code": code_digest()}), encoding="utf-8")
+    elif json.loads(remembered.read_text("utf-8"))["flags"] != flags:
         raise ValueError(f"{folder} was trained with other flags ({remembered}); use another --output_dir")
-    remembered.write_text(json.dumps(flags), encoding="utf-8")
     if (folder / "test" / "summary.json").exists():
         return folder
     command = [sys.executable, str(ROOT / "train_cov_dfp_3d.py"), "--output_dir", str(settings.output_dir)]
     command += ["--exp", name] + (["--resume"] if (folder / "last.pt").exists() else flags)
     environment = os.environ | {"OMP_NUM_THREADS": str(settings.threads)}
-    with folder.with_suffix(".log").open("a") as log:
+    with beside(folder, ".log").open("a") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     if code != 0:
         raise RuntimeError(f"{name} ended with exit code {code}; see {folder.with_suffix('.log')}")
     return folder
+
+
+def beside(folder: Path, ending: str) -> Path:
+    """The file of a run that lies beside its folder; names of rows may hold dots."""
+    return folder.with_name(folder.name + ending)
+
+
+def code_digest() -> str:
+    """Short hash of the source files that train and score."""
+    files = [path for folder in PACKAGES for path in sorted((ROOT / folder).rglob("*.py"))]
+    content = hashlib.sha256()
+    for path in [ROOT / "train_cov_dfp_3d.py", *files]:
+        content.update(path.read_bytes())
+    return content.hexdigest()[:8]
+
+
+def code_note(rows: Sequence[Row]) -> str:
+    """A line for below the table that names the rows of each code; empty if all runs were started by the same."""
+    names_by_code: dict[str, set[str]] = {}
+    for row in rows:
+        for folder in row.folders:
+            code = json.loads(beside(folder, ".plan.json").read_text("utf-8"))["code"]
+            names_by_code.setdefault(code, set()).add(row.name)
+    if len(names_by_code) < 2:
+        return ""
+    found = "; ".join(f"{code}: {', '.join(sorted(names))}" for code, names in names_by_code.items())
+    return f"\nTrained by different code ({found}); delete a run's folder and .plan.json to train it again.\n"
 
 
 def report(settings: argparse.Namespace, rows: dict[Plan, Row]) -> None:
@@ -177,11 +209,11 @@ def report(settings: argparse.Namespace, rows: dict[Plan, Row]) -> None:
         chosen = [row for plan, row in rows.items() if plan.labelnum == count and plan.name != FULL]
         base = next(row for row in chosen if row.name == settings.baseline)
         shown = [*chosen, *([full] if full else [])]
-        table = format_rows(shown, base, full)
+        table = f"{format_rows(shown, base, full)}\n{code_note(shown)}"
         title = f"{settings.dataset_name}: {count} of {settings.pool} labelled, {settings.max_iteration} steps"
-        (settings.output_dir / f"table_{count}.md").write_text(f"{title}\n\n{table}\n", encoding="utf-8")
+        (settings.output_dir / f"table_{count}.md").write_text(f"{title}\n\n{table}", encoding="utf-8")
         draw_rows(settings.output_dir / f"table_{count}.png", shown, title)
-        sys.stdout.write(f"\n{title}\n\n{table}\n")
+        sys.stdout.write(f"\n{title}\n\n{table}")
         for row in chosen:
             curves.setdefault(row.name, {})[count] = row
     if len(settings.labelnum) > 1:

@@ -180,10 +180,28 @@ def test_finished_runs_are_kept_and_other_flags_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr(compare.subprocess, "run", fake_run)
     settings = make_settings(tmp_path)
     with pytest.raises(RuntimeError, match="exit code 9"):
-        compare.train(settings, "x", ["--seed", "0"])
-    compare.train(settings, "x", ["--seed", "0"])
-    compare.train(settings, "x", ["--seed", "0"])
+        compare.train(settings, "weight_0.5", ["--seed", "0"])
+    compare.train(settings, "weight_0.5", ["--seed", "0"])
+    compare.train(settings, "weight_0.5", ["--seed", "0"])
     assert len(calls) == 2
     assert "--seed" not in calls[1]
+    assert (tmp_path / "weight_0.5.plan.json").exists() and (tmp_path / "weight_0.5.log").exists()
     with pytest.raises(ValueError, match="other flags"):
-        compare.train(settings, "x", ["--seed", "1"])
+        compare.train(settings, "weight_0.5", ["--seed", "1"])
+
+
+def test_rows_of_different_code_are_named(rows: tuple[Row, Row, Row]) -> None:
+    base, ours, _ = rows
+    for folder, code in zip((*base.folders, *ours.folders), ("aaaa", "aaaa", "bbbb"), strict=True):
+        compare.beside(folder, ".plan.json").write_text(json.dumps({"flags": [], "code": code}), encoding="utf-8")
+    assert compare.code_note([base]) == ""
+    assert "aaaa: ours, supervised; bbbb: ours" in compare.code_note([base, ours])
+
+
+def test_the_code_is_that_of_every_source_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    (tmp_path / "networks" / "blocks").mkdir(parents=True)
+    (tmp_path / "train_cov_dfp_3d.py").write_text("1", encoding="utf-8")
+    first = compare.code_digest()
+    (tmp_path / "networks" / "blocks" / "new.py").write_text("2", encoding="utf-8")
+    assert compare.code_digest() != first
