@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional
 
 WindowFunction = Callable[[Tensor], Tensor]  # windows (B, C, x, y, z) to class scores (B, K, x, y, z)
-_SIGMA = 0.125  # of a window's extent, as in nnU-Net (Isensee et al. 2021) and MONAI
 
 
 def window_starts(size: int, window: int, overlap: float) -> list[int]:
@@ -33,10 +32,17 @@ def window_starts(size: int, window: int, overlap: float) -> list[int]:
     return [round(start) for start in np.linspace(0, size - window, count)]
 
 
-def axis_weights(starts: list[int], window: int, size: int) -> list[Tensor]:
-    """Gaussian weights (window,) of each window along an axis; those of the windows over a voxel sum to 1."""
+def axis_weights(starts: list[int], window: int, size: int, sigma: float) -> list[Tensor]:
+    """Gaussian weights (window,) of each window along an axis; those of the windows over a voxel sum to 1.
+
+    Args:
+        starts: First voxel of each window.
+        window: Extent of a window.
+        size: Voxels along the axis.
+        sigma: Standard deviation as a share of ``window``.
+    """
     distance = np.arange(window) - (window - 1) / 2
-    bell = np.exp(-0.5 * np.square(distance / (_SIGMA * window)))
+    bell = np.exp(-0.5 * np.square(distance / (sigma * window)))
     total = np.zeros(size)
     for start in starts:
         total[start : start + window] += bell
@@ -50,6 +56,7 @@ def stitched_rows(
     *,
     window: tuple[int, int, int],
     overlap: float,
+    sigma: float,
     window_batch: int,
     device: torch.device,
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -63,6 +70,7 @@ def stitched_rows(
         num_classes: Number of scores K of a voxel.
         window: Extent of a window in voxels.
         overlap: Share of a window that its neighbour covers too, 0 <= overlap < 1.
+        sigma: Standard deviation of the weights as a share of the window.
         window_batch: Windows per call of ``scores``.
         device: Where ``scores`` runs.
 
@@ -73,7 +81,7 @@ def stitched_rows(
     size = image.shape[1:]
     starts = [window_starts(n, w, overlap) for n, w in zip(size, window, strict=True)]
     weights = [
-        [part.to(image.device) for part in axis_weights(found, w, n)]
+        [part.to(image.device) for part in axis_weights(found, w, n, sigma)]
         for found, w, n in zip(starts, window, size, strict=True)
     ]
     band, first = image.new_zeros(num_classes, window[0], *size[1:]), 0  # the rows from ``first`` on

@@ -97,7 +97,7 @@ def test_mirrored_views_are_averaged_window_by_window() -> None:
     """Windows are put together by the weighted mean of the logarithms of what the views say on average."""
     network, image, window = PlaceNetwork(), torch.randn(1, 11, 6, 4), (6, 4, 4)
     starts = [window_starts(n, w, 0.5) for n, w in zip(image.shape[1:], window, strict=True)]
-    weights = [axis_weights(s, w, n) for s, w, n in zip(starts, window, image.shape[1:], strict=True)]
+    weights = [axis_weights(s, w, n, 0.25) for s, w, n in zip(starts, window, image.shape[1:], strict=True)]
     expected = torch.zeros(2, 11, 6, 4)
     for i, j, k in itertools.product(*(range(len(found)) for found in starts)):
         box = tuple(slice(s[n], s[n] + w) for s, n, w in zip(starts, (i, j, k), window, strict=True))
@@ -165,6 +165,7 @@ def test_large_windows_run_one_by_one(patch_size: tuple[int, int, int], given: i
         ({"flips": (0, 3)}, "axes 0, 1, 2"),
         ({"flips": (1, 1)}, "at most once"),
         ({"window_batch": 0}, "window_batch 0"),
+        ({"sigma": 0.0}, "sigma 0.0.*0.25"),
         ({"amp": "fp8"}, "'fp8'.*bf16"),
     ],
 )

@@ -32,14 +32,14 @@ def test_windows_are_evenly_spaced_and_overlap_as_asked(
 
 def test_weights_are_gaussians_that_sum_to_one() -> None:
     starts = window_starts(21, 8, 0.5)
-    parts = axis_weights(starts, 8, 21)
+    parts = axis_weights(starts, 8, 21, 0.125)
     total = torch.zeros(21)
     for start, part in zip(starts, parts, strict=True):
         total[start : start + 8] += part
     torch.testing.assert_close(total, torch.ones(21))
-    alone = axis_weights([0, 20], 8, 28)[0]  # no neighbour: all of the weight, at the far ends too
+    alone = axis_weights([0, 20], 8, 28, 0.125)[0]  # no neighbour: all of the weight, at the far ends too
     torch.testing.assert_close(alone, torch.ones(8))
-    first, second = axis_weights([0, 4], 8, 12)
+    first, second = axis_weights([0, 4], 8, 12, 0.125)
     nearer = math.exp(-0.5 * (1.5 / 1.0) ** 2) / math.exp(-0.5 * (2.5 / 1.0) ** 2)  # voxel 5: centres 3.5 and 7.5
     assert float(first[5] / second[1]) == pytest.approx(nearer, rel=1e-4)
 
@@ -60,7 +60,7 @@ def test_rows_equal_a_naive_loop(size: tuple[int, int, int], window_batch: int) 
     inside = tuple(slice(start, start + n) for start, n in zip(low, size, strict=True))
     padded[(slice(None), *inside)] = image
     expected, weights = torch.zeros(2, *padded.shape[1:]), torch.zeros(padded.shape[1:])
-    bells = [torch.exp(-0.5 * ((torch.arange(w) - (w - 1) / 2) / (w / 8)) ** 2) for w in window]
+    bells = [torch.exp(-0.5 * ((torch.arange(w) - (w - 1) / 2) / (w / 5)) ** 2) for w in window]
     bell = bells[0][:, None, None] * bells[1][:, None] * bells[2]
     starts = [window_starts(n, w, 0.5) for n, w in zip(padded.shape[1:], window, strict=True)]
     for x in starts[0]:
@@ -72,7 +72,7 @@ def test_rows_equal_a_naive_loop(size: tuple[int, int, int], window_batch: int) 
     expected = (expected / weights)[(slice(None), *inside)]
     found, covered = torch.zeros_like(expected), []
     for rows, values in stitched_rows(
-        window_score, image, 2, window=window, overlap=0.5, window_batch=window_batch, device=CPU
+        window_score, image, 2, window=window, overlap=0.5, sigma=0.2, window_batch=window_batch, device=CPU
     ):
         found[:, rows] = values
         covered += range(rows.start, rows.stop)
@@ -82,7 +82,7 @@ def test_rows_equal_a_naive_loop(size: tuple[int, int, int], window_batch: int) 
 
 def test_no_whole_map_is_held() -> None:
     """Twice as long an image takes no larger store for the scores."""
-    settings = {"window": (8, 4, 4), "overlap": 0.5, "window_batch": 2, "device": CPU}
+    settings = {"window": (8, 4, 4), "overlap": 0.5, "sigma": 0.2, "window_batch": 2, "device": CPU}
     stores = []
     for length in (40, 80):
         pieces = list(stitched_rows(window_score, torch.rand(1, length, 4, 4), 2, **settings))  # type: ignore[arg-type]

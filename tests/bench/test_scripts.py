@@ -9,8 +9,9 @@ import nibabel as nib
 import pytest
 from conftest import BallSource
 from helpers_runs import small_trainer
+from helpers_scans import trained_run, write_cohort
 
-from benchmarks import inference_speed, large_volume, metrics_speed, scaling, step_cost
+from benchmarks import inference_speed, large_volume, metrics_speed, scaling, step_cost, window_weights
 
 
 def test_step_cost_prints_every_side_and_its_ratios(
@@ -74,3 +75,16 @@ def test_large_volume_prints_its_peak(monkeypatch: pytest.MonkeyPatch, capsys: p
     large_volume.main()
     lines = capsys.readouterr().out.splitlines()
     assert "(24, 20, 16), 3 classes" in lines[0] and lines[1].startswith("peak above")
+
+
+def test_window_weights_scores_unlabelled_training_cases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = trained_run(write_cohort(tmp_path / "balls", labeled=8), tmp_path / "run")
+    given = ["--checkpoint", str(checkpoint), "--cases", "2", "--sigmas", "0.25", "100"]
+    monkeypatch.setattr(sys, "argv", ["x", *given])
+    window_weights.main()
+    found = capsys.readouterr().out.splitlines()[1].removeprefix(f"{checkpoint}: ").split(", ")
+    figures = {name: float(value) for name, value in (entry.rsplit(" ", 1) for entry in found)}
+    assert list(figures) == ["sigma 0.25", "sigma 100", "monai gaussian", "monai constant"]
+    assert figures["sigma 100"] == pytest.approx(figures["monai constant"], abs=0.5)

@@ -1,0 +1,99 @@
+"""Weights of the windows over a volume: Dice with several, beside MONAI's two, on training cases without a label.
+
+    python -m benchmarks.window_weights --checkpoint runs/a/last.pt runs/b/last.pt --cases 56
+
+The cases are the first unlabelled ones of each run: training never read their labels, and no test case is touched, so
+that weights may be chosen here. Without mirroring. Printed per checkpoint: mean Dice of the cases, in percent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import platform
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import monai
+import numpy as np
+import torch
+from monai.inferers import sliding_window_inference
+from torch import Tensor
+
+from dataloaders.base import Volume
+from myutils.build import build_inference, build_source
+from myutils.checkpoint import load_for_inference
+from myutils.distributed import autocast, resolve_amp, start_process_group
+from myutils.inference import evaluation_mode, sliding_window_probabilities
+from myutils.metrics import segmentation_metrics
+
+WINDOWS_AT_ONCE = 4
+
+
+def main() -> None:
+    """Score and print."""
+    settings = parse()
+    sys.stdout.write(f"torch {torch.__version__}, monai {monai.__version__}, {platform.machine()}, Dice %\n")
+    for path in settings.checkpoint:
+        found = [f"{name} {value:.2f}" for name, value in scores_of(path, settings).items()]
+        sys.stdout.write(f"{path}: {', '.join(found)}\n")
+
+
+def parse() -> argparse.Namespace:
+    """Flags of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, nargs="+", required=True)
+    parser.add_argument("--cases", type=int, default=50, help="unlabelled training cases to score")
+    parser.add_argument("--sigmas", type=float, nargs="+", default=[0.125, 0.1875, 0.25, 0.3, 100.0])
+    return parser.parse_args()
+
+
+def scores_of(path: Path, settings: argparse.Namespace) -> dict[str, float]:
+    """Dice by the name of the weights."""
+    _, device = start_process_group()
+    bundle = load_for_inference(path, device)
+    source, network = build_source(bundle.config), bundle.network
+    ids = [case_id for case_id in bundle.split.unlabeled if case_id in set(source.labeled_ids())][: settings.cases]
+    if not ids:
+        raise SystemExit(f"window_weights: {path}: no unlabelled training case has a label to score with")
+    volumes = [source.load(case_id, with_label=True) for case_id in ids]
+    images = [torch.from_numpy(bundle.preprocess(volume).image) for volume in volumes]
+    amp = resolve_amp(bundle.config.amp, device)
+    options = dataclasses.replace(build_inference(bundle.config, amp), flips=(), views=0)
+
+    def logits(windows: Tensor) -> Tensor:
+        with autocast(amp, device):
+            return network(windows).logits.float()
+
+    def ours(image: Tensor, sigma: float) -> Tensor:
+        return sliding_window_probabilities(network, image, dataclasses.replace(options, sigma=sigma), device)
+
+    def by_monai(image: Tensor, mode: str) -> Tensor:
+        with evaluation_mode(network), torch.no_grad():
+            window, overlap = options.patch_size, options.overlap
+            inputs = image[None].to(device)
+            return sliding_window_inference(inputs, window, WINDOWS_AT_ONCE, logits, overlap, mode)[0].cpu()
+
+    sides: dict[str, Callable[[Tensor], Tensor]] = {}
+    sides |= {f"sigma {sigma:g}": partial(ours, sigma=sigma) for sigma in settings.sigmas}
+    sides |= {f"monai {mode}": partial(by_monai, mode=mode) for mode in ("gaussian", "constant")}
+    return {
+        name: mean_dice([side(image) for image in images], volumes, bundle.num_classes) for name, side in sides.items()
+    }
+
+
+def mean_dice(maps: list[Tensor], volumes: list[Volume], num_classes: int) -> float:
+    """In percent, over classes and cases, of score maps (K, X, Y, Z)."""
+    found = []
+    for scores, volume in zip(maps, volumes, strict=True):
+        label_map = scores.argmax(0).numpy().astype(np.uint8)
+        truth = np.asarray(volume.label)
+        metrics = segmentation_metrics(label_map, truth, num_classes=num_classes, spacing=volume.spacing)
+        found.append(np.nanmean([row.dice for row in metrics.values()]))
+    return 100 * float(np.mean(found))
+
+
+if __name__ == "__main__":
+    main()
