@@ -136,10 +136,8 @@ def segment(scan: Scan, job: Job) -> None:
     volume = scan.read()
     channels, expected = volume.image.shape[0], job.bundle.in_channels
     if channels != expected:
-        raise ValueError(
-            f"the scan has {channels} channels, the network takes {expected}; store them in one 4D file, or in "
-            "<name>_0000.nii.gz, <name>_0001.nii.gz ..."
-        )
+        how = "; store them in one 4D file, or in NAME_0000.nii.gz, NAME_0001.nii.gz ..." if expected > 1 else ""
+        raise ValueError(f"the scan has {channels} channels, the network takes {expected}{how}")
     arguments = (job.bundle.network, volume, job.bundle.preprocess, job.options, job.device)
     if job.probabilities:
         probabilities = predict_probabilities(*arguments)

@@ -134,6 +134,7 @@ def test_files_of_single_channels_are_joined_as_nnunet_names_them(
     np.testing.assert_array_equal(joined.affine, both.affine)
     err = capsys.readouterr().err
     assert "3 of 6 scans segmented" in err and "is not on the grid of" in err and "single_0000.nii.gz: skipped" in err
+    assert "1 channels, the network takes 2; store them in one 4D file" in err
     assert "failed: broken, moved, single_0000" in err
 
 
