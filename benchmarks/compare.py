@@ -170,7 +170,7 @@ def train(settings: argparse.Namespace, name: str, flags: list[str]) -> Path:
     with beside(folder, ".log").open("a") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     if code != 0:
-        raise RuntimeError(f"{name} ended with exit code {code}; see {folder.with_suffix('.log')}")
+        raise RuntimeError(f"{name} ended with exit code {code}; see {beside(folder, '.log')}")
     return folder
 
 

@@ -22,12 +22,12 @@ import torch
 from monai.inferers import sliding_window_inference
 from torch import Tensor
 
+from benchmarks.inference_speed import dice
 from dataloaders.base import Volume
 from myutils.build import build_inference, build_source
 from myutils.checkpoint import load_for_inference
 from myutils.distributed import autocast, resolve_amp, start_process_group
-from myutils.inference import evaluation_mode, sliding_window_probabilities
-from myutils.metrics import segmentation_metrics
+from myutils.inference import evaluation_mode, label_map_from, sliding_window_probabilities
 
 WINDOWS_AT_ONCE = 4
 
@@ -55,7 +55,8 @@ def scores_of(path: Path, settings: argparse.Namespace) -> dict[str, float]:
     _, device = start_process_group()
     bundle = load_for_inference(path, device)
     source, network = build_source(bundle.config), bundle.network
-    ids = [case_id for case_id in bundle.split.unlabeled if case_id in set(source.labeled_ids())][: settings.cases]
+    known = set(source.labeled_ids())
+    ids = [case_id for case_id in bundle.split.unlabeled if case_id in known][: settings.cases]
     if not ids:
         raise SystemExit(f"window_weights: {path}: no unlabelled training case has a label to score with")
     volumes = [source.load(case_id, with_label=True) for case_id in ids]
@@ -88,11 +89,8 @@ def mean_dice(maps: list[Tensor], volumes: list[Volume], num_classes: int) -> fl
     """In percent, over classes and cases, of score maps (K, X, Y, Z)."""
     found = []
     for scores, volume in zip(maps, volumes, strict=True):
-        label_map = scores.argmax(0).numpy().astype(np.uint8)
-        truth = np.asarray(volume.label)
-        metrics = segmentation_metrics(label_map, truth, num_classes=num_classes, spacing=volume.spacing)
-        found.append(np.nanmean([row.dice for row in metrics.values()]))
-    return 100 * float(np.mean(found))
+        found.append(dice(label_map_from(scores.numpy()), np.asarray(volume.label), num_classes))
+    return float(np.mean(found))
 
 
 if __name__ == "__main__":

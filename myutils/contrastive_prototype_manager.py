@@ -93,8 +93,9 @@ class ContrastivePrototypeManager(PrototypeMemory):
 
     def get_selectors(self) -> tuple[nn.ModuleList, nn.ModuleList] | tuple[None, None]:
         """Feature selectors and memory selectors, K each, or ``(None, None)``; they exist from the start."""
-        pair = self.feature_selectors, self.memory_selectors
-        return (None, None) if pair[0] is None or pair[1] is None else (pair[0], pair[1])
+        if self.feature_selectors is None or self.memory_selectors is None:
+            return None, None
+        return self.feature_selectors, self.memory_selectors
 
     def sample_positions(
         self, class_labels: Tensor, samples_per_class: int | None = None, parts: int = 1
@@ -194,8 +195,7 @@ class ContrastivePrototypeManager(PrototypeMemory):
         class_labels = (groups % self.num_classes).masked_fill(unknown, self.ignore_index)
         with torch.autocast(features.device.type, enabled=False):
             vectors = self.known_rows(features, class_labels)
-            member = losses.class_membership(groups, parts * self.num_classes)
-            member = member.unflatten(0, (parts, self.num_classes))  # (P, K, S)
+            member = losses.class_membership(groups, parts * self.num_classes).unflatten(0, (parts, self.num_classes))
             units = unit_vectors(vectors)  # (S, E)
             prototypes, filled = self.prototypes()
             return {
