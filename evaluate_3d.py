@@ -14,8 +14,9 @@ Several processes share the cases out, on one machine or many::
 
     torchrun --nproc_per_node=2 evaluate_3d.py --checkpoint runs/la8/best.pt
 
-It writes ``cases.csv``, ``summary.json`` and ``predictions/`` into ``--output_dir`` and prints the table. Exit code 0
-done, 1 failed on the way, 2 refused at the start, 130 stopped. ``--help`` lists all flags.
+It writes ``cases.csv``, ``summary.json`` and ``predictions/`` into ``--output_dir`` and prints the table. Damaged cases
+are named at the end; ``cases.csv`` then holds the others, and there is no summary. Exit code 0 done, 1 failed on the
+way, 2 refused at the start, 130 stopped. ``--help`` lists all flags.
 """
 
 from __future__ import annotations
@@ -34,7 +35,15 @@ from myutils.build import build_source
 from myutils.checkpoint import InferenceBundle, load_for_inference
 from myutils.config import RunConfig
 from myutils.distributed import is_main_rank, start_process_group, stop_process_group
-from myutils.evaluation import CaseResult, evaluate_cases, format_table, summarise, write_cases_csv, write_summary_json
+from myutils.evaluation import (
+    CaseResult,
+    DamagedCasesError,
+    evaluate_cases,
+    format_table,
+    summarise,
+    write_cases_csv,
+    write_summary_json,
+)
 from myutils.evaluation_cases import SPLITS, choose_cases, is_training_data, require_match
 from myutils.flags import option
 from myutils.inference import InferenceOptions
@@ -147,16 +156,22 @@ def run(job: Job) -> None:
     bundle, folder = job.bundle, job.folder
     logger.info("checkpoint: %s, step %d, %s", job.flags.checkpoint, bundle.step, bundle.config.model)
     logger.info("cases: %d (%s)", len(job.case_ids), job.flags.split)
-    results = evaluate_cases(
-        bundle.network,
-        job.source,
-        job.case_ids,
-        bundle.preprocess,
-        job.options,
-        job.device,
-        keep_largest=job.config.largest_component,
-        save_dir=folder / "predictions",
-    )
+    try:
+        results = evaluate_cases(
+            bundle.network,
+            job.source,
+            job.case_ids,
+            bundle.preprocess,
+            job.options,
+            job.device,
+            keep_largest=job.config.largest_component,
+            save_dir=folder / "predictions",
+        )
+    except DamagedCasesError as error:
+        if is_main_rank():
+            write_cases_csv(folder / "cases.csv", error.results, bundle.class_names)
+        advice = "mend them, or leave them out with --test_list or --val_list"
+        raise ValueError(f"{error}; {folder / 'cases.csv'} holds the others, there is no summary: {advice}") from error
     if is_main_rank():
         write_results(job, results)
 

@@ -52,6 +52,15 @@ class CaseResult:
     prediction_ml: dict[int, float]
 
 
+class DamagedCasesError(ValueError):
+    """Some cases could not be scored; ``results`` holds those that could."""
+
+    def __init__(self, reasons: Mapping[str, str], results: list[CaseResult]) -> None:
+        shown = "; ".join(f"case {case_id}: {reason}" for case_id, reason in reasons.items())
+        super().__init__(f"{len(reasons)} of {len(reasons) + len(results)} cases cannot be scored: {shown}")
+        self.results = results
+
+
 def evaluate_cases(
     network: SegmentationNetwork,
     source: CaseSource,
@@ -80,22 +89,29 @@ def evaluate_cases(
         progress: Show a progress bar.
 
     Raises:
-        ValueError: If no case is given, or a prediction is not finite; the message names the case.
-        FileNotFoundError: If an image or a label is missing.
+        ValueError: If no case is given.
+        DamagedCasesError: If a file is missing or damaged, or a prediction is not finite; names every such case, after
+            all others are scored. On every rank.
     """
     if not case_ids:
         raise ValueError("no case to evaluate; the split is empty")
-    results = []
+    outcomes: list[CaseResult | str] = []  # or why the case cannot be scored
     for case_id in tqdm(own_share(case_ids), desc="evaluate", unit="case", disable=not (progress and is_main_rank())):
-        volume = source.load(case_id, with_label=True)
         try:
+            volume = source.load(case_id, with_label=True)
             label_map = predict_label_map(network, volume, preprocess, inference, device, keep_largest=keep_largest)
-        except ValueError as error:
-            raise ValueError(f"case {case_id}: {error}") from error
-        results.append(score_case(volume, label_map, network.num_classes))
+            outcomes.append(score_case(volume, label_map, network.num_classes))
+        except (ValueError, OSError) as error:
+            outcomes.append(" ".join(str(error).split()))
+            continue
         if save_dir is not None:
             save_label_map(save_dir / f"{case_id}.nii.gz", label_map, volume.affine)
-    return join_shares(results)
+    joined = list(zip(case_ids, join_shares(outcomes), strict=True))
+    results = [outcome for _, outcome in joined if isinstance(outcome, CaseResult)]
+    reasons = {case_id: outcome for case_id, outcome in joined if isinstance(outcome, str)}
+    if reasons:
+        raise DamagedCasesError(reasons, results)
+    return results
 
 
 def score_case(volume: Volume, label_map: np.ndarray, num_classes: int) -> CaseResult:

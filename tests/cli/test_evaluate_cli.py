@@ -208,8 +208,17 @@ def test_validation_without_validation_cases_names_the_flag(
     assert "without mirroring" in refused(capsys, plain, "--flips")
 
 
-def test_damaged_case_ends_with_code_1(checkpoint: Path, tmp_path: Path) -> None:
-    other = write_cohort(tmp_path / "clinic", cases=2, labeled=2, prefix="other")
-    path = other / "images" / "other01.nii.gz"
-    path.write_bytes(path.read_bytes()[:200])
+def test_damaged_cases_end_with_code_1_after_all_others_are_scored(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_cohort(tmp_path / "clinic", cases=3, labeled=3, prefix="other")
+    for name in ("other01", "other02"):
+        path = other / "images" / f"{name}.nii.gz"
+        path.write_bytes(path.read_bytes()[:200])
     assert evaluate(checkpoint, "--dataset_path", other, "--output_dir", tmp_path / "out") == 1
+    told = capsys.readouterr().err
+    assert "2 of 3 cases cannot be scored: case other01:" in told and "case other02:" in told
+    assert "--test_list" in told
+    assert cases_in(tmp_path / "out") == ["other00"]
+    assert [path.name for path in (tmp_path / "out" / "predictions").iterdir()] == ["other00.nii.gz"]
+    assert not (tmp_path / "out" / "summary.json").exists()
