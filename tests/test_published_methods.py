@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,8 @@ from torch.nn import functional
 
 from myutils.build import DataFacts, build_method, resolve_config
 from myutils.config import RunConfig
-from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.base import Method
-from myutils.methods.bcp import largest_components, paste_masks
+from myutils.methods.bcp import largest_components, paired, paste_masks
 from myutils.methods.dtc import signed_distances
 from myutils.methods.fixmatch import gated_cross_entropy
 from myutils.methods.mc_net import sharpen
@@ -174,11 +174,46 @@ def test_bcp_second_phase_against_a_loop(monkeypatch: pytest.MonkeyPatch) -> Non
     inward = batch.image_l * mask[:, None] + batch.image_u * ~mask[:, None]
     outward = batch.image_u * mask[:, None] + batch.image_l * ~mask[:, None]
     logits = method.student(torch.cat([inward, outward])).logits
-    labels = torch.cat([batch.label_l * mask + pseudo * ~mask, pseudo * mask + batch.label_l * ~mask])
-    true = torch.cat([mask, ~mask]).float()
-    assert output.terms["supervised"].value.item() == pytest.approx(dice_ce_loss(logits, labels, true).item(), rel=1e-4)
-    expected = dice_ce_loss(logits, labels, 1 - true).item()
+    true = sum(naive_region_loss(logits[part], batch.label_l, where) for part, where in ((IN, mask), (OUT, ~mask)))
+    assert output.terms["supervised"].value.item() == pytest.approx(true, rel=1e-4)
+    expected = sum(naive_region_loss(logits[part], pseudo, where) for part, where in ((IN, ~mask), (OUT, mask)))
     assert output.terms["consistency"].value.item() == pytest.approx(expected, rel=1e-4)
+
+
+IN, OUT = slice(0, 2), slice(2, 4)
+
+
+def naive_region_loss(logits: torch.Tensor, labels: torch.Tensor, region: torch.Tensor) -> float:
+    """Cross-entropy and Dice over the voxels of a region, picked out one by one."""
+    probs = logits.detach().softmax(1).movedim(1, -1)[region]  # (voxels, K)
+    found = labels[region]
+    cross_entropy = -probs[torch.arange(len(found)), found].log().mean()
+    losses = []
+    for class_id in range(1, probs.shape[1]):
+        truth, ours = (found == class_id).float(), probs[:, class_id]
+        if truth.any():
+            losses.append(1 - (2 * (ours * truth).sum() + 1e-5) / (ours.sum() + truth.sum() + 1e-5))
+    dice = torch.stack(losses).mean() if losses else torch.tensor(0.0)
+    return float(0.5 * (cross_entropy + dice))
+
+
+@pytest.mark.parametrize(("labeled", "unlabeled"), [(3, 1), (1, 3)])
+def test_bcp_uses_every_patch_where_the_halves_differ(labeled: int, unlabeled: int) -> None:
+    whole = random_batch()
+    batch = replace(
+        whole,
+        image_l=whole.image_l[[0, 1, 0]][:labeled],
+        label_l=whole.label_l[[0, 1, 0]][:labeled],
+        image_u=whole.image_u[[0, 1, 0]][:unlabeled],
+    )
+    output = make("bcp", warmup_iteration=0)(batch, 2)
+    assert output.logits_l is not None and len(output.logits_l) == 3
+    assert output.pseudo_labels is not None and len(output.pseudo_labels) == unlabeled
+    pairs = paired(batch)
+    for name, count in (("image_l", labeled), ("label_l", labeled), ("image_u", unlabeled)):
+        ours, theirs = getattr(pairs, name), getattr(batch, name)
+        assert len(ours) == 3 and torch.equal(ours[:count], theirs)
+        assert all(torch.equal(patch, theirs[0]) for patch in ours[count:])
 
 
 # dtc

@@ -6,15 +6,20 @@ phase, the teacher starting from the student: with y_u the teacher's labels, red
 class::
 
     inward  = labelled * M + unlabelled * (1 - M),    outward = unlabelled * M + labelled * (1 - M)
-    L = loss(true region) + 1/2 loss(pseudo region)      of both, loss = (Dice + cross-entropy) / 2
+    L = sum over both mixes of loss(true region) + 1/2 loss(pseudo region)
+    loss = (Dice + cross-entropy) / 2, each averaged over its region
 
 Deviations: every pair of the batch is mixed both ways, so that a step sees as many patches as any other method's (the
-published one splits its labelled and unlabelled halves once more, with a batch of 8); one box per pair; the teacher
-segments (published: the student). ``--consistency`` is the weight 1/2, which the published code does not ramp up.
+published one splits its labelled and unlabelled halves once more, with a batch of 8); where one half is smaller, its
+patches are used again; one box per pair (published: per batch); the learning rate has one schedule over both phases;
+the second phase starts from the end of the first (published: from its best checkpoint); the teacher segments
+(published: the student). ``--consistency`` is the weight 1/2, which the published code does not ramp up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -23,7 +28,7 @@ from torch import Tensor
 from dataloaders.patches import Batch
 from myutils.config import required
 from myutils.inference import largest_component
-from myutils.losses.segmentation import dice_ce_loss
+from myutils.losses.segmentation import dice_ce_loss, region_loss
 from myutils.methods.averaged_teacher import TeacherMethod
 from myutils.methods.base import METHODS, LossTerm, StepOutput
 from myutils.prototype_term import IGNORE
@@ -41,6 +46,19 @@ def largest_components(labels: Tensor) -> Tensor:
     """Label maps (B, X, Y, Z) with all but the largest 6-connected component of each foreground class removed."""
     kept = [torch.from_numpy(largest_component(found, connectivity=1)) for found in labels.cpu().numpy()]
     return torch.stack(kept).to(labels.device)
+
+
+def paired(batch: Batch) -> Batch:
+    """The batch with as many labelled as unlabelled patches: those of the smaller half are used again, in turn."""
+    labeled, unlabeled = len(batch.image_l), len(batch.image_u)
+    turns = torch.arange(max(labeled, unlabeled), device=batch.image_l.device)
+    first, second = turns % labeled, turns % unlabeled
+    return replace(batch, image_l=batch.image_l[first], label_l=batch.label_l[first], image_u=batch.image_u[second])
+
+
+def sum_of(losses: Iterable[Tensor]) -> Tensor:
+    """Their sum, a scalar on the graph."""
+    return torch.stack(list(losses)).sum()
 
 
 @METHODS.register("bcp")
@@ -68,21 +86,24 @@ class BidirectionalCopyPaste(TeacherMethod):
 
     def losses(self, batch: Batch, step: int) -> StepOutput:
         """The second phase: pairs of labelled and unlabelled patches, mixed inward and outward."""
-        count = min(len(batch.image_l), len(batch.image_u))
-        image_l, image_u = batch.image_l[:count], batch.image_u[:count]
-        label_l = batch.label_l[:count]
-        teacher_u = self.teach(batch, image_u, with_labeled=False)[1]
+        pairs = paired(batch)
+        count = len(pairs.image_l)
+        teacher_l, teacher_u = self.teach(pairs, pairs.image_u, with_labeled=self.refills_at(step))
         label_u = largest_components(most_probable(teacher_u.logits))
-        true = torch.cat([mask := paste_masks(count, image_l.shape[2:], image_l.device), ~mask])  # inward, outward
-        images = torch.cat([image_l, image_l]).where(true.unsqueeze(1), torch.cat([image_u, image_u]))
-        labels = torch.cat([label_l, label_l]).where(true, torch.cat([label_u, label_u]))
+        mask = paste_masks(count, pairs.image_l.shape[2:], pairs.image_l.device)
+        true = torch.cat([mask, ~mask])  # where the mixes, inward and outward, are labelled
+        images = pairs.image_l.repeat(2, 1, 1, 1, 1).where(true.unsqueeze(1), pairs.image_u.repeat(2, 1, 1, 1, 1))
+        labels = pairs.label_l.repeat(2, 1, 1, 1).where(true, label_u.repeat(2, 1, 1, 1))
         student = self.student(images)
+        mixes = list(zip(student.logits.split(count), labels.split(count), true.split(count), strict=True))
         terms = {
-            "supervised": LossTerm(dice_ce_loss(student.logits, labels, true.float()), 1.0),
+            "supervised": LossTerm(sum_of(region_loss(*mix) for mix in mixes), 1.0),
             "consistency": LossTerm(
-                dice_ce_loss(student.logits, labels, (~true).float()), required(self.config.consistency, "consistency")
+                sum_of(region_loss(logits, ids, ~region) for logits, ids, region in mixes),
+                required(self.config.consistency, "consistency"),
             ),
         }
-        own = label_l.masked_fill(~mask, IGNORE)
-        terms |= self.prototype_terms(student, own, step, teacher_u=teacher_u, foreign=~mask)
-        return StepOutput(terms, {}, label_u, student.logits[:count].detach(), labels[:count])
+        own = pairs.label_l.masked_fill(~mask, IGNORE)
+        terms |= self.prototype_terms(student, own, step, teacher_l=teacher_l, teacher_u=teacher_u, foreign=~mask)
+        shown = label_u[: len(batch.image_u)]
+        return StepOutput(terms, {}, shown, student.logits[:count].detach(), labels[:count])
