@@ -12,7 +12,9 @@ import json
 import logging
 import shutil
 import tempfile
+import time
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +28,24 @@ logger = logging.getLogger(__name__)
 
 _TARGETS_PER_CLASS = 2000
 _LARGEST_MAPPED = 256  # cases of one process: each map holds a file open, and systems allow about 1,000 of these
-_FORMAT = 1  # of an entry; a change makes old entries unreadable
+_UNFINISHED = ".new-"  # first letters of an entry's name until it is whole
+_ABANDONED_AFTER = 3600.0  # seconds without a change
+_FORMAT = 2  # of an entry; a change makes old entries unreadable
 
 
 @dataclass(frozen=True)
 class PreparedCase:
-    """A preprocessed case and, where labelled, voxels (n, 3) of each class from which crops may be centred."""
+    """A preprocessed case, and what a crop needs to know of the whole volume without reading it again.
+
+    Attributes:
+        volume: Image and, where it was asked for, label.
+        targets: Voxels (n, 3) of each class from which crops may be centred; empty without a label.
+        outside: The image's least value, for what lies outside.
+    """
 
     volume: Volume
     targets: tuple[np.ndarray, ...]
+    outside: float
 
     @property
     def memory_bytes(self) -> int:
@@ -86,7 +97,8 @@ class CaseCache:
 
     def _read(self, case_id: str, with_label: bool) -> PreparedCase:
         volume = self._preprocess(self._source.load(case_id, with_label=with_label))
-        return PreparedCase(volume, _targets(volume.label) if volume.label is not None else ())
+        targets = _targets(volume.label) if volume.label is not None else ()
+        return PreparedCase(volume, targets, float(volume.image.min()))
 
 
 def _targets(label: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -113,7 +125,8 @@ class CaseStore:
 
     Args:
         folder: Where the entries lie, made if missing. They hold image data: it deserves the data's own protection.
-        limit_bytes: The least recently used entries give way beyond this; the newest always stays.
+        limit_bytes: The least recently used entries give way beyond this; the newest always stays. What others write
+            is seen after every 256th of the limit at the latest, so that N processes may exceed it by N / 256.
 
     Raises:
         OSError: If the folder cannot be made.
@@ -141,7 +154,8 @@ class CaseStore:
             shutil.rmtree(entry, ignore_errors=True)
             return None
         volume = Volume(case_id, image, label, np.array(about["affine"]), tuple(about["spacing"]))
-        return PreparedCase(volume, tuple(np.split(voxels, np.cumsum(about["counts"])[:-1])) if len(voxels) else ())
+        targets = tuple(np.split(voxels, np.cumsum(about["counts"])[:-1])) if len(voxels) else ()
+        return PreparedCase(volume, targets, about["outside"])
 
     def write(self, name: str, case: PreparedCase) -> PreparedCase:
         """Keep a case and return it mapped; where the disk has no room, warn once and return it as it is."""
@@ -149,7 +163,7 @@ class CaseStore:
             return case
         fresh: Path | None = None
         try:
-            fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=self.folder))
+            fresh = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.folder))
             self._fill(fresh, case)
             self._make_room(sum(path.stat().st_size for path in fresh.iterdir()))
             if not (self.folder / name).exists():
@@ -174,27 +188,37 @@ class CaseStore:
             "affine": volume.affine.tolist(),
             "spacing": list(volume.spacing),
             "counts": [len(target) for target in case.targets],
+            "outside": case.outside,
         }
         (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
     def _make_room(self, wanted: int) -> None:
         """Remove the least recently used entries until ``wanted`` bytes fit; open maps of them stay valid.
 
-        The store is counted anew where it seems full, and after every 32nd of the limit, since others write too: a
-        count for each of 10,000 entries would look at all of them 10,000 times.
+        The store is counted anew where it seems full, and after every 256th of the limit, since others write too: a
+        count for each of 10,000 entries would look at all of them 10,000 times. Entries that a killed process left
+        unfinished go first.
         """
         self._written += wanted
-        if self._counted + self._written <= self._limit and self._written <= self._limit // 32:
+        if self._counted + self._written <= self._limit and self._written <= self._limit // 256:
             return
-        entries = sorted((_last_used(entry), entry) for entry in self.folder.iterdir() if entry.name[0] != ".")
-        sizes = {entry: _folder_bytes(entry) for _, entry in entries}
-        total = sum(sizes.values()) + wanted
+        self._remove_abandoned()
+        sizes = {entry: _folder_bytes(entry) for entry in self.folder.iterdir()}
+        total = sum(sizes.values())  # the new entry is among them, under its first name
+        entries = sorted((_last_used(entry), entry) for entry in sizes if not entry.name.startswith(_UNFINISHED))
         for _, entry in entries:
             if total <= self._limit:
                 break
             shutil.rmtree(entry, ignore_errors=True)
             total -= sizes[entry]
         self._counted, self._written = total, 0
+
+    def _remove_abandoned(self) -> None:
+        """Entries that were begun an hour ago and are not whole yet."""
+        for entry in self.folder.glob(f"{_UNFINISHED}*"):
+            with suppress(FileNotFoundError):  # another process has just finished or removed it
+                if time.time() - entry.stat().st_mtime > _ABANDONED_AFTER:
+                    shutil.rmtree(entry, ignore_errors=True)
 
 
 def _last_used(entry: Path) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,21 @@ def test_store_drops_the_least_recently_used_beyond_its_limit(tmp_path: Path) ->
     assert len(list((tmp_path / "store").iterdir())) == 2
 
 
+def test_store_removes_what_a_killed_process_left_and_counts_what_others_write(tmp_path: Path) -> None:
+    source = make_source(tmp_path)
+    CaseCache(source, MR, store=store_at(tmp_path)).get("c0", with_label=False)
+    entry = next((tmp_path / "store").iterdir())
+    limit = round(2.5 * sum(path.stat().st_size for path in entry.iterdir()))
+    for name, age in ((".new-old", 7200.0), (".new-fresh", 0.0)):
+        (tmp_path / "store" / name).mkdir()
+        (tmp_path / "store" / name / "image.npy").write_bytes(bytes(limit // 2))
+        os.utime(tmp_path / "store" / name, (time.time() - age, time.time() - age))
+    CaseCache(source, MR, store=store_at(tmp_path, limit)).get("c1", with_label=False)
+    left = {path.name for path in (tmp_path / "store").iterdir()}
+    assert ".new-old" not in left and ".new-fresh" in left
+    assert entry.name not in left and len(left) == 2  # the other process's bytes count
+
+
 def test_damaged_entry_is_made_anew_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     CaseCache(make_source(tmp_path), MR, store=store_at(tmp_path)).get("c0", with_label=False)
     image = next((tmp_path / "store").rglob("image.npy"))
@@ -174,5 +190,5 @@ def test_large_store_is_not_counted_for_every_entry(tmp_path: Path, monkeypatch:
     cache = CaseCache(open_source(tmp_path), MR, store=store_at(tmp_path))
     for index in range(12):
         cache.get(f"d{index}", with_label=False)
-    assert looked_at == []  # one count, of the empty store
+    assert len(looked_at) == 1  # one count, of a store that held the new entry alone
     assert len(list((tmp_path / "store").iterdir())) == 12

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -157,12 +159,35 @@ def test_dataset_maps_a_guides_voxel_to_the_same_relative_place() -> None:
     guide = patches._cache.get("ball00", with_label=True)
     size = np.array(guide.volume.image.shape[1:])
     for seed in range(20):
-        place = patches._target(PreparedCase(volume, ()), np.random.default_rng(seed))
+        place = patches._target(PreparedCase(volume, (), 0.0), np.random.default_rng(seed))
         assert place is not None
         assert ((place >= 0) & (place < (10, 80, 40))).all()
         relative = (place + 0.5) / (10, 80, 40)
         candidates = (np.concatenate(guide.targets) + 0.5) / size
         assert np.abs(candidates - relative).max(1).min() < 0.06
+
+
+class Unread(np.ndarray):
+    """An array that must not be gone through as a whole."""
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: object, **more: object) -> object:
+        small = [np.asarray(each) for each in inputs if isinstance(each, np.ndarray)]
+        if any(each.size > 2 * 16**3 for each in small):
+            raise AssertionError(f"{ufunc.__name__}.{method} over the whole volume")
+        return getattr(ufunc, method)(*(np.asarray(x) if isinstance(x, Unread) else x for x in inputs), **more)
+
+
+@pytest.mark.parametrize("labeled", [True, False])
+def test_dataset_never_goes_through_a_whole_volume_for_a_patch(labeled: bool) -> None:
+    cache = CaseCache(BallSource(size=(40, 40, 40)), Preprocess("mr"))
+    kept = cache.get("ball00", with_label=labeled)
+    volume = replace(kept.volume, image=kept.volume.image.view(Unread))
+    cache._cases[("ball00", labeled)] = replace(kept, volume=volume)
+    with pytest.raises(AssertionError, match=r"minimum\.reduce"):
+        volume.image.min()
+    patches = PatchDataset(cache, AugmentOptions((16, 16, 16)))
+    for seed in range(8):  # with and without an affine change
+        assert patches[SampleKey("ball00", labeled, seed)]["image"].shape == (1, 16, 16, 16)
 
 
 def test_dataset_oversamples_foreground() -> None:
