@@ -66,6 +66,14 @@ def test_without_evaluation_the_checkpoint_is_named(folder: Path, capsys: pytest
     assert not (folder / "runs" / "a" / "test").exists()
 
 
+def test_resume_may_turn_the_disk_cache_on(folder: Path) -> None:
+    assert train.main(job(folder, "--no-evaluate", exp="a", max_iteration="1")) == 0
+    given = {"resume": True, "exp": "a", "output_dir": folder / "runs", "cache_gb": 0.01, "cache_dir": folder / "cache"}
+    trainer = train.prepare(given)
+    trainer.cache.get(trainer.state.split.labeled[0], with_label=True)
+    assert len(list((folder / "cache" / "cases").iterdir())) == 1
+
+
 def test_run_finds_its_files_from_another_working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_list(folder / "train.txt", *range(5))
     monkeypatch.chdir(folder)
