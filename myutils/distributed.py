@@ -192,7 +192,7 @@ def resolve_amp(amp: str, device: torch.device) -> str:
         raise ValueError("--amp fp16: needs a CUDA device; on the CPU use --amp bf16 or --amp no")
     if amp != "auto":
         return amp
-    fast = torch.cuda.is_bf16_supported() if on_cuda else _cpu_has_bf16()
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else _cpu_has_bf16()
     return "bf16" if fast else "no"
 
 

@@ -93,7 +93,7 @@ def test_resolve_amp_takes_fp16_on_cuda_only() -> None:
 @pytest.mark.parametrize(("fast", "expected"), [(True, "bf16"), (False, "no")])
 def test_resolve_amp_auto_asks_the_device(monkeypatch: pytest.MonkeyPatch, fast: bool, expected: str) -> None:
     monkeypatch.setattr(distributed, "_cpu_has_bf16", lambda: fast)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: fast)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: fast and not including_emulation)
     assert resolve_amp("auto", CPU) == expected and resolve_amp("auto", CUDA) == expected
 
 
