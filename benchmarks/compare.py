@@ -8,7 +8,8 @@ The training pool is the first ``--pool`` cases, the test cases are those after 
 the pool are labelled. ``supervised`` sees only these, and every patch of its batch is a labelled one, so that all rows
 see equally many patches; ``--full`` adds supervised training with all labels of the pool, the ceiling. The last
 checkpoint counts, no test case chooses anything: to choose settings, ``--cases`` leaves out the last cases of the data.
-Several numbers of labels (``--labelnum 2,4,8,16``) give a table each and a plot of Dice against labels.
+Several numbers of labels (``--labelnum 2,4,8,16,all``) give a table each and a plot of Dice against labels; ``all`` is
+``--full``.
 
 ``--row "NAME=FLAGS"`` adds a row with any flags, such as ``--row "no prototypes=--method best
 --no-use_contrastive_prototype"``. Everything after ``--`` goes to every training unchanged.
@@ -33,6 +34,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.comparison_tables import Row, draw_rows, draw_sweep, format_rows
 from dataloaders.base import SOURCES, SourceOptions
@@ -66,6 +68,9 @@ def main() -> None:
         report(settings, rows)
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"compare: {error}") from error
+    except KeyboardInterrupt:
+        sys.stderr.write("compare: stopped; the same command goes on\n")
+        raise SystemExit(130) from None
 
 
 def parse() -> argparse.Namespace:
@@ -80,14 +85,24 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--row", action="append", default=[], metavar="NAME=FLAGS", help="one more row; repeatable")
     parser.add_argument("--full", action="store_true", help="add supervised training with all labels of the pool")
     parser.add_argument("--baseline", default=SUPERVISED, help="row that every other is paired with")
-    parser.add_argument("--labelnum", type=numbers, required=True, help="labelled cases, several with commas")
+    parser.add_argument(
+        "--labelnum", type=names, required=True, help="labelled cases, several with commas; all: --full"
+    )
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="with commas")
     parser.add_argument("--max_iteration", type=int, required=True, help="training steps of every row")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
     parser.add_argument("flags", nargs="*", help="flags of the trainer for every row, after --")
-    return parser.parse_args()
+    settings = parser.parse_args()
+    try:
+        settings.full |= "all" in settings.labelnum
+        settings.labelnum = [int(count) for count in settings.labelnum if count != "all"]
+    except ValueError as error:
+        parser.error(f"--labelnum: {error}; write numbers or all, with commas")
+    if not settings.labelnum:
+        parser.error("--labelnum all: name a number of labels too, such as 8,all")
+    return settings
 
 
 def names(text: str) -> list[str]:
@@ -111,8 +126,14 @@ def write_lists(settings: argparse.Namespace) -> tuple[Path, Path]:
         raise ValueError(f"--labelnum {max(settings.labelnum)}: the pool has {settings.pool} cases")
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     paths = settings.output_dir / "train.txt", settings.output_dir / "test.txt"
+    trained = any(settings.output_dir.glob("*.plan.json"))
     for path, part in zip(paths, (ids[: settings.pool], ids[settings.pool :]), strict=True):
-        path.write_text("\n".join(part) + "\n", encoding="utf-8")
+        content = "\n".join(part) + "\n"
+        if trained and (not path.exists() or path.read_text(encoding="utf-8") != content):
+            raise ValueError(
+                f"the runs in {settings.output_dir} have other cases than {path}; use another --output_dir"
+            )
+        path.write_text(content, encoding="utf-8")
     return paths
 
 
@@ -149,7 +170,7 @@ def train_all(settings: argparse.Namespace, plans: list[Plan], lists: tuple[Path
                 jobs[plan].append(pool.submit(train, settings, plan.folder_name(seed), flags))
         try:
             return {plan: Row(plan.name, tuple(job.result() for job in found)) for plan, found in jobs.items()}
-        except (RuntimeError, ValueError):
+        except BaseException:  # Ctrl-C too: those at work save and end, the others must not begin
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -158,12 +179,15 @@ def train(settings: argparse.Namespace, name: str, flags: list[str]) -> Path:
     """Run, resume or skip one training; returns its folder."""
     folder: Path = settings.output_dir / name
     remembered = beside(folder, ".plan.json")
-    if not remembered.exists():
-        remembered.write_text(json.dumps({"flags": flags, "code": code_digest()}), encoding="utf-8")
-    elif json.loads(remembered.read_text("utf-8"))["flags"] != flags:
+    plan: dict[str, Any] = {"flags": flags, "code": ""}
+    if remembered.exists():
+        plan = json.loads(remembered.read_text("utf-8"))
+    if plan["flags"] != flags:
         raise ValueError(f"{folder} was trained with other flags ({remembered}); use another --output_dir")
     if (folder / "test" / "summary.json").exists():
         return folder
+    codes = dict.fromkeys([*plan["code"].split("+"), code_digest()])  # one that others resumed has several
+    remembered.write_text(json.dumps(plan | {"code": "+".join(filter(None, codes))}), encoding="utf-8")
     command = [sys.executable, str(ROOT / "train_cov_dfp_3d.py"), "--output_dir", str(settings.output_dir)]
     command += ["--exp", name] + (["--resume"] if (folder / "last.pt").exists() else flags)
     environment = os.environ | {"OMP_NUM_THREADS": str(settings.threads)}

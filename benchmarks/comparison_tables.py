@@ -39,13 +39,17 @@ class Row:
             ValueError: If the seeds were scored on different cases.
         """
         found = [_case_means(folder, metric) for folder in self.folders]
-        cases = sorted(found[0])
+        cases = self.cases()
         if any(sorted(scores) != cases for scores in found):
             raise ValueError(f"{self.name}: its seeds were scored on different cases; use another --output_dir")
         return np.array([[scores[case] for case in cases] for scores in found])
 
+    def cases(self) -> list[str]:
+        """Ids of the scored cases, in the order of ``case_values``."""
+        return sorted(_case_means(self.folders[0], "dice"))
+
     def missed(self) -> int:
-        """Structures without any predicted voxel, over all seeds and cases."""
+        """Structures that only the reference or only the prediction has, over all seeds and cases."""
         summaries = [json.loads((folder / "test" / "summary.json").read_text("utf-8")) for folder in self.folders]
         return sum(int(summary["mean"]["hd95_mm"]["n_missed"]) for summary in summaries)
 
@@ -82,7 +86,7 @@ def paired_difference(ours: Row, base: Row) -> tuple[float, float, float, float]
         Mean, both ends of its 95 % bootstrap interval over cases, and the p value of Wilcoxon's signed-rank test.
     """
     mine, theirs = ours.case_values("dice").mean(0), base.case_values("dice").mean(0)
-    if mine.shape != theirs.shape:
+    if ours.cases() != base.cases():
         raise ValueError(f"{ours.name} and {base.name} were scored on different cases; use another --output_dir")
     difference = 100 * (mine - theirs)
     rng = np.random.default_rng(0)

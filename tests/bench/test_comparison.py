@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,9 @@ def test_different_cases_are_refused(rows: tuple[Row, Row, Row], tmp_path: Path)
         Row("mixed", (rows[0].folders[0], other)).case_values("dice")
     with pytest.raises(ValueError, match="different cases"):
         paired_difference(rows[0], Row("other", (other,)))
+    as_many = write_run(tmp_path / "as_many", {"a": [0.5], "b": [0.5], "z": [0.5]})
+    with pytest.raises(ValueError, match="different cases"):
+        paired_difference(rows[0], Row("as_many", (as_many,)))
 
 
 def test_table_and_plots(rows: tuple[Row, Row, Row], tmp_path: Path) -> None:
@@ -141,6 +145,61 @@ def test_lists_split_the_cases_that_are_used(tmp_path: Path, monkeypatch: pytest
         compare.write_lists(make_settings(tmp_path, **(vars(settings) | {"labelnum": [9]})))
 
 
+def test_lists_of_trained_runs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SOURCES, "get", lambda _: BallSource)
+    settings = make_settings(tmp_path, dataset_name="ball", dataset_path=tmp_path, num_classes=None, cases=6, pool=4)
+    lists = compare.write_lists(settings)
+    (tmp_path / "supervised_4labels_seed0.plan.json").touch()
+    assert compare.write_lists(settings) == lists
+    before = lists[1].read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="use another --output_dir"):
+        compare.write_lists(make_settings(tmp_path, **(vars(settings) | {"cases": 5})))
+    assert lists[1].read_text(encoding="utf-8") == before
+
+
+def test_ctrl_c_starts_no_further_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+
+    def stop(_: object, name: str, __: object) -> Path:
+        begun.append(name)
+        time.sleep(0.2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "train", stop)
+    more = {"dataset_name": "ball", "dataset_path": tmp_path, "num_classes": None, "max_iteration": 1, "flags": []}
+    settings = make_settings(tmp_path, jobs=1, seeds=[0, 1], **more)
+    with pytest.raises(KeyboardInterrupt):
+        compare.train_all(settings, compare.make_plans(settings), (tmp_path / "train.txt", tmp_path / "test.txt"))
+    assert len(begun) <= 2  # of 14
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, labelnum: str) -> argparse.Namespace:
+    flags = [
+        "--dataset_name",
+        "ball",
+        "--dataset_path",
+        "x",
+        "--pool",
+        "8",
+        "--max_iteration",
+        "1",
+        "--output_dir",
+        "y",
+    ]
+    monkeypatch.setattr("sys.argv", ["compare", *flags, "--labelnum", labelnum])
+    return compare.parse()
+
+
+def test_all_labels_are_the_ceiling(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = parsed(monkeypatch, "2,4,all")
+    assert settings.full and settings.labelnum == [2, 4]
+    assert not parsed(monkeypatch, "2").full
+    for wrong, message in (("all", "name a number of labels too"), ("2,some", "write numbers or all")):
+        with pytest.raises(SystemExit):
+            parsed(monkeypatch, wrong)
+        assert message in capsys.readouterr().err
+
+
 def test_plans_hold_every_row_once_and_the_ceiling_first(tmp_path: Path) -> None:
     plans = compare.make_plans(make_settings(tmp_path))
     assert [(plan.name, plan.labelnum) for plan in plans] == [
@@ -178,14 +237,19 @@ def test_finished_runs_are_kept_and_other_flags_refused(tmp_path: Path, monkeypa
         return argparse.Namespace(returncode=0 if "--resume" in command else 9)
 
     monkeypatch.setattr(compare.subprocess, "run", fake_run)
+    monkeypatch.setattr(compare, "code_digest", lambda: "first")
     settings = make_settings(tmp_path)
     with pytest.raises(RuntimeError, match="exit code 9"):
         compare.train(settings, "weight_0.5", ["--seed", "0"])
+    monkeypatch.setattr(compare, "code_digest", lambda: "second")
     compare.train(settings, "weight_0.5", ["--seed", "0"])
     compare.train(settings, "weight_0.5", ["--seed", "0"])
     assert len(calls) == 2
     assert "--seed" not in calls[1]
-    assert (tmp_path / "weight_0.5.plan.json").exists() and (tmp_path / "weight_0.5.log").exists()
+    monkeypatch.setattr(compare, "code_digest", lambda: "other")  # a finished run keeps the codes that trained it
+    compare.train(settings, "weight_0.5", ["--seed", "0"])
+    assert json.loads((tmp_path / "weight_0.5.plan.json").read_text(encoding="utf-8"))["code"] == "first+second"
+    assert (tmp_path / "weight_0.5.log").exists()
     with pytest.raises(ValueError, match="other flags"):
         compare.train(settings, "weight_0.5", ["--seed", "1"])
 
