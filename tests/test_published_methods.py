@@ -238,6 +238,26 @@ def test_dtc_distance_term_moves_the_head_and_the_student() -> None:
 # ss_net
 
 
+@pytest.mark.parametrize("size", [16, 48])
+def test_ss_net_finds_its_direction_in_half_precision(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    slopes = []
+
+    def keep(patches: torch.Tensor) -> torch.Tensor:
+        slopes.append(patches.detach())
+        return unit_patches(patches)
+
+    monkeypatch.setattr("myutils.methods.ss_net.unit_patches", keep)
+    images = torch.randn(2, 1, size, size, size)
+    for half in (False, True):
+        torch.manual_seed(1)
+        method = make("ss_net")
+        with torch.autocast("cpu", dtype=torch.float16, enabled=half):
+            method._smoothness(images, method.student(images).logits)
+    exact, found = slopes[1].flatten().double(), slopes[3].flatten().double()
+    assert (found == 0).double().mean() < 0.01
+    assert functional.cosine_similarity(exact, found, dim=0) > 0.95
+
+
 def test_overlap_distance_falls_with_confidence() -> None:
     even = torch.full((1, 2, 1, 1, 1), 0.5)
     certain = torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1, 1)

@@ -51,6 +51,13 @@ class CrossPseudoSupervision(Method):
         scalars = {"agreement": (labels_a == labels_b).float().mean()}
         return StepOutput(terms, scalars, labels_a, logits_a[:labeled].detach())
 
+    def supervised_losses(self, batch: Batch, step: int) -> StepOutput:
+        """Both networks learn the labels, else an untrained one would teach the other after the warm-up."""
+        output = super().supervised_losses(batch, step)
+        second = dice_ce_loss(self.second(batch.image_l).logits, batch.label_l)
+        output.terms["supervised_second"] = LossTerm(second, 1.0)
+        return output
+
     def inference_network(self) -> SegmentationNetwork:
         """The first network."""
         return self.student

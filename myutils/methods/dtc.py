@@ -7,8 +7,9 @@ distance z to the surface, negative inside and divided by its largest value on e
 
 the last on labelled and unlabelled patches.
 
-Deviations: one distance map per foreground class instead of one; the head is a 1x1x1 convolution with tanh on any
-network's decoder features.
+Deviations: one distance map per foreground class instead of one; an absent class has distance 1 (published: 0); voxels
+at the surface keep their distance (published: 0); the head is a 1x1x1 convolution with tanh on any network's decoder
+features.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from myutils.config import RunConfig
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
 from myutils.pseudo_labels import most_probable
-from networks.base import SegmentationNetwork
+from networks.base import SegmentationNetwork, SegmentationOutput
 
 _STEEPNESS = 1500.0
 _DISTANCE_WEIGHT = 0.3
@@ -65,12 +66,11 @@ class DualTaskConsistency(Method):
         labeled = len(batch.image_l)
         student = self.student(torch.cat([batch.image_l, batch.image_u]))
         logits_l = student.logits[:labeled]
-        distances = self.distance_head(student.features).float().tanh()  # (B, K - 1, X, Y, Z)
-        truth = signed_distances(batch.label_l, self.student.num_classes)
+        distances = self._distances(student)
         probs = student.logits.float().softmax(1)[:, 1:]
         terms = {
             "supervised": LossTerm(dice_ce_loss(logits_l, batch.label_l), 1.0),
-            "distance": LossTerm((distances[:labeled] - truth).square().mean(), _DISTANCE_WEIGHT),
+            "distance": self._distance_term(distances[:labeled], batch),
             "consistency": LossTerm(
                 ((-_STEEPNESS * distances).sigmoid() - probs).square().mean(), self.unlabeled_weight(step)
             ),
@@ -78,6 +78,25 @@ class DualTaskConsistency(Method):
         own = student.patches(slice(labeled, None))
         terms |= self.prototype_terms(student, batch.label_l, step, teacher_u=own)
         return StepOutput(terms, {}, most_probable(own.logits), logits_l.detach())
+
+    def supervised_losses(self, batch: Batch, step: int) -> StepOutput:
+        """The distance head learns from the first step on."""
+        student = self.student(batch.image_l)
+        terms = {
+            "supervised": LossTerm(dice_ce_loss(student.logits, batch.label_l), 1.0),
+            "distance": self._distance_term(self._distances(student), batch),
+        }
+        terms |= self.prototype_terms(student, batch.label_l, step)
+        return StepOutput(terms, logits_l=student.logits.detach())
+
+    def _distances(self, output: SegmentationOutput) -> Tensor:
+        """Predicted signed distances (B, K - 1, X, Y, Z)."""
+        return self.distance_head(output.features).float().tanh()
+
+    def _distance_term(self, distances: Tensor, batch: Batch) -> LossTerm:
+        """Squared error of the labelled patches' distances (Bl, K - 1, X, Y, Z)."""
+        truth = signed_distances(batch.label_l, self.student.num_classes)
+        return LossTerm((distances - truth).square().mean(), _DISTANCE_WEIGHT)
 
     def inference_network(self) -> SegmentationNetwork:
         """The student."""

@@ -12,6 +12,7 @@ first decoder segments.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MappingProxyType
 
 import torch
@@ -22,7 +23,7 @@ from myutils.config import RunConfig
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
 from myutils.pseudo_labels import most_probable
-from networks.base import Branch, SegmentationNetwork
+from networks.base import Branch, SegmentationNetwork, SegmentationOutput
 
 _TEMPERATURE = 0.1
 
@@ -50,9 +51,8 @@ class MutualConsistency(Method):
         probs = [output.logits.float().softmax(1) for output in outputs]
         sharp = [sharpen(each) for each in probs]
         pairs = [(probs[i] - sharp[j]).square().mean() for i in range(len(probs)) for j in range(len(probs)) if i != j]
-        supervised = torch.stack([dice_ce_loss(output.logits[:labeled], batch.label_l) for output in outputs])
         terms = {
-            "supervised": LossTerm(supervised.mean(), 1.0),
+            "supervised": LossTerm(self._supervised(outputs, batch), 1.0),
             "consistency": LossTerm(torch.stack(pairs).mean(), self.unlabeled_weight(step)),
         }
         first = outputs[0]
@@ -60,6 +60,18 @@ class MutualConsistency(Method):
         terms |= self.prototype_terms(first, batch.label_l, step, teacher_u=own)
         scalars = {"disagreement": (most_probable(probs[0]) != most_probable(probs[1])).float().mean()}
         return StepOutput(terms, scalars, most_probable(own.logits), first.logits[:labeled].detach())
+
+    def supervised_losses(self, batch: Batch, step: int) -> StepOutput:
+        """All decoders learn the labels."""
+        outputs = self.student.run_branches(batch.image_l, self._branches())
+        terms = {"supervised": LossTerm(self._supervised(outputs, batch), 1.0)}
+        terms |= self.prototype_terms(outputs[0], batch.label_l, step)
+        return StepOutput(terms, logits_l=outputs[0].logits.detach())
+
+    def _supervised(self, outputs: Sequence[SegmentationOutput], batch: Batch) -> Tensor:
+        """Mean over the decoders of the loss on the labelled patches, which come first."""
+        labeled = len(batch.image_l)
+        return torch.stack([dice_ce_loss(output.logits[:labeled], batch.label_l) for output in outputs]).mean()
 
     def _branches(self) -> list[Branch]:
         return [self.student.branch, *(branch for branch in self.others if isinstance(branch, Branch))]

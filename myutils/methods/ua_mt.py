@@ -6,7 +6,8 @@ patch with its dropout on; the entropy u of its mean prediction masks the square
     L_u = sum_v [u_v < H(t)] mean_k (s_vk - t_vk)^2 / sum_v [u_v < H(t)],    H(t) = (3/4 + 1/4 r(t)) ln K
 
 Deviations: the noise is added to the same weak view for every network of this project, and networks without dropout
-get their randomness from it alone; the teacher's own target pass runs without dropout.
+get their randomness from it alone; the teacher's own target pass runs without dropout; the ramp r is that of the weight
+(published: as long as the training).
 """
 
 from __future__ import annotations

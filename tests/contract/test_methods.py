@@ -100,6 +100,8 @@ def test_method_takes_a_warm_up_step(name: str) -> None:
     method.after_step(0)
     assert "consistency" not in output.terms
     assert torch.isfinite(output.total())
+    idle = [key for key, p in method.named_parameters() if p.requires_grad and p.grad is None]
+    assert all(key.startswith("selector.") for key in idle), idle  # cov_dfp's, which has no pools yet
 
 
 @pytest.mark.parametrize("name", METHODS.names())
