@@ -137,7 +137,7 @@ class RunConfig:
     num_dfp: int = option(8, help="patterns of co-variation, one pool each", group=DFP)
     use_dfp: bool = option(True, help="pull features to the leading patterns of their class", group=DFP)
     num_eigenvectors: int = option(8, help="leading patterns (anchors) per class", group=DFP)
-    ema_alpha: float = option(0.9, help="share of the old anchors that a rebuild keeps, 0..1", group=DFP)
+    ema_alpha: float = option(0.9, help="share of a class's old moments that a rebuild keeps, 0..1", group=DFP)
     anchor_weight: float = option(0.05, help="weight of the anchor loss after ramp-up, >= 0", group=DFP)
     compact_weight: float = option(0.01, help="weight of compactness within pools, >= 0", group=DFP)
     separation_weight: float = option(0.01, help="weight of separation between pools, >= 0", group=DFP)

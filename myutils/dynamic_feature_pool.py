@@ -63,14 +63,16 @@ class DynamicFeaturePool(nn.Module):
         capacity: Features kept over all classes; each class gets an equal part.
         num_pools: Patterns of co-variation, and pools, J <= E.
         num_anchors: Leading patterns per class, A <= E.
-        anchor_decay: Share of the old anchors that a rebuild keeps, 0..1.
+        anchor_decay: Share of a class's old moments that a rebuild keeps for its anchors, 0..1.
 
     Attributes:
         store: Features (K, P + 1, E); the last slot takes what is not kept.
         count: Features held per class (K,).
         cursor: Slot that the next feature of a class takes (K,).
         centres: Centre of each pool (J, E), of standardised features.
-        anchors: Leading patterns per class (K, A, E), pointing to the class's side.
+        anchors: Leading patterns per class (K, A, E), orthonormal, pointing to the class's side.
+        class_mean: Mean of each class's features (K, E), averaged over rebuilds.
+        class_second: Their second moments (K, E, E), averaged over rebuilds.
         sizes: Features that each pool got when it was built (J,).
     """
 
@@ -81,6 +83,8 @@ class DynamicFeaturePool(nn.Module):
     deviation: Tensor
     centres: Tensor
     anchors: Tensor
+    class_mean: Tensor
+    class_second: Tensor
     sizes: Tensor
 
     def __init__(
@@ -111,6 +115,8 @@ class DynamicFeaturePool(nn.Module):
         self.register_buffer("deviation", torch.ones(feature_dim))
         self.register_buffer("centres", torch.zeros(num_pools, feature_dim))
         self.register_buffer("anchors", torch.zeros(num_classes, num_anchors, feature_dim))
+        self.register_buffer("class_mean", torch.zeros(num_classes, feature_dim))
+        self.register_buffer("class_second", torch.zeros(num_classes, feature_dim, feature_dim))
         self.register_buffer("sizes", torch.zeros(num_pools, dtype=torch.int64))
 
     @property
@@ -164,20 +170,27 @@ class DynamicFeaturePool(nn.Module):
             )
         )
         for class_id in range(self.num_classes):
-            self._rebuild_anchors(class_id, standard[class_labels == class_id])
+            self._rebuild_anchors(class_id, features[class_labels == class_id])
 
-    def _rebuild_anchors(self, class_id: int, standard: Tensor) -> None:
-        """Leading directions of one class's second moment, signed to its side, averaged with the old ones."""
-        if not len(standard):
+    def _rebuild_anchors(self, class_id: int, features: Tensor) -> None:
+        """Leading directions of one class's second moment in today's coordinates, signed to its side.
+
+        The moments of the raw features (n, E) are averaged with those of earlier rebuilds, not the directions: an
+        eigenvector's sign, order and coordinates change from one rebuild to the next.
+        """
+        if not len(features):
             return
-        fresh = leading_patterns(standard.T @ standard / len(standard), self.anchors.shape[1])  # (A, E)
-        fresh = fresh * torch.where(fresh @ standard.mean(0) < 0, -1.0, 1.0)[:, None]
-        old = self.anchors[class_id]
-        if old.any():
-            # An eigenvector's order changes from one rebuild to the next: average with the most similar old one.
-            nearest = old[(fresh @ old.T).argmax(1)]
-            fresh = unit_vectors(self.anchor_decay * nearest + (1 - self.anchor_decay) * fresh)
-        self.anchors[class_id] = fresh
+        mean, second = features.mean(0), features.T @ features / len(features)
+        if self.class_second[class_id].any():
+            keep = self.anchor_decay
+            mean = keep * self.class_mean[class_id] + (1 - keep) * mean
+            second = keep * self.class_second[class_id] + (1 - keep) * second
+        self.class_mean[class_id], self.class_second[class_id] = mean, second
+        crossed = mean[:, None] * self.mean
+        moved = second - crossed - crossed.T + self.mean[:, None] * self.mean  # about the mean of all classes
+        anchors = leading_patterns(moved / (self.deviation[:, None] * self.deviation), self.anchors.shape[1])  # (A, E)
+        side = anchors @ self.standardise(mean)
+        self.anchors[class_id] = anchors * torch.where(side < 0, -1.0, 1.0)[:, None]
 
     def standardise(self, features: Tensor) -> Tensor:
         """Features (N, E) in the coordinates of patterns, centres and anchors."""

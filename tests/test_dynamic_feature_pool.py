@@ -11,7 +11,7 @@ from conftest import BallSource
 from helpers_runs import random_batch, small_config
 from torch.nn import functional
 
-from myutils.build import DataFacts, build_method
+from myutils.build import DataFacts, build_method, build_optimizer
 from myutils.dynamic_feature_pool import DynamicFeaturePool, correlation_consistency, leading_patterns, moments
 
 
@@ -100,15 +100,32 @@ def test_rebuild_of_an_empty_pool_changes_nothing_and_losses_are_zero() -> None:
     assert loss.item() == 0.0
 
 
-def test_anchors_average_over_rebuilds() -> None:
-    pool = filled_pool(anchor_decay=1.0)
-    before = pool.anchors.clone()
-    pool.push(torch.randn(100, 5), torch.arange(100) % 2)
-    pool.rebuild()
-    # Only old anchors survive, though a new one may pick the same old one twice.
-    for class_id in range(2):
-        best = (pool.anchors[class_id] @ before[class_id].T).amax(1)
-        assert best.tolist() == pytest.approx([1.0, 1.0], abs=1e-4)
+def test_anchors_are_those_of_moments_averaged_over_rebuilds() -> None:
+    torch.manual_seed(0)
+    pool = make_pool(anchor_decay=0.75)
+    expected: dict[int, np.ndarray] = {}
+    for _ in range(6):
+        pool.push(torch.randn(30, 5) * torch.tensor([3.0, 1.0, 2.0, 0.5, 1.5]) + 1.0, torch.arange(30) % 2)
+        pool.rebuild()
+        for class_id in (0, 1):
+            fresh = second_moments(pool, class_id)
+            expected[class_id] = 0.75 * expected[class_id] + 0.25 * fresh if class_id in expected else fresh
+    for class_id in (0, 1):
+        anchors = pool.anchors[class_id].numpy()
+        assert np.allclose(anchors @ anchors.T, np.eye(len(anchors)), atol=1e-4)  # none became another
+        extended = expected[class_id]  # (E + 1, E + 1), of features with a 1 behind them
+        move = np.concatenate([np.eye(5), -pool.mean.numpy()[:, None]], axis=1) / pool.deviation.numpy()[:, None]
+        standard = move @ extended @ move.T
+        vectors = np.linalg.eigh(standard)[1][:, ::-1][:, : len(anchors)].T
+        assert np.allclose(np.abs((anchors * vectors).sum(1)), 1.0, atol=1e-3)
+        assert (anchors @ (move @ extended[:, -1]) >= 0).all()
+
+
+def second_moments(pool: DynamicFeaturePool, class_id: int) -> np.ndarray:
+    """Mean of x x^T over a class's stored features, each with a 1 behind it (E + 1, E + 1)."""
+    features, labels = pool.stored()
+    rows = [np.append(row, 1.0) for row in features[labels == class_id].double().numpy()]
+    return np.mean([np.outer(row, row) for row in rows], axis=0)
 
 
 def test_anchor_loss_equals_the_naive_loop_and_moves_features() -> None:
@@ -204,3 +221,31 @@ def test_cov_dfp_selector_learns_the_nearest_pool() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"selector_train_iter": 20, "dfp_reconstruct_interval": 20}, "--selector_train_iter 20"),
+        ({"dfp_start_iter": 4, "max_iteration": 4}, "--dfp_start_iter 4"),
+    ],
+)
+def test_settings_that_never_reach_the_student_are_refused(changes: dict[str, Any], message: str) -> None:
+    source = BallSource()
+    with pytest.raises(ValueError, match=message):
+        build_method(small_config(source, method="cov_dfp", **changes), DataFacts.of(source))
+
+
+def test_selector_stays_as_it_is_without_a_gradient() -> None:
+    source = BallSource()
+    config = small_config(source, method="cov_dfp", max_iteration=40, dfp_start_iter=39)
+    method = build_method(config, DataFacts.of(source))
+    optimizer = build_optimizer(config, method)
+    before = [parameter.clone() for parameter in method.selector.parameters()]
+    for parameter in method.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for _ in range(20):
+        optimizer.step()
+    assert all(torch.equal(old, new) for old, new in zip(before, method.selector.parameters(), strict=True))
+    everything = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(everything) == sorted(id(p) for p in method.parameters() if p.requires_grad)

@@ -21,6 +21,7 @@ Note:
 from __future__ import annotations
 
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,23 @@ class CovarianceFeaturePools(MeanTeacher):
         )
         steps = required(config.max_iteration, "max_iteration")
         self.start = fraction_rampup(config.dfp_start_iter, steps, _START_SHARE)
+        if config.selector_train_iter >= config.dfp_reconstruct_interval:
+            raise ValueError(
+                f"--selector_train_iter {config.selector_train_iter}: leaves none of the "
+                f"{config.dfp_reconstruct_interval} steps between rebuilds (--dfp_reconstruct_interval) for the student"
+            )
+        if config.dfp_start_iter is not None and self.start >= steps:
+            raise ValueError(
+                f"--dfp_start_iter {self.start}: the training ends at --max_iteration {steps}; start earlier"
+            )
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """The pool selector is a group without weight decay, so that it stays as it is where it has no gradient."""
+        fast, *others = super().parameter_groups(lr)
+        own = {id(parameter) for parameter in self.selector.parameters()}
+        fast["params"] = [parameter for parameter in fast["params"] if id(parameter) not in own]
+        steady = {"params": list(self.selector.parameters()), "lr": lr, "lr_scale": 1.0, "weight_decay": 0.0}
+        return [fast, *others, steady]
 
     def refills_at(self, step: int) -> bool:
         """The pool collects as often as the prototype memory refills, and in the step that builds it."""
