@@ -153,6 +153,31 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return total / dist.get_world_size()
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of every rank's tensor; its gradient is the sum of every rank's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        total = values.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sum of a tensor over all ranks, on the graph of each rank's part; unchanged where there is one process.
+
+    Every rank must call it, in the same order as the others. Each rank's loss is then that of all, and the mean of the
+    ranks' gradients, which DDP takes, is the gradient of that one loss.
+    """
+    return torch.as_tensor(_SumOverRanks.apply(values)) if _in_group() else values
+
+
 def concat_ranks(values: torch.Tensor, dim: int = 0) -> torch.Tensor:
     """The tensors of all ranks along ``dim``, rank 0's first; unchanged where there is one process.
 

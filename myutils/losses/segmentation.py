@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from myutils.distributed import sum_over_ranks
 from myutils.pseudo_labels import most_probable
 
 _SMOOTH = 1e-5
@@ -18,7 +19,7 @@ def one_hot_labels(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def soft_dice_loss(probs: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
-    """1 - Dice, pooled over the batch, averaged over the foreground classes that occur in labels or mask.
+    """1 - Dice, pooled over the batch of all ranks, averaged over the foreground classes that occur in it.
 
     A class that is absent from the whole batch takes no part: its Dice would be 0 / 0, and 1 - 0 would push down
     a class that this batch says nothing about; cross-entropy punishes false positives there.
@@ -35,9 +36,10 @@ def soft_dice_loss(probs: Tensor, labels: Tensor, mask: Tensor | None = None) ->
         weight = mask.unsqueeze(1)
         probs, truth = probs * weight, truth * weight
     axes = (0, 2, 3, 4)
-    overlap = (probs * truth).sum(axes)[1:]  # (K - 1,)
-    size = probs.sum(axes)[1:] + truth.sum(axes)[1:]
-    present = (truth.sum(axes)[1:] > 0).float()
+    sums = torch.stack([(probs * truth).sum(axes), probs.sum(axes), truth.sum(axes)])[:, 1:]  # (3, K - 1)
+    overlap, predicted, true = sum_over_ranks(sums)
+    size = predicted + true
+    present = (true > 0).float()
     dice = (2 * overlap + _SMOOTH) / (size + _SMOOTH)
     return ((1 - dice) * present).sum() / present.sum().clamp(min=1)
 

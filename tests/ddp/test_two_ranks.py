@@ -9,17 +9,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from conftest import BallSource
 from helpers_runs import small_config
 
+import predict_3d
 from dataloaders.splits import make_training_split
 from myutils.build import DataFacts
 from myutils.checkpoint import RunState
 from myutils.distributed import RankInfo
+from myutils.label_files import save_volume
 from myutils.methods.base import METHODS
 from myutils.report import evaluate_run
+from myutils.run_log import read_metrics
 from myutils.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +55,26 @@ def train_rank(rank: int, folder: str) -> None:
         trainer.fit()
         torch.save(trainer.method.state_dict(), run / f"rank{rank}.pt")
     share_cases(rank, source, Path(folder) / "mean_teacher")
+    fit_supervised(Path(folder) / "shared", RankInfo(rank, 2, rank))
+    predict_scans(Path(folder), Path(folder) / f"failed{rank}.json")
     torch.distributed.destroy_process_group()
+
+
+def fit_supervised(run: Path, ranks: RankInfo) -> None:
+    """Supervised steps in float32, whose only random draws are the patches; losses of every step are logged."""
+    source = BallSource()
+    settings = {"method": "supervised", "max_iteration": 4, "log_every": 1}
+    config = small_config(source, **settings, use_contrastive_prototype=False, patch_size=(8, 8, 8))
+    run.mkdir(exist_ok=True)
+    state = RunState(config, DataFacts.of(source), make_training_split(source, config.split_request()))
+    Trainer(state, source, run, ranks, torch.device("cpu")).fit()
+
+
+def predict_scans(folder: Path, failed: Path) -> None:
+    """Segment the folder's scans with the supervised run, and write down which failed."""
+    predicted = folder / failed.stem.replace("failed", "predicted")
+    flags = predict_3d.PredictFlags(checkpoint=folder / "shared" / "last.pt", input=folder / "scans", output=predicted)
+    failed.write_text(json.dumps(predict_3d.run(predict_3d.prepare(flags))))
 
 
 def share_cases(rank: int, source: BallSource, run: Path) -> None:
@@ -66,6 +90,10 @@ def share_cases(rank: int, source: BallSource, run: Path) -> None:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the states of both ranks, one sub-folder per method."""
     folder = tmp_path_factory.mktemp("two_ranks")
+    for case_id in TEST_IDS:
+        volume = BallSource().load(case_id, with_label=False)
+        save_volume(folder / "scans" / f"{case_id}.nii.gz", volume.image[0], volume.affine)
+    (folder / "scans" / "broken.nii.gz").write_bytes(b"no scan")
     torch.multiprocessing.spawn(train_rank, args=(str(folder),), nprocs=2)
     return folder
 
@@ -76,6 +104,14 @@ def test_two_ranks_hold_equal_weights_and_memory(two_ranks: Path, name: str) -> 
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
     assert first["prototypes.manager.memory_count"].sum() > 0
     assert (two_ranks / name / "last.pt").exists()
+
+
+def test_two_ranks_with_half_the_batch_each_have_the_losses_of_one(two_ranks: Path, tmp_path: Path) -> None:
+    fit_supervised(tmp_path / "alone", RankInfo())
+    (_, shared), (_, alone) = (
+        read_metrics(folder, "Loss/supervised") for folder in (two_ranks / "shared", tmp_path / "alone")
+    )
+    assert len(alone) == 4 and shared == pytest.approx(alone, rel=1e-4)
 
 
 def test_two_ranks_share_the_cases_and_agree_with_one_process(two_ranks: Path) -> None:
@@ -89,6 +125,19 @@ def test_two_ranks_share_the_cases_and_agree_with_one_process(two_ranks: Path) -
     shared = (run / "test" / "cases.csv").read_text()
     evaluate_run(run, BallSource(), TEST_IDS, torch.device("cpu"))
     assert (run / "test" / "cases.csv").read_text() == shared
+
+
+def test_two_ranks_share_the_scans_of_a_prediction(two_ranks: Path) -> None:
+    assert [json.loads((two_ranks / f"failed{rank}.json").read_text()) for rank in (0, 1)] == [["broken"], ["broken"]]
+    written = [{path.name for path in (two_ranks / f"predicted{rank}").iterdir()} for rank in (0, 1)]
+    predict_scans(two_ranks, two_ranks / "failed_alone.json")
+    alone = two_ranks / "predicted_alone"
+    assert not written[0] & written[1]
+    assert written[0] | written[1] == {path.name for path in alone.iterdir()} == {f"{name}.nii.gz" for name in TEST_IDS}
+    for rank in (0, 1):
+        for name in written[rank]:
+            shared, own = (nib.load(folder / name) for folder in (two_ranks / f"predicted{rank}", alone))
+            np.testing.assert_array_equal(np.asarray(shared.dataobj), np.asarray(own.dataobj))
 
 
 @pytest.mark.slow
