@@ -52,6 +52,7 @@ def main() -> None:
     if settings.only:
         sides = {settings.only: sides[settings.only]}
     _, device = start_process_group()
+    libraries = peak_memory_mb(device)  # what the process holds before it has a network
     steps = {name: make_side(name, flags, settings, device) for name, flags in sides.items()}
     interval = RunConfig().memory_interval
     seconds: dict[str, list[list[float]]] = {name: [[] for _ in range(interval)] for name in steps}
@@ -64,7 +65,7 @@ def main() -> None:
             if number >= interval:  # the first round warms up
                 seconds[name][number % interval].append(time.perf_counter() - started)
     if settings.only:
-        sys.stdout.write(f"{peak_memory_mb(device):.0f}\n")
+        sys.stdout.write(f"{peak_memory_mb(device) - libraries:.0f}\n")
         return
     memory = {name: peak_of(name) for name in sides} if settings.memory else {}
     report(settings, seconds, memory)
@@ -153,7 +154,7 @@ def wait_for(device: torch.device) -> None:
 
 
 def peak_of(name: str) -> float:
-    """Peak memory in MB of one side, from a process that runs it alone."""
+    """Peak memory in MB of one side above the loaded libraries, from a process that runs it alone."""
     command = [sys.executable, "-m", "benchmarks.step_cost", *sys.argv[1:], "--only", name, "--rounds", "1"]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 

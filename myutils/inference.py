@@ -1,7 +1,7 @@
 """Whole volumes through a network: sliding windows with Gaussian weights, views to average over, label maps.
 
 Contract: a label map needs memory for the image, itself and a band of probabilities, whatever the number of classes;
-turned views (``--tta_views``) and resampling (``--spacing``) need whole maps of all classes.
+turned views (``--tta_views``), resampling (``--spacing``) and ``--probabilities`` need whole maps of all classes.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _probability_rows(
         device: Where the network runs.
 
     Yields:
-        Rows of the image, in order, and their probabilities (K, rows, Y, Z), float32, on the CPU.
+        Rows of the image, in order, and their probabilities (K, rows, Y, Z), float32, where they were computed.
 
     Raises:
         ValueError: If the image is not (C, X, Y, Z) with the network's channels, or the network returns values that
@@ -111,7 +111,7 @@ def _probability_rows(
                 raise ValueError(
                     "the network returned values that are not finite; the image or the weights are damaged"
                 )
-            yield place, probs.cpu()
+            yield place, probs
 
 
 def _averaged_windows(
@@ -258,7 +258,7 @@ def predict_label_map(
     image = torch.from_numpy(preprocess(volume).image)
     if preprocess.spacing is None:
         for rows, probs in _probability_rows(network, image, options, device):
-            label_map[rows] = most_probable(probs, 0).numpy()
+            label_map[rows] = most_probable(probs, 0).to(torch.uint8).cpu().numpy()  # of K maps one leaves the device
     else:
         whole = sliding_window_probabilities(network, image, options, device).numpy()
         for rows in _slabs(len(label_map)):
