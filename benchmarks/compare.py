@@ -8,6 +8,7 @@ The training pool is the first ``--pool`` cases, the test cases are those after 
 the pool are labelled. ``supervised`` sees only these, and every patch of its batch is a labelled one, so that all rows
 see equally many patches; ``--full`` adds supervised training with all labels of the pool, the ceiling. The last
 checkpoint counts, no test case chooses anything: to choose settings, ``--cases`` leaves out the last cases of the data.
+All rows are scored alike: none is mirrored at test time, whatever its method's default (``-- --tta_flips``: all are).
 Several numbers of labels (``--labelnum 2,4,8,16,all``) give a table each and a plot of Dice against labels; ``all`` is
 ``--full``.
 
@@ -157,7 +158,8 @@ def make_plans(settings: argparse.Namespace) -> list[Plan]:
 
 def train_all(settings: argparse.Namespace, plans: list[Plan], lists: tuple[Path, Path]) -> dict[Plan, Row]:
     """Run, resume or skip every training, seed by seed, so that an early end leaves whole seeds."""
-    common = ["--dataset_name", settings.dataset_name, "--dataset_path", str(settings.dataset_path.absolute())]
+    common = ["--no-tta_flips"]  # best would be mirrored and the others not; later flags win
+    common += ["--dataset_name", settings.dataset_name, "--dataset_path", str(settings.dataset_path.absolute())]
     common += ["--train_list", str(lists[0].absolute()), "--test_list", str(lists[1].absolute())]
     common += ["--max_iteration", str(settings.max_iteration), *settings.flags]
     if settings.num_classes:

@@ -157,6 +157,19 @@ def test_lists_of_trained_runs_are_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert lists[1].read_text(encoding="utf-8") == before
 
 
+@pytest.mark.parametrize(("asked", "last"), [([], "--no-tta_flips"), (["--tta_flips"], "--tta_flips")])
+def test_rows_are_mirrored_at_test_time_all_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str], last: str
+) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(compare, "train", lambda _, name, flags: (seen.append(flags), tmp_path / name)[1])
+    more = {"dataset_name": "ball", "dataset_path": tmp_path, "num_classes": None, "max_iteration": 1, "flags": asked}
+    settings = make_settings(tmp_path, methods=["supervised", "best"], row=[], jobs=1, seeds=[0], **more)
+    compare.train_all(settings, compare.make_plans(settings), (tmp_path / "train.txt", tmp_path / "test.txt"))
+    assert len(seen) == 5
+    assert all([flag for flag in flags if "tta_flips" in flag][-1] == last for flags in seen)
+
+
 def test_ctrl_c_starts_no_further_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str] = []
 
