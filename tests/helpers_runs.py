@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dataloaders.base import CaseSource
 from dataloaders.patches import Batch
 from dataloaders.splits import make_training_split
-from myutils.build import DataFacts, resolve_config
+from myutils.build import DataFacts, build_method, resolve_config
 from myutils.checkpoint import RunState
 from myutils.config import RunConfig
 from myutils.distributed import RankInfo
@@ -137,3 +137,11 @@ def spoil_consistency(trainer: Trainer, step: int) -> None:
         return output
 
     trainer.method.forward = forward  # type: ignore[method-assign]
+
+
+def small_method(name: str, **changes: Any) -> Any:
+    """A method of ``small_config`` on balls, without prototypes, in training mode, from seed 0."""
+    torch.manual_seed(0)
+    source = BallSource()
+    settings = {"method": name, "use_contrastive_prototype": False} | changes
+    return build_method(small_config(source, **settings), DataFacts.of(source)).train()

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import BallSource
-from helpers_runs import random_batch, small_config
+from helpers_runs import random_batch, small_method
 from torch.nn import functional
 
-from myutils.build import DataFacts, build_method, resolve_config
+from myutils.build import resolve_config
 from myutils.config import RunConfig
 from myutils.methods.base import Method
-from myutils.methods.bcp import largest_components, paired, paste_masks
+from myutils.methods.bcp import largest_components
 from myutils.methods.dtc import signed_distances
 from myutils.methods.fixmatch import gated_cross_entropy
 from myutils.methods.mc_net import sharpen
 from myutils.methods.ss_net import overlap_distance, unit_patches
 from myutils.methods.ua_mt import input_noise, masked_square, predictive_entropy
 from myutils.pseudo_labels import PseudoLabels, drop_channels
-
-
-def make(name: str, **changes: Any) -> Any:
-    torch.manual_seed(0)
-    source = BallSource()
-    settings = {"method": name, "use_contrastive_prototype": False} | changes
-    return build_method(small_config(source, **settings), DataFacts.of(source)).train()
 
 
 def term(method: Method, name: str, step: int = 3, seed: int = 1) -> torch.Tensor:
@@ -63,7 +54,7 @@ def test_input_noise_is_cut() -> None:
 
 
 def test_ua_mt_asks_the_teacher_with_its_dropout_and_puts_it_back() -> None:
-    method = make("ua_mt", model="vnet", patch_size=(32, 32, 32))
+    method = small_method("ua_mt", model="vnet", patch_size=(32, 32, 32))
     active: list[bool] = []
     dropout = next(m for m in method.teacher.modules() if isinstance(m, torch.nn.Dropout3d))
     dropout.register_forward_hook(lambda module, *_: active.append(module.training))
@@ -78,7 +69,7 @@ def test_ua_mt_asks_the_teacher_with_its_dropout_and_puts_it_back() -> None:
 
 
 def test_cps_networks_differ_and_learn_from_each_other() -> None:
-    method = make("cps")
+    method = small_method("cps")
     loss = term(method, "consistency")
     torch.manual_seed(1)
     batch = random_batch()
@@ -104,7 +95,7 @@ def test_gated_cross_entropy_divides_by_all_voxels() -> None:
 
 
 def test_fixmatch_feature_stream_changes_the_loss_and_keeps_the_mean_of_features() -> None:
-    plain, perturbed = make("fixmatch"), make("fixmatch", feature_perturbation=True)
+    plain, perturbed = small_method("fixmatch"), small_method("fixmatch", feature_perturbation=True)
     assert term(plain, "consistency").item() != term(perturbed, "consistency").item()
     level = torch.ones(64, 64, 2, 2, 2)
     dropped = drop_channels([level])[0]
@@ -125,7 +116,7 @@ def test_sharpen_by_hand_and_without_gradient() -> None:
 
 
 def test_mc_net_has_as_many_decoders_as_asked_for_and_they_differ() -> None:
-    method = make("mc_net", decoders=3)
+    method = small_method("mc_net", decoders=3)
     branches = method._branches()
     assert len(branches) == 3
     weights = [branch.classifier.weight for branch in branches]
@@ -133,87 +124,6 @@ def test_mc_net_has_as_many_decoders_as_asked_for_and_they_differ() -> None:
     assert not torch.equal(weights[1], weights[2])
     term(method, "consistency").backward()
     assert all(branch.classifier.weight.grad.abs().sum() > 0 for branch in branches)
-
-
-# bcp
-
-
-def test_paste_masks_leave_out_a_box_of_two_thirds() -> None:
-    masks = paste_masks(3, torch.Size((9, 12, 6)), torch.device("cpu"))
-    assert (~masks).sum(dim=(1, 2, 3)).tolist() == [6 * 8 * 4] * 3
-    hole = (~masks[0]).nonzero()
-    assert (hole.max(0).values - hole.min(0).values + 1).tolist() == [6, 8, 4]
-
-
-def test_largest_components_drops_the_rest_of_each_class() -> None:
-    labels = torch.zeros(1, 7, 1, 1, dtype=torch.int64)
-    labels[0, :, 0, 0] = torch.tensor([1, 0, 1, 1, 2, 0, 2])
-    assert largest_components(labels).flatten().tolist() == [0, 0, 1, 1, 2, 0, 0]
-    assert largest_components(torch.zeros(2, 3, 3, 3, dtype=torch.int64)).sum() == 0
-
-
-def test_bcp_phases_and_the_teacher_starts_from_the_student() -> None:
-    method = make("bcp", warmup_iteration=2, ema_decay=0.9999)
-    assert set(method(random_batch(labeled=4, unlabeled=0), 1).terms) == {"supervised"}
-    with torch.no_grad():
-        method.student.branch.classifier.bias.fill_(3.0)
-    method.after_step(1)
-    assert method.teacher.branch.classifier.bias.tolist() == [3.0] * 3
-    output = method(random_batch(), 2)
-    assert output.terms["consistency"].weight == 0.5
-
-
-def test_bcp_second_phase_against_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    method = make("bcp", warmup_iteration=0)
-    batch = random_batch()
-    mask = torch.ones(2, 16, 16, 16, dtype=torch.bool)
-    mask[:, 3:13, 3:13, 3:13] = False
-    monkeypatch.setattr("myutils.methods.bcp.paste_masks", lambda *_: mask)
-    output = method(batch, 2)
-    pseudo = largest_components(method.teacher(batch.image_u).logits.argmax(1))
-    inward = batch.image_l * mask[:, None] + batch.image_u * ~mask[:, None]
-    outward = batch.image_u * mask[:, None] + batch.image_l * ~mask[:, None]
-    logits = method.student(torch.cat([inward, outward])).logits
-    true = sum(naive_region_loss(logits[part], batch.label_l, where) for part, where in ((IN, mask), (OUT, ~mask)))
-    assert output.terms["supervised"].value.item() == pytest.approx(true, rel=1e-4)
-    expected = sum(naive_region_loss(logits[part], pseudo, where) for part, where in ((IN, ~mask), (OUT, mask)))
-    assert output.terms["consistency"].value.item() == pytest.approx(expected, rel=1e-4)
-
-
-IN, OUT = slice(0, 2), slice(2, 4)
-
-
-def naive_region_loss(logits: torch.Tensor, labels: torch.Tensor, region: torch.Tensor) -> float:
-    """Cross-entropy and Dice over the voxels of a region, picked out one by one."""
-    probs = logits.detach().softmax(1).movedim(1, -1)[region]  # (voxels, K)
-    found = labels[region]
-    cross_entropy = -probs[torch.arange(len(found)), found].log().mean()
-    losses = []
-    for class_id in range(1, probs.shape[1]):
-        truth, ours = (found == class_id).float(), probs[:, class_id]
-        if truth.any():
-            losses.append(1 - (2 * (ours * truth).sum() + 1e-5) / (ours.sum() + truth.sum() + 1e-5))
-    dice = torch.stack(losses).mean() if losses else torch.tensor(0.0)
-    return float(0.5 * (cross_entropy + dice))
-
-
-@pytest.mark.parametrize(("labeled", "unlabeled"), [(3, 1), (1, 3)])
-def test_bcp_uses_every_patch_where_the_halves_differ(labeled: int, unlabeled: int) -> None:
-    whole = random_batch()
-    batch = replace(
-        whole,
-        image_l=whole.image_l[[0, 1, 0]][:labeled],
-        label_l=whole.label_l[[0, 1, 0]][:labeled],
-        image_u=whole.image_u[[0, 1, 0]][:unlabeled],
-    )
-    output = make("bcp", warmup_iteration=0)(batch, 2)
-    assert output.logits_l is not None and len(output.logits_l) == 3
-    assert output.pseudo_labels is not None and len(output.pseudo_labels) == unlabeled
-    pairs = paired(batch)
-    for name, count in (("image_l", labeled), ("label_l", labeled), ("image_u", unlabeled)):
-        ours, theirs = getattr(pairs, name), getattr(batch, name)
-        assert len(ours) == 3 and torch.equal(ours[:count], theirs)
-        assert all(torch.equal(patch, theirs[0]) for patch in ours[count:])
 
 
 # dtc
@@ -229,7 +139,7 @@ def test_signed_distances_by_hand() -> None:
 
 
 def test_dtc_distance_term_moves_the_head_and_the_student() -> None:
-    method = make("dtc")
+    method = small_method("dtc")
     term(method, "distance").backward()
     assert method.distance_head.weight.grad.abs().sum() > 0
     assert next(method.student.parameters()).grad.abs().sum() > 0
@@ -250,7 +160,7 @@ def test_ss_net_finds_its_direction_in_half_precision(monkeypatch: pytest.Monkey
     images = torch.randn(2, 1, size, size, size)
     for half in (False, True):
         torch.manual_seed(1)
-        method = make("ss_net")
+        method = small_method("ss_net")
         with torch.autocast("cpu", dtype=torch.float16, enabled=half):
             method._smoothness(images, method.student(images).logits)
     exact, found = slopes[1].flatten().double(), slopes[3].flatten().double()
@@ -274,7 +184,7 @@ def test_unit_patches_have_length_one_each() -> None:
 
 
 def test_ss_net_perturbs_harder_than_chance_and_leaves_no_gradient_of_the_probe() -> None:
-    method = make("ss_net")
+    method = small_method("ss_net")
     torch.manual_seed(3)
     batch = random_batch()
     images = torch.cat([batch.image_l, batch.image_u])
