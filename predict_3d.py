@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dataloaders.geometry import READ_ERRORS
+from dataloaders.geometry import READ_ERRORS, reason_of
 from myutils.checkpoint import InferenceBundle, load_for_inference
 from myutils.distributed import is_main_rank, join_shares, own_share, start_process_group, stop_process_group
 from myutils.flags import option
@@ -121,8 +121,7 @@ def run(job: Job) -> list[str]:
                 segment(scan, job)
                 failed.append(None)
             except SCAN_ERRORS as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                logger.error("%s: skipped: %s", scan.path, reason)
+                logger.error("%s: skipped: %s", scan.path, reason_of(error))
                 failed.append(scan.name)
     return [name for name in join_shares(failed) if name is not None]
 

@@ -39,7 +39,7 @@ class Row:
             ValueError: If the seeds were scored on different cases.
         """
         found = [_case_means(folder, metric) for folder in self.folders]
-        cases = self.cases()
+        cases = sorted(found[0])
         if any(sorted(scores) != cases for scores in found):
             raise ValueError(f"{self.name}: its seeds were scored on different cases; use another --output_dir")
         return np.array([[scores[case] for case in cases] for scores in found])

@@ -26,6 +26,11 @@ GAP_TOLERANCE = 0.1
 READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError)
 
 
+def reason_of(error: Exception) -> str:
+    """An error's text in one line; its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
     """Read a NIfTI image.
 

@@ -148,9 +148,13 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Mean of a tensor over all ranks; unchanged where there is one process."""
     if not _in_group():
         return values
+    return _added_up(values) / dist.get_world_size()
+
+
+def _added_up(values: torch.Tensor) -> torch.Tensor:
     total = values.detach().clone()
     dist.all_reduce(total)
-    return total / dist.get_world_size()
+    return total
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -158,15 +162,11 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
-        total = values.detach().clone()
-        dist.all_reduce(total)
-        return total
+        return _added_up(values)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        total = gradient.clone()
-        dist.all_reduce(total)
-        return total
+        return _added_up(gradient)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

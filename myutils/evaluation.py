@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from dataloaders.base import CaseSource, Volume
+from dataloaders.geometry import reason_of
 from dataloaders.preprocess import Preprocess
 from myutils.distributed import is_main_rank, join_shares, own_share
 from myutils.inference import InferenceOptions, predict_label_map
@@ -102,7 +103,7 @@ def evaluate_cases(
             label_map = predict_label_map(network, volume, preprocess, inference, device, keep_largest=keep_largest)
             outcomes.append(score_case(volume, label_map, network.num_classes))
         except (ValueError, OSError) as error:
-            outcomes.append(" ".join(str(error).split()))
+            outcomes.append(reason_of(error))
             continue
         if save_dir is not None:
             save_label_map(save_dir / f"{case_id}.nii.gz", label_map, volume.affine)

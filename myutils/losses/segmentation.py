@@ -65,8 +65,8 @@ def dice_ce_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> 
     return 0.5 * (cross_entropy.mean() + soft_dice_loss(log_probs.exp(), labels, mask))
 
 
-def region_loss(logits: Tensor, labels: Tensor, region: Tensor) -> Tensor:
-    """Mean of soft Dice loss and cross-entropy within a region, which both are averaged over, in float32.
+def region_losses(logits: Tensor, labels: Tensor, region: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of soft Dice loss and cross-entropy inside a region and outside it, each averaged over its part, in float32.
 
     Args:
         logits: (B, K, X, Y, Z), any floating type.
@@ -74,13 +74,17 @@ def region_loss(logits: Tensor, labels: Tensor, region: Tensor) -> Tensor:
         region: Voxels (B, X, Y, Z), bool.
 
     Returns:
-        A scalar on the graph, 0 for an empty region. The masked loss of Bai et al. 2023, arXiv:2305.00673.
+        Two scalars on the graph, 0 for an empty part. The masked loss of Bai et al. 2023, arXiv:2305.00673.
     """
-    inside = region.float()
     log_probs = functional.log_softmax(logits.float(), dim=1)
     cross_entropy = functional.nll_loss(log_probs, labels, reduction="none")  # (B, X, Y, Z)
-    mean = (cross_entropy * inside).sum() / inside.sum().clamp(min=1)
-    return 0.5 * (mean + soft_dice_loss(log_probs.exp(), labels, inside))
+    probs = log_probs.exp()
+
+    def within(part: Tensor) -> Tensor:
+        mean = (cross_entropy * part).sum() / part.sum().clamp(min=1)
+        return 0.5 * (mean + soft_dice_loss(probs, labels, part))
+
+    return within(region.float()), within((~region).float())
 
 
 def soft_label_loss(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:

@@ -163,17 +163,19 @@ class Method(nn.Module, ABC):
         }
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Everything trainable in one list; the selectors learn at a tenth of the rate.
+        """Everything trainable: one group of all that ``further_groups`` leaves, then those.
 
         ``lr_scale`` is kept in each group, so that a schedule can set the rates.
         """
+        further = self.further_groups(lr)
+        taken = {id(parameter) for group in further for parameter in group["params"]}
+        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in taken]
+        return [{"params": rest, "lr": lr, "lr_scale": 1.0}, *further]
+
+    def further_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Groups with settings of their own: the prototypes' selectors learn at a tenth of the rate."""
         selectors = [] if self.prototypes is None else self.prototypes.selector_parameters()
-        slow = {id(parameter) for parameter in selectors}
-        fast = [p for p in self.parameters() if p.requires_grad and id(p) not in slow]
-        groups: list[dict[str, Any]] = [{"params": fast, "lr": lr, "lr_scale": 1.0}]
-        if selectors:
-            groups.append({"params": selectors, "lr": 0.1 * lr, "lr_scale": 0.1})
-        return groups
+        return [{"params": selectors, "lr": 0.1 * lr, "lr_scale": 0.1}] if selectors else []
 
 
 METHODS: Registry[type[Method]] = Registry("method", "myutils.methods")

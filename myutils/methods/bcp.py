@@ -18,7 +18,6 @@ the second phase starts from the end of the first (published: from its best chec
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -28,7 +27,7 @@ from torch import Tensor
 from dataloaders.patches import Batch
 from myutils.config import required
 from myutils.inference import largest_component
-from myutils.losses.segmentation import dice_ce_loss, region_loss
+from myutils.losses.segmentation import dice_ce_loss, region_losses
 from myutils.methods.averaged_teacher import TeacherMethod
 from myutils.methods.base import METHODS, LossTerm, StepOutput
 from myutils.prototype_term import IGNORE
@@ -54,11 +53,6 @@ def paired(batch: Batch) -> Batch:
     turns = torch.arange(max(labeled, unlabeled), device=batch.image_l.device)
     first, second = turns % labeled, turns % unlabeled
     return replace(batch, image_l=batch.image_l[first], label_l=batch.label_l[first], image_u=batch.image_u[second])
-
-
-def sum_of(losses: Iterable[Tensor]) -> Tensor:
-    """Their sum, a scalar on the graph."""
-    return torch.stack(list(losses)).sum()
 
 
 @METHODS.register("bcp")
@@ -95,13 +89,13 @@ class BidirectionalCopyPaste(TeacherMethod):
         images = pairs.image_l.repeat(2, 1, 1, 1, 1).where(true.unsqueeze(1), pairs.image_u.repeat(2, 1, 1, 1, 1))
         labels = pairs.label_l.repeat(2, 1, 1, 1).where(true, label_u.repeat(2, 1, 1, 1))
         student = self.student(images)
-        mixes = list(zip(student.logits.split(count), labels.split(count), true.split(count), strict=True))
+        inward, outward = slice(count), slice(count, None)
+        true_in, pseudo_in = region_losses(student.logits[inward], labels[inward], mask)
+        pseudo_out, true_out = region_losses(student.logits[outward], labels[outward], mask)
+        weight = required(self.config.consistency, "consistency")
         terms = {
-            "supervised": LossTerm(sum_of(region_loss(*mix) for mix in mixes), 1.0),
-            "consistency": LossTerm(
-                sum_of(region_loss(logits, ids, ~region) for logits, ids, region in mixes),
-                required(self.config.consistency, "consistency"),
-            ),
+            "supervised": LossTerm(true_in + true_out, 1.0),
+            "consistency": LossTerm(pseudo_in + pseudo_out, weight),
         }
         own = pairs.label_l.masked_fill(~mask, IGNORE)
         terms |= self.prototype_terms(student, own, step, teacher_l=teacher_l, teacher_u=teacher_u, foreign=~mask)

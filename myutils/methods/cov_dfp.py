@@ -72,13 +72,10 @@ class CovarianceFeaturePools(MeanTeacher):
                 f"--dfp_start_iter {self.start}: the training ends at --max_iteration {steps}; start earlier"
             )
 
-    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """The pool selector is a group without weight decay, so that it stays as it is where it has no gradient."""
-        fast, *others = super().parameter_groups(lr)
-        own = {id(parameter) for parameter in self.selector.parameters()}
-        fast["params"] = [parameter for parameter in fast["params"] if id(parameter) not in own]
+    def further_groups(self, lr: float) -> list[dict[str, Any]]:
+        """The pool selector has no weight decay, so that it stays as it is where it has no gradient."""
         steady = {"params": list(self.selector.parameters()), "lr": lr, "lr_scale": 1.0, "weight_decay": 0.0}
-        return [fast, *others, steady]
+        return [*super().further_groups(lr), steady]
 
     def refills_at(self, step: int) -> bool:
         """The pool collects as often as the prototype memory refills, and in the step that builds it."""

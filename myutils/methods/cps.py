@@ -54,8 +54,8 @@ class CrossPseudoSupervision(Method):
     def supervised_losses(self, batch: Batch, step: int) -> StepOutput:
         """Both networks learn the labels, else an untrained one would teach the other after the warm-up."""
         output = super().supervised_losses(batch, step)
-        second = dice_ce_loss(self.second(batch.image_l).logits, batch.label_l)
-        output.terms["supervised_second"] = LossTerm(second, 1.0)
+        supervised = output.terms["supervised"]
+        supervised.value = supervised.value + dice_ce_loss(self.second(batch.image_l).logits, batch.label_l)
         return output
 
     def inference_network(self) -> SegmentationNetwork:

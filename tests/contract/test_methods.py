@@ -55,6 +55,7 @@ def test_method_optimizes_everything_trainable_once_and_selectors_slowly(name: s
     listed = [id(parameter) for group in groups for parameter in group["params"]]
     assert len(listed) == len(set(listed))
     assert set(listed) == {id(parameter) for parameter in method.parameters() if parameter.requires_grad}
+    assert len(groups) == 1 + prototypes + (name == "cov_dfp")
     assert [group["lr"] for group in groups if group["lr"] != 0.1] == [pytest.approx(0.01)] * prototypes
 
 
