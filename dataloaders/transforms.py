@@ -25,7 +25,7 @@ class AugmentOptions:
         affine_share: Share of patches that are rotated and scaled.
         intensity: Whether labelled patches get mild intensity changes, and strong views exist at all.
         max_angle: Largest rotation about each axis, in degrees.
-        max_scale: Largest relative change of size.
+        max_scale: Largest change of size, as a logarithm.
         strong_views: Strong views of each unlabelled patch.
     """
 

@@ -81,6 +81,8 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
         raise ValueError(f"--strong_views {config.strong_views}: {config.method} has no use for strong views")
     if config.feature_perturbation and not method.uses_strong_views:
         raise ValueError(f"--feature_perturbation: {config.method} has no stream whose features it drops")
+    if config.deep_supervision and not method.deepens:
+        raise ValueError(f"--deep_supervision: {config.method} has several decoders; use another --method")
     if config.paste_unlabeled and not method.pastes_unlabeled:
         raise ValueError(f"--paste_unlabeled {config.paste_unlabeled}: {config.method} pastes no unlabelled boxes")
     if method.uses_unlabeled and labeled_bs >= config.batch_size:
@@ -134,8 +136,10 @@ def build_augmentation(config: RunConfig) -> AugmentOptions:
         flip_axes=required(config.flip_axes, "flip_axes"),
         rotate90=config.rotate90,
         foreground_share=config.foreground_share,
-        affine_share=0.3 if config.augment else 0.0,
+        affine_share=config.affine_share if config.augment else 0.0,
         intensity=config.augment,
+        max_angle=config.affine_angle,
+        max_scale=config.affine_scale,
         strong_views=required(config.strong_views, "strong_views"),
     )
 

@@ -90,6 +90,11 @@ class RunConfig:
         "cov_dfp, best); else 1, best: 2",
         group=METHOD,
     )
+    deep_supervision: bool | None = option(
+        None,
+        help="the decoder's coarser levels learn the labels too (not cps, mc_net); else on for best",
+        group=METHOD,
+    )
     soft_labels: bool = option(
         True, help="mean_teacher: learn the teacher's probabilities, not only its confident classes", group=METHOD
     )
@@ -156,7 +161,14 @@ class RunConfig:
     grad_clip: float = option(5.0, help="largest gradient norm, > 0", group=OPTIMISATION)
     patch_size: Triple | None = option(None, help="voxels of a training patch and a window", group=OPTIMISATION)
 
-    augment: bool = option(True, help="random intensity and affine changes", group=AUGMENTATION)
+    augment: bool = option(True, help="random intensity and affine changes; without: no --affine_*", group=AUGMENTATION)
+    affine_share: float = option(0.3, help="share of patches that are turned and scaled, 0..1", group=AUGMENTATION)
+    affine_angle: float = option(12.0, help="largest turn about each axis in degrees, 0..180", group=AUGMENTATION)
+    affine_scale: float = option(
+        0.12,
+        help="largest change of size, as a logarithm (0.12: 11 % smaller to 13 % larger), 0..1",
+        group=AUGMENTATION,
+    )
     flip_axes: tuple[int, ...] | None = option(
         None, help="axes (0 1 2) to mirror along; empty: never", group=AUGMENTATION
     )

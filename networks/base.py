@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,29 +20,60 @@ from networks.layers import mend_layers
 
 
 class SegmentationOutput(NamedTuple):
-    """Logits (B, K, X, Y, Z) and last decoder features (B, E, X, Y, Z)."""
+    """What a branch makes of a batch.
+
+    Attributes:
+        logits: (B, K, X, Y, Z).
+        features: Last decoder features (B, E, X, Y, Z).
+        coarse: Features (B, E_l, X_l, Y_l, Z_l) of the decoder's other levels, the coarsest first, of the padded input;
+            empty where no gradient is recorded.
+    """
 
     logits: Tensor
     features: Tensor
+    coarse: tuple[Tensor, ...] = ()
 
     def patches(self, chosen: slice) -> SegmentationOutput:
         """The outputs of some patches of the batch."""
-        return SegmentationOutput(self.logits[chosen], self.features[chosen])
+        return self._map(lambda value: value[chosen])
 
     def repeat(self, times: int) -> SegmentationOutput:
         """The outputs of the whole batch, that many times after each other."""
-        return self if times == 1 else SegmentationOutput(*(value.repeat(times, 1, 1, 1, 1) for value in self))
+        return self if times == 1 else self._map(lambda value: value.repeat(times, 1, 1, 1, 1))
 
     def detach(self) -> SegmentationOutput:
         """The same values without a graph."""
-        return SegmentationOutput(self.logits.detach(), self.features.detach())
+        return self._map(Tensor.detach)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> SegmentationOutput:
+        return SegmentationOutput(change(self.logits), change(self.features), tuple(map(change, self.coarse)))
+
+
+class Decoder(nn.Module, ABC):
+    """From encoder features, the finest first, to those of every decoder level, the coarsest first.
+
+    A subclass says how a level joins what comes from below with the encoder's features of its size.
+    """
+
+    def forward(self, encoded: list[Tensor]) -> list[Tensor]:
+        """Features (B, E_l, X_l, Y_l, Z_l) of each level; the last have the input's size."""
+        *skips, features = encoded
+        levels = []
+        for level, skip in enumerate(reversed(skips)):
+            features = self.join(level, features, skip)
+            levels.append(features)
+        return levels
+
+    @abstractmethod
+    def join(self, level: int, features: Tensor, skip: Tensor) -> Tensor:
+        """Features of ``level``, 0 for the coarsest, from those of the level below and the encoder's of its size."""
 
 
 class Branch(nn.Module):
     """Decoder and classifier: what turns an encoder's features into a segmentation.
 
     Args:
-        decoder: Maps encoder features, the finest first, to the last decoder features (B, E, X, Y, Z).
+        decoder: A ``Decoder``, or any module that maps as it does.
         classifier: Maps these to logits (B, K, X, Y, Z), voxel by voxel.
     """
 
@@ -51,9 +83,9 @@ class Branch(nn.Module):
         self.classifier = classifier
 
     def forward(self, encoded: list[Tensor]) -> SegmentationOutput:
-        """Logits and last decoder features."""
-        features = self.decoder(encoded)
-        return SegmentationOutput(self.classifier(features), features)
+        """Logits and decoder features."""
+        *coarse, features = self.decoder(encoded)
+        return SegmentationOutput(self.classifier(features), features, tuple(coarse) if torch.is_grad_enabled() else ())
 
 
 class SegmentationNetwork(nn.Module, ABC):
@@ -63,11 +95,13 @@ class SegmentationNetwork(nn.Module, ABC):
         in_channels: Number of image channels C.
         num_classes: Number of classes K, the background included.
         feature_dim: Width E of the last decoder features.
+        coarse_dims: Widths E_l of the decoder's other levels, the coarsest first.
         stride: The network's total downsampling per axis; inputs are padded to a multiple of it.
         branch: The network's own decoder and classifier.
     """
 
     feature_dim: int
+    coarse_dims: tuple[int, ...] = ()
     stride: tuple[int, int, int]
     branch: Branch
 
@@ -122,19 +156,25 @@ class SegmentationNetwork(nn.Module, ABC):
                 f"images have shape {tuple(images.shape)}; expected (B, {self.in_channels}, X, Y, Z) for this network"
             )
         size = images.shape[2:]
-        # Two strides at least: instance normalisation needs more than one voxel at the bottleneck.
-        wanted = [max(2 * step, -(-n // step) * step) for n, step in zip(size, self.stride, strict=True)]
-        missing = [target - n for target, n in zip(wanted, size, strict=True)]
-        before = [gap // 2 for gap in missing]
-        if any(missing):
-            padding = [side for gap, low in zip(missing[::-1], before[::-1], strict=True) for side in (low, gap - low)]
-            images = functional.pad(images, padding)
-        encoded = self.encode(images)
+        encoded = self.encode(self.pad(images))
         outputs = [branch(change(encoded) if change else encoded) for branch in branches]
+        missing = self._missing(size)
         if not any(missing):
             return outputs
-        x, y, z = (slice(low, low + n) for low, n in zip(before, size, strict=True))
-        return [SegmentationOutput(*(part[..., x, y, z] for part in output)) for output in outputs]
+        x, y, z = (slice(gap // 2, gap // 2 + n) for gap, n in zip(missing, size, strict=True))
+        return [SegmentationOutput(o.logits[..., x, y, z], o.features[..., x, y, z], o.coarse) for o in outputs]
+
+    def pad(self, values: Tensor) -> Tensor:
+        """Values (..., X, Y, Z) with zeros around them, as ``forward`` pads its input: to multiples of ``stride``."""
+        missing = self._missing(values.shape[-3:])
+        padding = [side for gap in missing[::-1] for side in (gap // 2, gap - gap // 2)]
+        return functional.pad(values, padding) if any(missing) else values
+
+    def _missing(self, size: torch.Size) -> list[int]:
+        """Voxels that an input lacks along each axis."""
+        # Two strides at least: instance normalisation needs more than one voxel at the bottleneck.
+        wanted = [max(2 * step, -(-n // step) * step) for n, step in zip(size, self.stride, strict=True)]
+        return [target - n for target, n in zip(wanted, size, strict=True)]
 
 
 NETWORKS: Registry[type[SegmentationNetwork]] = Registry("model", "networks")

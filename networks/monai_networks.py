@@ -7,24 +7,21 @@ from collections.abc import Sequence
 from monai.networks.nets import DynUNet, SegResNet
 from torch import Tensor, nn
 
-from networks.base import NETWORKS, Branch, SegmentationNetwork
+from networks.base import NETWORKS, Branch, Decoder, SegmentationNetwork
 
 
-class _DynDecoder(nn.Module):
+class _DynDecoder(Decoder):
     """MONAI's upsampling blocks; each joins the skip connection itself."""
 
     def __init__(self, blocks: nn.ModuleList) -> None:
         super().__init__()
         self.blocks = blocks
 
-    def forward(self, encoded: list[Tensor]) -> Tensor:
-        *skips, features = encoded
-        for block, skip in zip(self.blocks, reversed(skips), strict=True):
-            features = block(features, skip)
-        return features
+    def join(self, level: int, features: Tensor, skip: Tensor) -> Tensor:
+        return self.blocks[level](features, skip)
 
 
-class _ResDecoder(nn.Module):
+class _ResDecoder(Decoder):
     """MONAI's upsampling layers; skip connections are added."""
 
     def __init__(self, upsample: nn.ModuleList, layers: nn.ModuleList) -> None:
@@ -32,11 +29,8 @@ class _ResDecoder(nn.Module):
         self.upsample = upsample
         self.layers = layers
 
-    def forward(self, encoded: list[Tensor]) -> Tensor:
-        *skips, features = encoded
-        for upsample, layer, skip in zip(self.upsample, self.layers, reversed(skips), strict=True):
-            features = layer(upsample(features) + skip)
-        return features
+    def join(self, level: int, features: Tensor, skip: Tensor) -> Tensor:
+        return self.layers[level](self.upsample[level](features) + skip)
 
 
 def _chain(blocks: Sequence[nn.Module], images: Tensor) -> list[Tensor]:
@@ -56,7 +50,7 @@ class DynUNet3D(SegmentationNetwork):
     def __init__(self, in_channels: int, num_classes: int, filters: tuple[int, ...] = (16, 32, 64, 128)) -> None:
         super().__init__(in_channels, num_classes)
         levels = len(filters)
-        self.feature_dim = filters[0]
+        self.feature_dim, self.coarse_dims = filters[0], filters[-2:0:-1]
         self.stride = (2 ** (levels - 1),) * 3
         whole = DynUNet(
             spatial_dims=3,
@@ -82,7 +76,7 @@ class SegResNet3D(SegmentationNetwork):
 
     def __init__(self, in_channels: int, num_classes: int, filters: int = 16) -> None:
         super().__init__(in_channels, num_classes)
-        self.feature_dim = filters
+        self.feature_dim, self.coarse_dims = filters, (4 * filters, 2 * filters)
         self.stride = (8, 8, 8)
         whole = SegResNet(spatial_dims=3, init_filters=filters, in_channels=in_channels, out_channels=num_classes)
         self.stem = whole.convInit

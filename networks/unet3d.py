@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from networks.base import NETWORKS, Branch, SegmentationNetwork
+from networks.base import NETWORKS, Branch, Decoder, SegmentationNetwork
 from networks.blocks import conv_block, kaiming_init
 
 
-class _Decoder(nn.Module):
+class _Decoder(Decoder):
     """Upsample, join the skip connection, convolve twice, level by level."""
 
     def __init__(self, widths: Sequence[int]) -> None:
@@ -22,11 +22,8 @@ class _Decoder(nn.Module):
             self.upsample.append(nn.ConvTranspose3d(coarse, fine, kernel_size=2, stride=2))
             self.blocks.append(nn.Sequential(conv_block(2 * fine, fine), conv_block(fine, fine)))
 
-    def forward(self, encoded: list[Tensor]) -> Tensor:
-        *skips, features = encoded
-        for upsample, block, skip in zip(self.upsample, self.blocks, reversed(skips), strict=True):
-            features = block(torch.cat([upsample(features), skip], dim=1))  # (B, fine, X, Y, Z)
-        return features
+    def join(self, level: int, features: Tensor, skip: Tensor) -> Tensor:
+        return self.blocks[level](torch.cat([self.upsample[level](features), skip], dim=1))
 
 
 @NETWORKS.register("unet_3d")
@@ -42,7 +39,7 @@ class UNet3D(SegmentationNetwork):
 
     def __init__(self, in_channels: int, num_classes: int, widths: Sequence[int] = (16, 32, 64, 128)) -> None:
         super().__init__(in_channels, num_classes)
-        self.feature_dim = widths[0]
+        self.feature_dim, self.coarse_dims = widths[0], tuple(widths[-2:0:-1])
         self.stride = (2 ** (len(widths) - 1),) * 3
         self.encoder = nn.ModuleList()
         for level, width in enumerate(widths):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from networks.base import NETWORKS, Branch, SegmentationNetwork
+from networks.base import NETWORKS, Branch, Decoder, SegmentationNetwork
 from networks.blocks import kaiming_init
 
 _CONVOLUTIONS = (1, 2, 3, 3, 3)  # per level, the finest first
@@ -27,7 +27,7 @@ def _resample(convolution: nn.Module, width: int) -> nn.Sequential:
     return nn.Sequential(convolution, nn.InstanceNorm3d(width, affine=True), nn.ReLU(inplace=True))
 
 
-class _Decoder(nn.Module):
+class _Decoder(Decoder):
     """Upsample, add the skip connection, convolve, level by level; a dropout on the bottleneck before."""
 
     def __init__(self, widths: Sequence[int], dropout: float) -> None:
@@ -40,12 +40,12 @@ class _Decoder(nn.Module):
             self.up.append(_resample(nn.ConvTranspose3d(2 * width, width, kernel_size=2, stride=2), width))
             self.stages.append(_stage(width, width, _CONVOLUTIONS[level]))
 
-    def forward(self, encoded: list[Tensor]) -> Tensor:
+    def forward(self, encoded: list[Tensor]) -> list[Tensor]:
         *skips, features = encoded
-        features = self.dropout(features)
-        for up, stage, skip in zip(self.up, self.stages, reversed(skips), strict=True):
-            features = stage(up(features) + skip)  # (B, width, X, Y, Z)
-        return features
+        return super().forward([*skips, self.dropout(features)])
+
+    def join(self, level: int, features: Tensor, skip: Tensor) -> Tensor:
+        return self.stages[level](self.up[level](features) + skip)
 
 
 @NETWORKS.register("vnet")
@@ -66,7 +66,7 @@ class VNet(SegmentationNetwork):
     def __init__(self, in_channels: int, num_classes: int, filters: int = 16, dropout: float = 0.5) -> None:
         super().__init__(in_channels, num_classes)
         widths = [filters * 2**level for level in range(len(_CONVOLUTIONS))]
-        self.feature_dim = filters
+        self.feature_dim, self.coarse_dims = filters, tuple(widths[-2:0:-1])
         self.stride = (2 ** (len(widths) - 1),) * 3
         self.encoder = nn.ModuleList()
         self.down = nn.ModuleList()

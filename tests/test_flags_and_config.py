@@ -10,7 +10,8 @@ import pytest
 from conftest import BallSource
 from helpers_runs import small_config
 
-from myutils.build import DataFacts, build_network, resolve_config
+from dataloaders.transforms import AugmentOptions
+from myutils.build import DataFacts, build_augmentation, build_network, resolve_config
 from myutils.config import RunConfig
 from myutils.flags import SuggestingParser, add_flags, given_flags
 
@@ -131,3 +132,18 @@ def test_labelled_share_of_a_batch_is_half_unless_given() -> None:
     assert resolve_config(RunConfig(method="supervised", batch_size=1), BallSource()).batch_size == 1
     with pytest.raises(ValueError, match="--batch_size 1: mean_teacher needs at least 2"):
         resolve_config(RunConfig(batch_size=1), BallSource())
+
+
+def test_affine_flags_reach_the_patches() -> None:
+    source = BallSource()
+    chosen = small_config(source, affine_share=0.7, affine_angle=25.0, affine_scale=0.2)
+    options = build_augmentation(chosen)
+    assert (options.affine_share, options.max_angle, options.max_scale) == (0.7, 25.0, 0.2)
+    assert build_augmentation(dataclasses.replace(chosen, augment=False)).affine_share == 0
+
+
+def test_default_affine_changes_are_those_of_the_options() -> None:
+    """Published figures were trained with them."""
+    built, plain = build_augmentation(small_config(BallSource())), AugmentOptions((16, 16, 16))
+    assert (built.affine_share, built.max_angle, built.max_scale) == (0.3, 12.0, 0.12)
+    assert (plain.affine_share, plain.max_angle, plain.max_scale) == (0.3, 12.0, 0.12)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dataloaders.patches import Batch
 from myutils.config import RunConfig, required
-from myutils.losses.segmentation import dice_ce_loss
+from myutils.losses.deep_supervision import DeepSupervision
+from myutils.losses.segmentation import dice_ce_loss, one_hot_labels
 from myutils.prototype_sampling import gated_pseudo_labels
 from myutils.prototype_term import IGNORE, PrototypeTerm, PseudoVoxels
 from myutils.pseudo_labels import most_probable
@@ -62,6 +63,7 @@ class StepOutput:
 COMMON_DEFAULTS: Mapping[str, Any] = {
     "consistency": 1.0,
     "use_contrastive_prototype": False,
+    "deep_supervision": False,
     "prototype_loss": "ssnet",
     "tta_flips": False,
     "strong_views": 1,
@@ -78,12 +80,14 @@ class Method(nn.Module, ABC):
         uses_unlabeled: Whether steps hold unlabelled patches; if not, all patches of a step are labelled.
         uses_strong_views: Whether it learns from ``image_u_strong``.
         pastes_unlabeled: Whether it can paste boxes of unlabelled patches (``--paste_unlabeled``).
+        deepens: Whether it has one decoder, whose coarse levels can learn the labels (``--deep_supervision``).
         defaults: Settings that differ from ``COMMON_DEFAULTS`` when no flag says so.
     """
 
     uses_unlabeled: bool = True
     uses_strong_views: bool = False
     pastes_unlabeled: bool = False
+    deepens: bool = True
     defaults: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:
@@ -92,6 +96,7 @@ class Method(nn.Module, ABC):
         self.config = config
         self.rampup = fraction_rampup(config.consistency_rampup, required(config.max_iteration, "max_iteration"))
         self.prototypes = PrototypeTerm(network, config) if config.use_contrastive_prototype else None
+        self.deep = DeepSupervision(network.coarse_dims, network.num_classes) if config.deep_supervision else None
 
     def forward(self, batch: Batch, step: int) -> StepOutput:
         """Loss terms of one batch at ``step``; a batch of labelled patches alone is a supervised step."""
@@ -105,6 +110,7 @@ class Method(nn.Module, ABC):
         """Loss terms of a batch of labelled patches: Dice + cross-entropy, and the prototype term where it is on."""
         output = self.student(batch.image_l)
         terms = {"supervised": LossTerm(dice_ce_loss(output.logits, batch.label_l), 1.0)}
+        terms |= self.coarse_terms(output, batch.label_l)
         terms |= self.prototype_terms(output, batch.label_l, step)
         return StepOutput(terms, logits_l=output.logits.detach())
 
@@ -124,6 +130,24 @@ class Method(nn.Module, ABC):
     def unlabeled_weight(self, step: int) -> float:
         """Weight of the method's loss on unlabelled patches: ``--consistency`` after its ramp-up."""
         return self.ramp(step) * required(self.config.consistency, "consistency")
+
+    def coarse_terms(
+        self, student: SegmentationOutput, labels: Tensor, mask: Tensor | None = None
+    ) -> dict[str, LossTerm]:
+        """The loss of the decoder's coarse levels; nothing without ``--deep_supervision``.
+
+        Args:
+            student: Student outputs of the whole batch, labelled patches first, on the graph.
+            labels: Class ids (Bl, X, Y, Z) of the labelled patches.
+            mask: Voxels (Bl, X, Y, Z) whose label is true; None for all.
+        """
+        if self.deep is None:
+            return {}
+        targets = one_hot_labels(labels, self.student.num_classes)
+        if mask is not None:
+            targets = targets * mask.unsqueeze(1)
+        levels = student.patches(slice(len(labels))).coarse
+        return {"deep_supervision": LossTerm(self.deep(levels, self.student.pad(targets)), 1.0)}
 
     def prototype_terms(
         self,

@@ -75,6 +75,7 @@ class BidirectionalCopyPaste(TeacherMethod):
         target = labels.where(masks, labels.roll(1, 0))
         student = self.student(mixed)
         terms = {"supervised": LossTerm(dice_ce_loss(student.logits, target), 1.0)}
+        terms |= self.coarse_terms(student, target)
         terms |= self.prototype_terms(student, target, step)
         return StepOutput(terms, {}, None, student.logits.detach(), target)
 
@@ -97,6 +98,7 @@ class BidirectionalCopyPaste(TeacherMethod):
             "supervised": LossTerm(true_in + true_out, 1.0),
             "consistency": LossTerm(pseudo_in + pseudo_out, weight),
         }
+        terms |= self.coarse_terms(student, labels, true)
         own = pairs.label_l.masked_fill(~mask, IGNORE)
         terms |= self.prototype_terms(student, own, step, teacher_l=teacher_l, teacher_u=teacher_u, foreign=~mask)
         shown = label_u[: len(batch.image_u)]

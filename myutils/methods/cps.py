@@ -26,6 +26,7 @@ from networks.base import SegmentationNetwork
 class CrossPseudoSupervision(Method):
     """Two students; the prototype term takes its pseudo-labels and features from the first."""
 
+    deepens = False
     defaults = MappingProxyType({"consistency": 0.1})
 
     def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:

@@ -76,6 +76,7 @@ class DualTaskConsistency(Method):
             ),
         }
         own = student.patches(slice(labeled, None))
+        terms |= self.coarse_terms(student, batch.label_l)
         terms |= self.prototype_terms(student, batch.label_l, step, teacher_u=own)
         return StepOutput(terms, {}, most_probable(own.logits), logits_l.detach())
 
@@ -86,6 +87,7 @@ class DualTaskConsistency(Method):
             "supervised": LossTerm(dice_ce_loss(student.logits, batch.label_l), 1.0),
             "distance": self._distance_term(self._distances(student), batch),
         }
+        terms |= self.coarse_terms(student, batch.label_l)
         terms |= self.prototype_terms(student, batch.label_l, step)
         return StepOutput(terms, logits_l=student.logits.detach())
 

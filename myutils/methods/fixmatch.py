@@ -49,6 +49,7 @@ class FixMatch(Method):
             "supervised": LossTerm(dice_ce_loss(logits_l, batch.label_l), 1.0),
             "consistency": LossTerm(consistency, self.unlabeled_weight(step)),
         }
+        terms |= self.coarse_terms(student, batch.label_l)
         terms |= self.prototype_terms(student, batch.label_l, step, teacher_u=weak.repeat(views))
         scalars = {"confidence": target.confidence.mean(), "gate_share": gate.mean()}
         return StepOutput(terms, scalars, target.labels, logits_l.detach())

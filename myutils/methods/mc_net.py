@@ -38,6 +38,7 @@ def sharpen(probs: Tensor, temperature: float = _TEMPERATURE) -> Tensor:
 class MutualConsistency(Method):
     """One encoder with several branches; the prototype term looks at the first."""
 
+    deepens = False
     defaults = MappingProxyType({"consistency": 0.1})
 
     def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:

@@ -78,6 +78,7 @@ class MeanTeacher(TeacherMethod):
             "supervised": LossTerm(dice_ce_loss(logits_l, batch.label_l), 1.0),
             "consistency": LossTerm(consistency, self.unlabeled_weight(step)),
         }
+        terms |= self.coarse_terms(student, batch.label_l)
         terms |= self.prototype_terms(
             student, batch.label_l, step, teacher_l=teacher_l, teacher_u=teacher_u, foreign=foreign
         )

@@ -56,6 +56,7 @@ class SSNet(Method):
             "consistency": LossTerm(self._smoothness(images, student.logits), self.unlabeled_weight(step)),
         }
         own = student.patches(slice(labeled, None))
+        terms |= self.coarse_terms(student, batch.label_l)
         terms |= self.prototype_terms(student, batch.label_l, step, teacher_u=own)
         return StepOutput(terms, {}, most_probable(own.logits), logits_l.detach())
 

@@ -62,6 +62,7 @@ class UncertaintyAwareMeanTeacher(TeacherMethod):
             "supervised": LossTerm(dice_ce_loss(logits_l, batch.label_l), 1.0),
             "consistency": LossTerm(consistency, self.unlabeled_weight(step)),
         }
+        terms |= self.coarse_terms(student, batch.label_l)
         terms |= self.prototype_terms(student, batch.label_l, step, teacher_l=teacher_l, teacher_u=teacher_u)
         scalars = {"uncertainty": entropy.mean(), "gate_share": sure.float().mean()}
         return StepOutput(terms, scalars, pseudo_labels(teacher_u.logits).labels, logits_l.detach())

@@ -1,0 +1,119 @@
+"""The loss of a decoder's coarse levels, and where it goes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import BallSource
+from helpers_runs import batch_for, random_batch, small_config, small_method
+
+from myutils.losses.deep_supervision import DeepSupervision
+from myutils.losses.segmentation import one_hot_labels
+from myutils.methods.base import METHODS
+from networks.base import NETWORKS
+
+
+def test_levels_learn_the_shares_of_their_voxels_with_halved_weights() -> None:
+    """All logits are 0: cross-entropy is ln 2 whatever the shares are, probabilities are one half."""
+    deep = DeepSupervision([3, 5], 2)
+    for parameter in deep.parameters():
+        torch.nn.init.zeros_(parameter)
+    labels = torch.zeros(1, 4, 4, 4, dtype=torch.long)
+    labels[0, :2] = 1  # one half: 2 of 4 voxels at the coarse level 2 x 1 x 1, 32 of 64 at the fine one
+    loss = deep([torch.randn(1, 3, 2, 1, 1), torch.randn(1, 5, 4, 4, 4)], one_hot_labels(labels, 2))
+    level = 0.5 * (math.log(2) + 1 - 2 * 0.5 * 0.5 / (0.5 + 0.5))
+    assert loss.item() == pytest.approx(0.25 * level + 0.5 * level, abs=1e-4)
+
+
+def test_mixed_voxels_have_soft_targets() -> None:
+    deep = DeepSupervision([1], 2)
+    with torch.no_grad():
+        deep.classifiers[0].weight.zero_()
+        deep.classifiers[0].bias.copy_(torch.tensor([0.0, math.log(3)]))  # probabilities 1/4 and 3/4
+    labels = torch.tensor([1, 1, 1, 0]).reshape(1, 4, 1, 1)
+    loss = deep([torch.zeros(1, 1, 1, 1, 1)], one_hot_labels(labels, 2))
+    entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    assert loss.item() == pytest.approx(0.5 * 0.5 * (entropy + 1 - 2 * 0.75 / 1.75), abs=1e-4)
+
+
+def test_voxels_without_a_label_do_not_count() -> None:
+    torch.manual_seed(0)
+    deep = DeepSupervision([2], 3)
+    features = torch.randn(1, 2, 4, 1, 1, requires_grad=True)
+    targets = one_hot_labels(torch.tensor([1, 2, 0, 1]).reshape(1, 4, 1, 1), 3)
+    deep([features], targets * torch.tensor([1.0, 1.0, 0.0, 0.0]).reshape(1, 1, 4, 1, 1)).backward()
+    assert features.grad is not None
+    assert (features.grad.abs().sum((0, 1, 3, 4)) > 0).tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("name", NETWORKS.names())
+@pytest.mark.parametrize("size", [(16, 16, 16), (17, 9, 21)])
+def test_networks_hand_out_their_coarse_levels_for_training_alone(name: str, size: tuple[int, int, int]) -> None:
+    network = NETWORKS.get(name)(1, 2)
+    images = torch.randn(1, 1, *size)
+    coarse = network(images).coarse
+    frame = network.pad(images).shape[2:]
+    assert [level.shape[1] for level in coarse] == list(network.coarse_dims)
+    for halvings, level in enumerate(reversed(coarse), start=1):
+        assert list(level.shape[2:]) == [n // 2**halvings for n in frame]
+    with torch.no_grad():
+        assert network(images).coarse == ()
+
+
+def test_padding_is_that_of_the_forward_pass() -> None:
+    network = NETWORKS.get("unet_3d")(1, 2)
+    padded = network.pad(torch.ones(1, 1, 17, 9, 21))
+    assert padded.shape[2:] == (24, 16, 24)
+    assert padded[0, 0, 3:20, 3:12, 1:22].min() == 1 and padded.sum() == 17 * 9 * 21
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS.names() if METHODS.get(name).deepens])
+def test_methods_train_the_classifiers_on_labelled_patches(name: str) -> None:
+    method = small_method(name, deep_supervision=True)
+    for batch in (batch_for(method), random_batch(4, 0)):  # a step of its own, and one of labelled patches alone
+        method.zero_grad(set_to_none=True)
+        term = method(batch, 3).terms["deep_supervision"]
+        term.value.backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in method.deep.parameters())
+        reached = {key.split(".")[0] for key, p in method.student.named_parameters() if p.grad is not None}
+        assert "encoder" in reached
+        assert all(p.grad is None for p in method.student.branch.classifier.parameters())
+
+
+def test_no_unlabelled_patch_is_supervised() -> None:
+    method = small_method("mean_teacher", deep_supervision=True)
+    batch = batch_for(method)
+    batch.image_u_strong.requires_grad_()
+    method(batch, 3).terms["deep_supervision"].value.backward()
+    assert batch.image_u_strong.grad is None or batch.image_u_strong.grad.abs().sum() == 0
+
+
+def test_bcp_learns_true_voxels_alone() -> None:
+    """Pseudo-labels, whatever they are, do not enter the loss."""
+    losses = []
+    for bias in (-5.0, 5.0):
+        method = small_method("bcp", deep_supervision=True)
+        with torch.no_grad():
+            method.teacher.branch.classifier.bias[1] = bias
+        torch.manual_seed(1)
+        losses.append(method(random_batch(), 3).terms["deep_supervision"].value.item())
+    assert losses[0] == losses[1]
+
+
+def test_it_is_on_for_best_alone() -> None:
+    assert small_method("best").deep is not None
+    assert small_method("best", deep_supervision=False).deep is None
+    assert small_method("mean_teacher").deep is None
+
+
+def test_a_network_without_coarse_levels_is_refused() -> None:
+    with pytest.raises(ValueError, match="no coarser level; use --no-deep_supervision"):
+        DeepSupervision((), 2)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS.names() if not METHODS.get(name).deepens])
+def test_methods_of_several_decoders_refuse(name: str) -> None:
+    with pytest.raises(ValueError, match=f"--deep_supervision: {name} has several decoders; use another --method"):
+        small_config(BallSource(), method=name, deep_supervision=True)
