@@ -121,6 +121,24 @@ class CaseSource(ABC):
         return None
 
 
+class KeptCases:
+    """Cases of a source with their labels, each read once and kept in memory: for few cases, asked for many times.
+
+    Args:
+        source: Where they come from.
+    """
+
+    def __init__(self, source: CaseSource) -> None:
+        self._source = source
+        self._kept: dict[str, Volume] = {}
+
+    def load(self, case_id: str, *, with_label: bool = True) -> Volume:
+        """As ``CaseSource.load``; always with the label."""
+        if case_id not in self._kept:
+            self._kept[case_id] = self._source.load(case_id, with_label=True)
+        return self._kept[case_id]
+
+
 T = TypeVar("T")
 
 SOURCES: Registry[type[CaseSource]] = Registry("data set", "dataloaders")

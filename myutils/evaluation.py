@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataloaders.base import CaseSource, Volume
+from dataloaders.base import CaseSource, KeptCases, Volume
 from dataloaders.geometry import reason_of
 from dataloaders.preprocess import Preprocess
 from myutils.distributed import is_main_rank, join_shares, own_share
@@ -64,7 +64,7 @@ class DamagedCasesError(ValueError):
 
 def evaluate_cases(
     network: SegmentationNetwork,
-    source: CaseSource,
+    source: CaseSource | KeptCases,
     case_ids: Sequence[str],
     preprocess: Preprocess,
     inference: InferenceOptions,

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataloaders.base import CaseSource
+from dataloaders.base import CaseSource, KeptCases
 from dataloaders.patches import Batch, PatchDataset, collate
 from dataloaders.samplers import StepPlan, StepSampler
 from myutils import build
@@ -80,6 +80,7 @@ class Trainer:
         self._trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
         self.cache = build.build_cache(config, source)
+        self._validation_cases = KeptCases(source)
         self.watch = FiniteWatch(eager=device.type == "cpu", advice=self._advice)
         self.interrupted, self._clock = False, (0.0, 0)  # the clock: time and step of the last log entry
 
@@ -270,7 +271,7 @@ class Trainer:
     def _validation_dice(self) -> float:
         results = evaluate_cases(
             self.method.inference_network(),
-            self.source,
+            self._validation_cases,
             self.state.split.val,
             self.preprocess,
             build.build_inference(self.state.config, self.amp),

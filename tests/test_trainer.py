@@ -166,6 +166,14 @@ def test_trainer_validates_on_held_out_labelled_cases_and_keeps_the_best(tmp_pat
     assert Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU).state.best_dice == trainer.state.best_dice
 
 
+def test_trainer_reads_a_validation_case_once(tmp_path: Path) -> None:
+    source = BallSource()
+    trainer = small_trainer(source, tmp_path, labelnum=4, val_num=1, save_every=1)
+    trainer.fit()
+    assert trainer.state.step == 4  # validations
+    assert source.label_reads.count(trainer.state.split.val[0]) == 1
+
+
 def test_trainer_stopped_at_a_validation_step_validates_first(tmp_path: Path) -> None:
     trainer = small_trainer(BallSource(), tmp_path, labelnum=4, val_num=1, save_every=2)
     trainer.interrupted = True  # asked to stop before the first step: it ends at step 1, which is no validation step
