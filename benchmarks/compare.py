@@ -1,11 +1,11 @@
 """Methods side by side: the same network, steps, batch, augmentation and evaluation, several seeds, one table.
 
-    python -m benchmarks.compare --dataset_name decathlon --dataset_path Task04_Hippocampus --pool 160 --labelnum 8 \
-        --methods supervised,mean_teacher,best --full --seeds 0,1,2 --max_iteration 2000 \
-        --output_dir runs/hippocampus -- --patch_size 32 40 32
+    python -m benchmarks.compare --dataset_name decathlon --dataset_path Task04_Hippocampus --labelnum 8 \
+        --methods supervised,mean_teacher,best --full --seeds 0,1,2 --max_iteration 2000 -- --patch_size 32 40 32
 
-The training pool is the first ``--pool`` cases, the test cases are those after it; the first ``--labelnum`` cases of
-the pool are labelled. ``supervised`` sees only these, and every patch of its batch is a labelled one, so that all rows
+The training pool is the first ``--pool`` cases, the test cases are those after it; without the flag they are the
+data's own training and test list, or four fifths and the rest. The first ``--labelnum`` cases of the pool are
+labelled. ``supervised`` sees only these, and every patch of its batch is a labelled one, so that all rows
 see equally many patches; ``--full`` adds supervised training with all labels of the pool, the ceiling. The last
 checkpoint counts, no test case chooses anything: to choose settings, ``--cases`` leaves out the last cases of the data.
 All rows are scored alike: none is mirrored at test time, whatever its method's default (``-- --tta_flips``: all are).
@@ -78,9 +78,13 @@ def parse() -> argparse.Namespace:
     """Flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_name", required=True)
-    parser.add_argument("--dataset_path", type=Path, required=True)
+    parser.add_argument("--dataset_path", type=Path, help="folder of the data; none for demo")
     parser.add_argument("--num_classes", type=int, help="for formats that do not store it")
-    parser.add_argument("--pool", type=int, required=True, help="the first cases, for training; the rest is the test")
+    parser.add_argument(
+        "--pool",
+        type=int,
+        help="the first cases are trained on, the rest is the test; else the data's own lists, or four fifths",
+    )
     parser.add_argument("--cases", type=int, help="use the first cases only, to develop without the test cases")
     parser.add_argument("--methods", type=names, default=[SUPERVISED, "mean_teacher"], help="names, with commas")
     parser.add_argument("--row", action="append", default=[], metavar="NAME=FLAGS", help="one more row; repeatable")
@@ -91,7 +95,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="with commas")
     parser.add_argument("--max_iteration", type=int, required=True, help="training steps of every row")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, help="else runs/compare_DATASET_NAME")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
     parser.add_argument("flags", nargs="*", help="flags of the trainer for every row, after --")
@@ -101,6 +105,7 @@ def parse() -> argparse.Namespace:
         settings.labelnum = [int(count) for count in settings.labelnum if count != "all"]
     except ValueError as error:
         parser.error(f"--labelnum: {error}; write numbers or all, with commas")
+    settings.output_dir = settings.output_dir or Path("runs") / f"compare_{settings.dataset_name}"
     if not settings.labelnum:
         parser.error("--labelnum all: name a number of labels too, such as 8,all")
     return settings
@@ -117,10 +122,14 @@ def numbers(text: str) -> list[int]:
 
 
 def write_lists(settings: argparse.Namespace) -> tuple[Path, Path]:
-    """Two list files in the output folder: the first ``--pool`` cases, and the rest."""
+    """Two list files in the output folder: the first ``--pool`` cases, which it fills where none is given; the rest."""
     options = SourceOptions(root=settings.dataset_path, num_classes=settings.num_classes)
     source = SOURCES.get(settings.dataset_name).from_options(options)
     ids = list(source.official_train() or source.labeled_ids())[: settings.cases]
+    if settings.pool is None:
+        official = source.official_test() if settings.cases is None else None
+        settings.pool = len(ids) if official else len(ids) * 4 // 5
+        ids += official or ()
     if not 0 < settings.pool < len(ids):
         raise ValueError(f"--pool {settings.pool}: the data set has {len(ids)} labelled cases; leave some for the test")
     if max(settings.labelnum) > settings.pool:
@@ -159,7 +168,8 @@ def make_plans(settings: argparse.Namespace) -> list[Plan]:
 def train_all(settings: argparse.Namespace, plans: list[Plan], lists: tuple[Path, Path]) -> dict[Plan, Row]:
     """Run, resume or skip every training, seed by seed, so that an early end leaves whole seeds."""
     common = ["--no-tta_flips"]  # best would be mirrored and the others not; later flags win
-    common += ["--dataset_name", settings.dataset_name, "--dataset_path", str(settings.dataset_path.absolute())]
+    common += ["--dataset_name", settings.dataset_name]
+    common += ["--dataset_path", str(settings.dataset_path.absolute())] if settings.dataset_path else []
     common += ["--train_list", str(lists[0].absolute()), "--test_list", str(lists[1].absolute())]
     common += ["--max_iteration", str(settings.max_iteration), *settings.flags]
     if settings.num_classes:

@@ -13,16 +13,15 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
+from benchmarks.trainer_process import TRAINER, run_to_end
 from myutils.run_log import read_metrics
 
-ROOT = Path(__file__).resolve().parents[1]
 WARM_UP, LOG_EVERY = 5, 5  # steps
 
 
@@ -79,13 +78,10 @@ def seconds_per_step(settings: argparse.Namespace, ranks: int) -> float:
     """Median seconds per step of one short training after its first steps."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command += [str(ROOT / "train_cov_dfp_3d.py"), *settings.flags, "--no-evaluate", "--no-baseline"]
+        command += [TRAINER, *settings.flags, "--no-evaluate", "--no-baseline"]
         command += ["--output_dir", folder, "--exp", "run", "--max_iteration", str(settings.steps)]
         command += ["--log_every", str(LOG_EVERY), "--batch_size", str(batch_of(settings, ranks))]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads_of(settings, ranks))}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise SystemExit(f"scaling: {ranks} ranks ended with exit code {done.returncode}\n{done.stderr[-2000:]}")
+        run_to_end(f"scaling: {ranks} ranks", command, {"OMP_NUM_THREADS": str(threads_of(settings, ranks))})
         steps, seconds = read_metrics(Path(folder) / "run", "Train/seconds_per_step")
     return statistics.median(value for step, value in zip(steps, seconds, strict=True) if step > WARM_UP)
 

@@ -8,7 +8,7 @@ step and nothing else. The other sides are whole steps of the trainer, as ``--ro
 are made beforehand, so that neither reading nor augmentation is in any figure. A round is ``--memory_interval`` steps
 of each, one of them with a refill of the prototype memory. Printed: seconds per step as the mean over a round's steps
 of each one's median over rounds, the same of the least times, the ratios to the first two sides, and with
-``--memory`` the peak memory of each side in a process of its own.
+``--memory`` the peak memory of each side in processes of its own.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from myutils.trainer import Trainer
 
 BARE, SUPERVISED = "bare loop", "supervised"
 DEFAULT_ROWS = ("mean teacher=--method mean_teacher --no-use_contrastive_prototype", "with prototypes=")
+_MEMORY_RUNS = 3  # the heap is laid out a little differently in each
 Step = Callable[[int], None]
 
 
@@ -154,9 +155,10 @@ def wait_for(device: torch.device) -> None:
 
 
 def peak_of(name: str) -> float:
-    """Peak memory in MB of one side above the loaded libraries, from a process that runs it alone."""
+    """Peak memory in MB of one side above the loaded libraries: the median of processes that run it alone."""
     command = [sys.executable, "-m", "benchmarks.step_cost", *sys.argv[1:], "--only", name, "--rounds", "1"]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(_MEMORY_RUNS)]
+    return statistics.median(float(run.stdout.split()[-1]) for run in runs)
 
 
 def report(settings: argparse.Namespace, seconds: dict[str, list[list[float]]], memory: dict[str, float]) -> None:

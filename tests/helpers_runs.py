@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from conftest import BallSource
 from torch import Tensor, nn
 
+from benchmarks.comparison_tables import METRICS
 from dataloaders.base import CaseSource
 from dataloaders.patches import Batch
 from dataloaders.splits import make_training_split
@@ -145,3 +148,23 @@ def small_method(name: str, **changes: Any) -> Any:
     source = BallSource()
     settings = {"method": name, "use_contrastive_prototype": False} | changes
     return build_method(small_config(source, **settings), DataFacts.of(source)).train()
+
+
+def write_run(folder: Path, dice: dict[str, list[float]], hd95: float = 2.0, seconds: float = 0.5) -> Path:
+    """A finished run with the given Dice per case and class."""
+    (folder / "test").mkdir(parents=True)
+    with (folder / "test" / "cases.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["case", "class", *METRICS])
+        writer.writeheader()
+        for case, values in dice.items():
+            for index, value in enumerate(values, start=1):
+                row = {"case": case, "class": index, "dice": value, "jaccard": value / 2}
+                writer.writerow(row | {"hd95_mm": hd95, "assd_mm": 1.0})
+    summary = {"mean": {"hd95_mm": {"n_missed": 1}}}
+    (folder / "test" / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    lines = [
+        {"step": 10, "Train/seconds_per_step": seconds, "Train/peak_memory_mb": 100},
+        {"step": 30, "Train/seconds_per_step": 2 * seconds, "Train/peak_memory_mb": 300},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return folder

@@ -11,7 +11,16 @@ from conftest import BallSource
 from helpers_runs import small_trainer
 from helpers_scans import trained_run, write_cohort
 
-from benchmarks import inference_speed, large_volume, metrics_speed, scaling, step_cost, window_weights
+from benchmarks import (
+    data_speed,
+    endurance,
+    inference_speed,
+    large_volume,
+    metrics_speed,
+    scaling,
+    step_cost,
+    window_weights,
+)
 
 
 def test_step_cost_prints_every_side_and_its_ratios(
@@ -39,6 +48,34 @@ def test_metrics_speed_prints_all_libraries_and_equal_figures(
     assert max(gaps.values()) < 1e-4
 
 
+def test_data_speed_prints_a_line_per_side_and_size(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--sizes", "24", "--patch_size", "16", "16", "16", "--rounds", "1", "--cases", "0"]
+    monkeypatch.setattr(sys, "argv", ["x", *flags])
+    data_speed.main()
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line[:28].split(maxsplit=1)[1] for line in lines] == ["ours", "monai", "monai, crop first"]
+    assert lines[0].split()[-1] == "1.0" and all(float(line.split()[-2]) > 0 for line in lines)
+
+
+@pytest.mark.slow
+def test_data_speed_starts_a_training_twice() -> None:
+    assert all(seconds > 0 for seconds in data_speed.start_seconds(cases=5))
+
+
+@pytest.mark.slow
+def test_endurance_prints_an_early_and_a_late_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--patch_size", "16", "16", "16", "--cache_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["x", "--steps", "20", "--", *flags])
+    endurance.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("steps 3 to 4: ") and lines[2].startswith("steps 19 to 20: ")
+    assert lines[3].startswith("late to early: ")
+
+
 @pytest.mark.slow
 def test_scaling_prints_a_line_per_number_of_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -51,7 +88,7 @@ def test_scaling_prints_a_line_per_number_of_ranks(
     assert lines[0][-1] == "1.00" and all(float(words[3]) > 0 for words in lines)
 
 
-def test_inference_speed_compares_three_sides(
+def test_inference_speed_compares_four_sides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = BallSource()
@@ -64,9 +101,11 @@ def test_inference_speed_compares_three_sides(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["x", *given, "--rounds", "1"])
     inference_speed.main()
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [words[0] for words in lines] == ["ours", "monai", "stride"]
-    assert lines[0][2] == "1.00" and float(lines[1][4]) == 100 and float(lines[0][4]) > 80
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line[:16].strip() for line in lines] == ["ours", "monai", "monai weighted", "stride"]
+    figures = [[float(word) for word in line[16:].split()] for line in lines]
+    assert figures[0][1] == 1 and figures[1][3] == 100 and figures[0][3] > 80
+    assert figures[2][2] == pytest.approx(figures[0][2], abs=0.5)  # the same weights: the same Dice but for rounding
 
 
 def test_large_volume_prints_its_peak(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,119 +1,18 @@
-"""The bench's tables: statistics of made-up runs worked out by hand, and that finished runs are kept."""
+"""The comparison of methods: which cases, rows and runs there are."""
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import BallSource
-from scipy import stats
+from helpers_runs import write_run
 
 from benchmarks import compare
-from benchmarks.comparison_tables import (
-    METRICS,
-    Row,
-    draw_rows,
-    draw_sweep,
-    format_rows,
-    gap_share,
-    paired_difference,
-)
 from dataloaders.base import SOURCES
-
-
-def write_run(folder: Path, dice: dict[str, list[float]], hd95: float = 2.0, seconds: float = 0.5) -> Path:
-    """A finished run with the given Dice per case and class."""
-    (folder / "test").mkdir(parents=True)
-    with (folder / "test" / "cases.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["case", "class", *METRICS])
-        writer.writeheader()
-        for case, values in dice.items():
-            for index, value in enumerate(values, start=1):
-                row = {"case": case, "class": index, "dice": value, "jaccard": value / 2}
-                writer.writerow(row | {"hd95_mm": hd95, "assd_mm": 1.0})
-    summary = {"mean": {"hd95_mm": {"n_missed": 1}}}
-    (folder / "test" / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
-    lines = [
-        {"step": 10, "Train/seconds_per_step": seconds, "Train/peak_memory_mb": 100},
-        {"step": 30, "Train/seconds_per_step": 2 * seconds, "Train/peak_memory_mb": 300},
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return folder
-
-
-@pytest.fixture
-def rows(tmp_path: Path) -> tuple[Row, Row, Row]:
-    """Baseline 0.5, ours 0.6, full 0.9 on average; two seeds of ours."""
-    base = Row("supervised", (write_run(tmp_path / "s", {"a": [0.4], "b": [0.5], "c": [0.6]}),))
-    seeds = (
-        write_run(tmp_path / "o0", {"a": [0.4, 0.6], "b": [0.6, 0.6], "c": [0.9, 0.7]}),
-        write_run(tmp_path / "o1", {"a": [0.5, 0.5], "b": [0.5, 0.5], "c": [0.5, 0.7]}),
-    )
-    full = Row("full", (write_run(tmp_path / "f", {"a": [0.8], "b": [0.9], "c": [1.0]}),))
-    return base, Row("ours", seeds), full
-
-
-def test_case_values_are_means_over_classes(rows: tuple[Row, Row, Row]) -> None:
-    assert np.allclose(rows[1].case_values("dice"), [[0.5, 0.6, 0.8], [0.5, 0.5, 0.6]])
-
-
-def test_infinite_distances_are_left_out_of_a_case(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "x", {"a": [0.0]}, hd95=float("inf"))
-    assert np.isnan(Row("x", (run,)).case_values("hd95_mm")).all()
-
-
-def test_paired_difference_is_that_of_the_case_means(rows: tuple[Row, Row, Row]) -> None:
-    base, ours, _ = rows
-    by_hand = np.array([50 - 40, 55 - 50, 70 - 60])
-    mean, low, high, p_value = paired_difference(ours, base)
-    assert mean == pytest.approx(by_hand.mean())
-    assert by_hand.min() <= low < mean < high <= by_hand.max()
-    assert p_value == pytest.approx(stats.wilcoxon(by_hand).pvalue)
-
-
-def test_a_row_against_itself_shows_nothing(rows: tuple[Row, Row, Row]) -> None:
-    assert paired_difference(rows[0], rows[0]) == (0.0, 0.0, 0.0, 1.0)
-
-
-def test_gap_share(rows: tuple[Row, Row, Row]) -> None:
-    base, ours, full = rows
-    assert gap_share(ours, base, full) == pytest.approx((3.5 / 6 - 0.5) / 0.4)
-
-
-def test_cost_adds_up_the_logged_spans(rows: tuple[Row, Row, Row]) -> None:
-    minutes, per_step, peak = rows[0].cost()
-    assert minutes == pytest.approx((10 * 0.5 + 20 * 1.0) / 60)
-    assert (per_step, peak) == (pytest.approx(0.75), 300)
-
-
-def test_different_cases_are_refused(rows: tuple[Row, Row, Row], tmp_path: Path) -> None:
-    other = write_run(tmp_path / "other", {"a": [0.5], "z": [0.5]})
-    with pytest.raises(ValueError, match="different cases"):
-        Row("mixed", (rows[0].folders[0], other)).case_values("dice")
-    with pytest.raises(ValueError, match="different cases"):
-        paired_difference(rows[0], Row("other", (other,)))
-    as_many = write_run(tmp_path / "as_many", {"a": [0.5], "b": [0.5], "z": [0.5]})
-    with pytest.raises(ValueError, match="different cases"):
-        paired_difference(rows[0], Row("as_many", (as_many,)))
-
-
-def test_table_and_plots(rows: tuple[Row, Row, Row], tmp_path: Path) -> None:
-    base, ours, full = rows
-    table = format_rows([base, ours, full], base, full)
-    ours_line = next(line for line in table.splitlines() if line.startswith("| ours"))
-    assert "58.33 ± 7.07" in ours_line
-    assert "+8.33" in ours_line
-    assert " 21% " in ours_line
-    assert len({line.count("|") for line in table.splitlines()}) == 1
-    draw_rows(tmp_path / "rows.png", [base, ours, full], "title")
-    draw_sweep(tmp_path / "sweep.png", {"ours": {2: base, 4: ours}, "full": {8: full}}, "title")
-    assert (tmp_path / "rows.png").stat().st_size > 5_000
-    assert (tmp_path / "sweep.png").stat().st_size > 5_000
 
 
 def make_settings(tmp_path: Path, **changes: object) -> argparse.Namespace:
@@ -143,6 +42,37 @@ def test_lists_split_the_cases_that_are_used(tmp_path: Path, monkeypatch: pytest
         compare.write_lists(make_settings(tmp_path, **(vars(settings) | {"pool": 5})))
     with pytest.raises(ValueError, match="--labelnum 9"):
         compare.write_lists(make_settings(tmp_path, **(vars(settings) | {"labelnum": [9]})))
+
+
+def test_four_fifths_are_the_pool_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SOURCES, "get", lambda _: BallSource)
+    settings = make_settings(tmp_path, dataset_name="ball", dataset_path=None, num_classes=None, cases=6, pool=None)
+    train, test = compare.write_lists(settings)
+    assert settings.pool == 4
+    assert [len(path.read_text(encoding="utf-8").split()) for path in (train, test)] == [4, 2]
+
+
+def test_a_test_list_of_the_data_is_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Listed(BallSource):
+        def official_train(self) -> tuple[str, ...]:
+            return ("ball03", "ball01")
+
+        def official_test(self) -> tuple[str, ...]:
+            return ("ball02",)
+
+    monkeypatch.setattr(SOURCES, "get", lambda _: Listed)
+    more = {"dataset_name": "ball", "dataset_path": None, "num_classes": None, "pool": None, "labelnum": [1]}
+    train, test = compare.write_lists(make_settings(tmp_path / "all", cases=None, **more))
+    assert (train.read_text(encoding="utf-8"), test.read_text(encoding="utf-8")) == ("ball03\nball01\n", "ball02\n")
+    developed = compare.write_lists(make_settings(tmp_path / "few", cases=2, **more))  # never shows the test cases
+    assert [path.read_text(encoding="utf-8") for path in developed] == ["ball03\n", "ball01\n"]
+
+
+def test_only_data_labels_and_steps_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["compare", "--dataset_name", "ball", "--labelnum", "8", "--max_iteration", "9"])
+    settings = compare.parse()
+    assert settings.pool is None and settings.dataset_path is None
+    assert settings.output_dir == Path("runs/compare_ball")
 
 
 def test_lists_of_trained_runs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,14 +195,6 @@ def test_finished_runs_are_kept_and_other_flags_refused(tmp_path: Path, monkeypa
     assert (tmp_path / "weight_0.5.log").exists()
     with pytest.raises(ValueError, match="other flags"):
         compare.train(settings, "weight_0.5", ["--seed", "1"])
-
-
-def test_rows_of_different_code_are_named(rows: tuple[Row, Row, Row]) -> None:
-    base, ours, _ = rows
-    for folder, code in zip((*base.folders, *ours.folders), ("aaaa", "aaaa", "bbbb"), strict=True):
-        compare.beside(folder, ".plan.json").write_text(json.dumps({"flags": [], "code": code}), encoding="utf-8")
-    assert compare.code_note([base]) == ""
-    assert "aaaa: ours, supervised; bbbb: ours" in compare.code_note([base, ours])
 
 
 def test_the_code_is_that_of_every_source_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

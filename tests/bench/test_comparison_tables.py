@@ -1,0 +1,99 @@
+"""The bench's tables: statistics of made-up runs worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers_runs import write_run
+from scipy import stats
+
+from benchmarks import compare
+from benchmarks.comparison_tables import (
+    Row,
+    draw_rows,
+    draw_sweep,
+    format_rows,
+    gap_share,
+    paired_difference,
+)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> tuple[Row, Row, Row]:
+    """Baseline 0.5, ours 0.6, full 0.9 on average; two seeds of ours."""
+    base = Row("supervised", (write_run(tmp_path / "s", {"a": [0.4], "b": [0.5], "c": [0.6]}),))
+    seeds = (
+        write_run(tmp_path / "o0", {"a": [0.4, 0.6], "b": [0.6, 0.6], "c": [0.9, 0.7]}),
+        write_run(tmp_path / "o1", {"a": [0.5, 0.5], "b": [0.5, 0.5], "c": [0.5, 0.7]}),
+    )
+    full = Row("full", (write_run(tmp_path / "f", {"a": [0.8], "b": [0.9], "c": [1.0]}),))
+    return base, Row("ours", seeds), full
+
+
+def test_case_values_are_means_over_classes(rows: tuple[Row, Row, Row]) -> None:
+    assert np.allclose(rows[1].case_values("dice"), [[0.5, 0.6, 0.8], [0.5, 0.5, 0.6]])
+
+
+def test_infinite_distances_are_left_out_of_a_case(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "x", {"a": [0.0]}, hd95=float("inf"))
+    assert np.isnan(Row("x", (run,)).case_values("hd95_mm")).all()
+
+
+def test_paired_difference_is_that_of_the_case_means(rows: tuple[Row, Row, Row]) -> None:
+    base, ours, _ = rows
+    by_hand = np.array([50 - 40, 55 - 50, 70 - 60])
+    mean, low, high, p_value = paired_difference(ours, base)
+    assert mean == pytest.approx(by_hand.mean())
+    assert by_hand.min() <= low < mean < high <= by_hand.max()
+    assert p_value == pytest.approx(stats.wilcoxon(by_hand).pvalue)
+
+
+def test_a_row_against_itself_shows_nothing(rows: tuple[Row, Row, Row]) -> None:
+    assert paired_difference(rows[0], rows[0]) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_gap_share(rows: tuple[Row, Row, Row]) -> None:
+    base, ours, full = rows
+    assert gap_share(ours, base, full) == pytest.approx((3.5 / 6 - 0.5) / 0.4)
+
+
+def test_cost_adds_up_the_logged_spans(rows: tuple[Row, Row, Row]) -> None:
+    minutes, per_step, peak = rows[0].cost()
+    assert minutes == pytest.approx((10 * 0.5 + 20 * 1.0) / 60)
+    assert (per_step, peak) == (pytest.approx(0.75), 300)
+
+
+def test_different_cases_are_refused(rows: tuple[Row, Row, Row], tmp_path: Path) -> None:
+    other = write_run(tmp_path / "other", {"a": [0.5], "z": [0.5]})
+    with pytest.raises(ValueError, match="different cases"):
+        Row("mixed", (rows[0].folders[0], other)).case_values("dice")
+    with pytest.raises(ValueError, match="different cases"):
+        paired_difference(rows[0], Row("other", (other,)))
+    as_many = write_run(tmp_path / "as_many", {"a": [0.5], "b": [0.5], "z": [0.5]})
+    with pytest.raises(ValueError, match="different cases"):
+        paired_difference(rows[0], Row("as_many", (as_many,)))
+
+
+def test_table_and_plots(rows: tuple[Row, Row, Row], tmp_path: Path) -> None:
+    base, ours, full = rows
+    table = format_rows([base, ours, full], base, full)
+    ours_line = next(line for line in table.splitlines() if line.startswith("| ours"))
+    assert "58.33 ± 7.07" in ours_line
+    assert "+8.33" in ours_line
+    assert " 21% " in ours_line
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+    draw_rows(tmp_path / "rows.png", [base, ours, full], "title")
+    draw_sweep(tmp_path / "sweep.png", {"ours": {2: base, 4: ours}, "full": {8: full}}, "title")
+    assert (tmp_path / "rows.png").stat().st_size > 5_000
+    assert (tmp_path / "sweep.png").stat().st_size > 5_000
+
+
+def test_rows_of_different_code_are_named(rows: tuple[Row, Row, Row]) -> None:
+    base, ours, _ = rows
+    for folder, code in zip((*base.folders, *ours.folders), ("aaaa", "aaaa", "bbbb"), strict=True):
+        compare.beside(folder, ".plan.json").write_text(json.dumps({"flags": [], "code": code}), encoding="utf-8")
+    assert compare.code_note([base]) == ""
+    assert "aaaa: ours, supervised; bbbb: ours" in compare.code_note([base, ours])
