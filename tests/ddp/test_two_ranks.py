@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import json
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import nibabel as nib
@@ -15,6 +17,7 @@ import pytest
 import torch
 from conftest import BallSource
 from helpers_runs import small_config
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 import predict_3d
 from dataloaders.splits import make_training_split
@@ -42,8 +45,21 @@ DRAWN_WITH_PATCHES: dict[str, tuple[dict[str, object], float]] = {
 WITH_WARM_UP = ("bcp", "mc_net")  # mc_net leaves a decoder idle in it
 
 
+def run_rank(rank: int, folder: str) -> None:
+    """One of two ranks; what it prints, and why it ended early, goes to a log: the one that fails first takes the
+    other along, and the parent hears of one of them only."""
+    log = os.open(f"{folder}/rank{rank}.log", os.O_CREAT | os.O_WRONLY)
+    os.dup2(log, sys.stderr.fileno())
+    faulthandler.enable()
+    try:
+        train_rank(rank, folder)
+    except BaseException:
+        traceback.print_exc()
+        raise
+
+
 def train_rank(rank: int, folder: str) -> None:
-    """One of two ranks; trains every method for a few steps and writes its whole states to the folder."""
+    """Train every method for a few steps and write its whole state to the folder; then evaluate and predict."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     source = BallSource()
@@ -100,6 +116,12 @@ def share_cases(rank: int, source: BallSource, run: Path) -> None:
         json.dump([source.label_reads, [dataclasses.asdict(result) for result in results]], file)
 
 
+def log_end(folder: Path, rank: int) -> str:
+    """The last lines of a rank's log, without the list of every loaded module that a crash ends with."""
+    lines = (folder / f"rank{rank}.log").read_text().splitlines()
+    return "\n".join([f"rank {rank}:", *[line for line in lines if not line.startswith("Extension modules:")][-40:]])
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the states of both ranks, one sub-folder per method."""
@@ -108,7 +130,10 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         volume = BallSource().load(case_id, with_label=False)
         save_volume(folder / "scans" / f"{case_id}.nii.gz", volume.image[0], volume.affine)
     (folder / "scans" / "broken.nii.gz").write_bytes(b"no scan")
-    torch.multiprocessing.spawn(train_rank, args=(str(folder),), nprocs=2)
+    try:
+        torch.multiprocessing.spawn(run_rank, args=(str(folder),), nprocs=2)
+    except (ProcessExitedException, ProcessRaisedException) as error:
+        pytest.fail("\n".join([str(error), log_end(folder, 0), log_end(folder, 1)]), pytrace=False)
     return folder
 
 
