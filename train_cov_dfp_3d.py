@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from dataloaders.splits import make_test_ids, make_training_split
-from myutils.build import DataFacts, build_cache, build_source, resolve_config
+from myutils.build import DataFacts, build_source, resolve_config
 from myutils.checkpoint import RunState, read_checkpoint
 from myutils.config import RunConfig
 from myutils.distributed import RankInfo, any_rank, barrier, broadcast_object, start_process_group, stop_process_group
@@ -184,7 +184,6 @@ def resume_run(config: RunConfig, given: dict[str, Any], ranks: RankInfo, device
         raise ValueError(f"--resume: {len(gone)} training cases of {folder} are gone, the first is {gone[0]!r}")
     trainer = Trainer.resume(source, folder, ranks, device)
     trainer.state.config = stored
-    trainer.cache = build_cache(stored, source)
     return trainer
 
 

@@ -2,12 +2,14 @@
 
     python -m benchmarks.inference_speed --checkpoint runs/la/last.pt --image scan.nii.gz --label label.nii.gz
 
-Four sides, in one process, in turn, with the same network: ``ours`` is what evaluation and prediction do;
-``monai`` is ``monai.inferers.sliding_window_inference`` in float32 with the same window and overlap and otherwise its
-defaults, ``monai weighted`` the same with windows weighted as ours, so that what is left of the difference is that of
-precision, window places and arithmetic; ``stride`` is the test of the published left-atrium codes, a window every
-``--stride`` voxels (18×18×4), probabilities averaged, float32, window by window. Printed: median seconds, the ratio to
-ours, the Dice of each label map against the label, where there is one, and against MONAI's. A first round warms up.
+Sides, in one process, in turn, with the same network: ``ours`` is what evaluation and prediction do, ``ours plain`` the
+same with all voxels of a window weighing alike, as in MONAI's default; ``monai`` is
+``monai.inferers.sliding_window_inference`` in float32 with the same window and overlap and otherwise its defaults;
+``monai spread`` has its windows where ours are (evenly spaced; to a voxel), ``monai weighted`` our weights as well, so
+that precision and arithmetic alone part it from ``ours``, and ``monai spread`` from ``ours plain``; ``stride`` is the
+test of the published left-atrium codes, a window every ``--stride`` voxels (18×18×4), probabilities averaged, float32,
+window by window. Printed: median seconds, the ratio to ours, the Dice of each label map against the label, where there
+is one, and against MONAI's. A first round warms up.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from myutils.inference import InferenceOptions, sliding_window_probabilities
 from myutils.metrics import segmentation_metrics
 from myutils.pseudo_labels import most_probable
 from myutils.scan_inputs import find_scans
+from myutils.sliding_window import window_starts
 
 Side = Callable[[Tensor], Tensor]
 STRIDE = "stride"
@@ -105,12 +108,22 @@ def make_sides(
     def logits(images: Tensor) -> Tensor:
         return network(images).logits
 
+    def spread(image: Tensor) -> list[float]:
+        """Overlap along each axis that brings MONAI's windows to where ours are."""
+        found = zip(image.shape[1:], options.patch_size, strict=True)
+        gaps = [np.diff(window_starts(max(size, window), window, options.overlap)) for size, window in found]
+        steps = [max(gap, default=0) for gap in gaps]
+        return [1 - (step + 0.5) / size if step else 0.0 for step, size in zip(steps, options.patch_size, strict=True)]
+
+    plain = dataclasses.replace(options, sigma=1e6)
     weighted = {"mode": "gaussian", "sigma_scale": options.sigma}
     strided = [max(0.0, 1 - step / size) for step, size in zip(stride, options.patch_size, strict=True)]
     sides: dict[str, Side] = {
         "ours": lambda image: sliding_window_probabilities(network, image, options, device),
+        "ours plain": lambda image: sliding_window_probabilities(network, image, plain, device),
         "monai": lambda image: windows(image, options.overlap, logits),
-        "monai weighted": lambda image: windows(image, options.overlap, logits, **weighted),
+        "monai spread": lambda image: windows(image, spread(image), logits),
+        "monai weighted": lambda image: windows(image, spread(image), logits, **weighted),
     }
     if all(stride):
         sides[STRIDE] = lambda image: windows(image, strided, lambda images: logits(images).softmax(1))

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataloaders.base import CaseSource, KeptCases
+from dataloaders.case_cache import CaseCache
 from dataloaders.patches import Batch, PatchDataset, collate
 from dataloaders.samplers import StepPlan, StepSampler
 from myutils import build
@@ -79,7 +81,6 @@ class Trainer:
         self.optimizer = build.build_optimizer(config, self.method)
         self._trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
-        self.cache = build.build_cache(config, source)
         self._validation_cases = KeptCases(source)
         self.watch = FiniteWatch(eager=device.type == "cpu", advice=self._advice)
         self.interrupted, self._clock = False, (0.0, 0)  # the clock: time and step of the last log entry
@@ -95,6 +96,11 @@ class Trainer:
         trainer.optimizer.load_state_dict(tensors["optimizer"])
         trainer.scaler.load_state_dict(tensors["scaler"])
         return trainer
+
+    @cached_property
+    def cache(self) -> CaseCache:
+        """Prepared cases; made on first use, since a resumed run or a baseline may still be given other settings."""
+        return build.build_cache(self.state.config, self.source)
 
     def read_labels(self) -> None:
         """Read the cases with labels now, so that a wrong one is named before training; errors as in ``load``."""

@@ -88,7 +88,7 @@ def test_scaling_prints_a_line_per_number_of_ranks(
     assert lines[0][-1] == "1.00" and all(float(words[3]) > 0 for words in lines)
 
 
-def test_inference_speed_compares_four_sides(
+def test_inference_speed_compares_every_side(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = BallSource()
@@ -102,10 +102,12 @@ def test_inference_speed_compares_four_sides(
     monkeypatch.setattr(sys, "argv", ["x", *given, "--rounds", "1"])
     inference_speed.main()
     lines = capsys.readouterr().out.splitlines()[2:]
-    assert [line[:16].strip() for line in lines] == ["ours", "monai", "monai weighted", "stride"]
-    figures = [[float(word) for word in line[16:].split()] for line in lines]
-    assert figures[0][1] == 1 and figures[1][3] == 100 and figures[0][3] > 80
-    assert figures[2][2] == pytest.approx(figures[0][2], abs=0.5)  # the same weights: the same Dice but for rounding
+    sides = ["ours", "ours plain", "monai", "monai spread", "monai weighted", "stride"]
+    assert [line[:16].strip() for line in lines] == sides
+    figures = {line[:16].strip(): [float(word) for word in line[16:].split()] for line in lines}
+    assert figures["ours"][1] == 1 and figures["monai"][3] == 100 and figures["ours"][3] > 80
+    for own, same in (("ours", "monai weighted"), ("ours plain", "monai spread")):  # but for rounding
+        assert figures[own][2] == pytest.approx(figures[same][2], abs=0.2)
 
 
 def test_large_volume_prints_its_peak(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
