@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from myutils.host_memory import keep_freed_blocks
 
@@ -108,6 +111,21 @@ def stop_process_group() -> None:
     """Leave the process group, if one was joined."""
     if _in_group():
         dist.destroy_process_group()
+
+
+def data_parallel(module: nn.Module, device: torch.device, *, find_unused_parameters: bool) -> nn.Module:
+    """The module behind DDP, which takes the mean of the ranks' gradients.
+
+    Args:
+        module: On ``device``, with the same weights on every rank.
+        device: This rank's.
+        find_unused_parameters: Whether a step may leave parameters without a gradient.
+    """
+    # Buffers need no broadcast: the memory is gathered before it is written, the teacher averages equal weights.
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # the older name
+    settings: dict[str, Any] = {buffers: False, "find_unused_parameters": find_unused_parameters}
+    return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None, **settings)
 
 
 def broadcast_object(value: Any) -> Any:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -28,6 +27,7 @@ from myutils.distributed import (
     any_rank,
     autocast,
     barrier,
+    data_parallel,
     mean_over_ranks,
     peak_memory_mb,
     resolve_amp,
@@ -171,12 +171,8 @@ class Trainer:
         """The method, behind DDP where there are several ranks."""
         if self.ranks.world_size == 1:
             return self.method
-        ids = [self.device] if self.device.type == "cuda" else None
-        # Buffers need no broadcast: the memory is gathered before it is written, the teacher averages equal weights.
         idle = bool(self.state.config.warmup_iteration)  # heads that only unlabelled patches reach
-        return DistributedDataParallel(
-            self.method, device_ids=ids, broadcast_buffers=False, find_unused_parameters=idle
-        )
+        return data_parallel(self.method, self.device, find_unused_parameters=idle)
 
     def _progress_bar(self, first: int) -> tqdm[Any]:
         interactive = sys.stderr.isatty()
