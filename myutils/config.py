@@ -129,7 +129,7 @@ class RunConfig:
         choices=("highest", "lowest", "random", "confidence"),
     )
     prototype_samples: int = option(
-        2048, help="voxels per class and batch in the term, half of them labelled; >= 1", group=PROTOTYPES
+        512, help="voxels per class and batch in the term, half of them labelled; >= 1", group=PROTOTYPES
     )
     memory_interval: int = option(8, help="steps between refills of the memory by the teacher, >= 1", group=PROTOTYPES)
     embedding_dim: int = option(64, help="width of the projection and prediction heads, >= 1", group=PROTOTYPES)
