@@ -110,10 +110,11 @@ def make_sides(
 
     def spread(image: Tensor) -> list[float]:
         """Overlap along each axis that brings MONAI's windows to where ours are."""
-        found = zip(image.shape[1:], options.patch_size, strict=True)
-        gaps = [np.diff(window_starts(max(size, window), window, options.overlap)) for size, window in found]
-        steps = [max(gap, default=0) for gap in gaps]
-        return [1 - (step + 0.5) / size if step else 0.0 for step, size in zip(steps, options.patch_size, strict=True)]
+        overlaps = []
+        for size, window in zip(image.shape[1:], options.patch_size, strict=True):
+            step = max(np.diff(window_starts(max(size, window), window, options.overlap)), default=0)
+            overlaps.append(1 - (step + 0.5) / window if step else 0.0)  # MONAI rounds the step down
+        return overlaps
 
     plain = dataclasses.replace(options, sigma=1e6)
     weighted = {"mode": "gaussian", "sigma_scale": options.sigma}

@@ -46,8 +46,10 @@ WITH_WARM_UP = ("bcp", "mc_net")  # mc_net leaves a decoder idle in it
 
 
 def run_rank(rank: int, folder: str) -> None:
-    """One of two ranks; what it prints, and why it ended early, goes to a log: the one that fails first takes the
-    other along, and the parent hears of one of them only."""
+    """One of two ranks; what it prints, and why it ended early, goes to a log.
+
+    The one that fails first takes the other along, and the parent hears of one of them only.
+    """
     log = os.open(f"{folder}/rank{rank}.log", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, sys.stderr.fileno())
     faulthandler.enable()
