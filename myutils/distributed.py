@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import inspect
 import logging
 import os
@@ -99,8 +101,22 @@ def start_process_group(gpu: int | None = None) -> tuple[RankInfo, torch.device]
     device = select_device(gpu, info.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    join_group("nccl" if device.type == "cuda" else "gloo")
     return info, device
+
+
+def join_group(backend: str, **place: Any) -> None:
+    """Join a process group, so that ``stop_process_group`` ends its threads.
+
+    DDP imports ``torch._dynamo`` when it is first made. Imported while there is a group, that keeps the group for good,
+    and gloo's threads, still running as the process ends, abort it now and then after all work is done.
+
+    Args:
+        backend: "nccl" or "gloo".
+        place: Rank, world size and meeting point where the environment does not name them.
+    """
+    importlib.import_module("torch._dynamo")
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **place)
 
 
 def _in_group() -> bool:
@@ -110,6 +126,7 @@ def _in_group() -> bool:
 def stop_process_group() -> None:
     """Leave the process group, if one was joined."""
     if _in_group():
+        gc.collect()  # DDP modules lie in reference cycles, and each holds the group
         dist.destroy_process_group()
 
 
