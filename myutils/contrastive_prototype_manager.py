@@ -98,7 +98,7 @@ class ContrastivePrototypeManager(PrototypeMemory):
         return self.feature_selectors, self.memory_selectors
 
     def sample_positions(
-        self, class_labels: Tensor, samples_per_class: int | None = None, parts: int = 1
+        self, class_labels: Tensor, samples_per_class: int | None = None, parts: int = 1, keys: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Draw voxels to compare, so that a caller can run its heads on these alone.
 
@@ -106,14 +106,15 @@ class ContrastivePrototypeManager(PrototypeMemory):
             class_labels: Class ids (B, X, Y, Z) or (N,), integers; ``ignore_index`` marks voxels not to draw.
             samples_per_class: Largest number of voxels of one class; default as constructed.
             parts: With P parts the labels are groups, class id + K * part, and each group has its own quota.
+            keys: ``shared_keys`` (N,), to draw from the voxels of all ranks together.
 
         Returns:
-            Flat positions (S,) and their labels (S,), uniform within each class, without replacement. On an
-            accelerator S is fixed, and unused slots hold label ``ignore_index``, which every loss here leaves out.
+            Positions (S,) and labels (S,), uniform within each class, without replacement. On an accelerator or several
+            ranks S is fixed, and unused slots hold ``ignore_index``, which every loss here leaves out.
         """
         quota = self.samples_per_class if samples_per_class is None else samples_per_class
         checks.require_at_least("samples_per_class", quota, 1)
-        return sample_per_class(class_labels, parts * self.num_classes, quota, self.ignore_index)
+        return sample_per_class(class_labels, parts * self.num_classes, quota, self.ignore_index, keys=keys)
 
     @torch.no_grad()
     def update_memory(

@@ -119,13 +119,14 @@ def join_group(backend: str, **place: Any) -> None:
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **place)
 
 
-def _in_group() -> bool:
+def in_group() -> bool:
+    """Whether this process is one of several ranks that can talk to each other."""
     return dist.is_available() and dist.is_initialized()
 
 
 def stop_process_group() -> None:
     """Leave the process group, if one was joined."""
-    if _in_group():
+    if in_group():
         gc.collect()  # DDP modules lie in reference cycles, and each holds the group
         dist.destroy_process_group()
 
@@ -147,7 +148,7 @@ def data_parallel(module: nn.Module, device: torch.device, *, find_unused_parame
 
 def broadcast_object(value: Any) -> Any:
     """Rank 0's picklable ``value`` on every rank; the value itself where there is one process."""
-    if not _in_group():
+    if not in_group():
         return value
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
@@ -156,12 +157,12 @@ def broadcast_object(value: Any) -> Any:
 
 def is_main_rank() -> bool:
     """Whether this process is rank 0, or alone."""
-    return not _in_group() or dist.get_rank() == 0
+    return not in_group() or dist.get_rank() == 0
 
 
 def own_share(items: Sequence[T]) -> list[T]:
     """The items that this rank works on: every N-th of N ranks, all of them where there is one process."""
-    if not _in_group():
+    if not in_group():
         return list(items)
     return list(items[dist.get_rank() :: dist.get_world_size()])
 
@@ -171,7 +172,7 @@ def join_shares(share: Sequence[T]) -> list[T]:
 
     Every rank must call it; each gets all.
     """
-    if not _in_group():
+    if not in_group():
         return list(share)
     shares: list[Sequence[T]] = [()] * dist.get_world_size()
     dist.all_gather_object(shares, list(share))
@@ -181,7 +182,7 @@ def join_shares(share: Sequence[T]) -> list[T]:
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Mean of a tensor over all ranks; unchanged where there is one process."""
-    if not _in_group():
+    if not in_group():
         return values
     return _added_up(values) / dist.get_world_size()
 
@@ -210,7 +211,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     Every rank must call it, in the same order as the others. Each rank's loss is then that of all, and the mean of the
     ranks' gradients, which DDP takes, is the gradient of that one loss.
     """
-    return torch.as_tensor(_SumOverRanks.apply(values)) if _in_group() else values
+    return torch.as_tensor(_SumOverRanks.apply(values)) if in_group() else values
 
 
 def concat_ranks(values: torch.Tensor, dim: int = 0) -> torch.Tensor:
@@ -218,7 +219,7 @@ def concat_ranks(values: torch.Tensor, dim: int = 0) -> torch.Tensor:
 
     Every rank must call it with a tensor of the same shape and type.
     """
-    if not _in_group():
+    if not in_group():
         return values
     values = values.contiguous()
     gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
@@ -228,7 +229,7 @@ def concat_ranks(values: torch.Tensor, dim: int = 0) -> torch.Tensor:
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether ``flag`` is true on at least one rank; every rank must call it."""
-    if not _in_group():
+    if not in_group():
         return flag
     found = torch.tensor([float(flag)], device=device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
@@ -237,7 +238,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 def barrier() -> None:
     """Wait for all ranks."""
-    if _in_group():
+    if in_group():
         dist.barrier()
 
 

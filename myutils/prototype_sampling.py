@@ -1,7 +1,8 @@
 """Voxel sampling for the prototype losses: draw positions first, then read only those voxels.
 
 Contract: positions index the flattened voxels (B * X * Y * Z in C order, or N); the only randomness is torch's
-global generator of the device that holds the labels.
+global generator of the device that holds the labels. ``quota`` counts the voxels of this process, but where keys are
+given: then those of all ranks.
 """
 
 from __future__ import annotations
@@ -9,11 +10,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from myutils.distributed import concat_ranks
+from myutils.rank_batch import draw_rows, rank_count
+
 _PADDING_SLACK = 16
 
 
+def shared_keys(patches: int, voxels: int, device: torch.device) -> Tensor:
+    """Random keys (patches * voxels,) in 0..1 of this rank's patches, the same ones on any number of ranks."""
+    return draw_rows(lambda rows: torch.rand(rows, voxels, device=device), patches).reshape(-1)
+
+
 def sample_per_class(
-    class_labels: Tensor, num_classes: int, quota: int, ignore_index: int, fixed_size: bool | None = None
+    class_labels: Tensor,
+    num_classes: int,
+    quota: int,
+    ignore_index: int,
+    fixed_size: bool | None = None,
+    keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw up to ``quota`` voxels of each class, uniformly and without replacement.
 
@@ -27,7 +41,10 @@ def sample_per_class(
         num_classes: Number of classes K.
         quota: The largest number of voxels of one class.
         ignore_index: Label of voxels to leave out.
-        fixed_size: Whether to return K * min(quota, N) slots whatever the labels; default on accelerators only.
+        fixed_size: Whether to return K * min(quota, N) slots whatever the labels; default on accelerators, and
+            where several ranks draw together.
+        keys: ``shared_keys`` (N,) for a draw from the voxels of all ranks, a collective call; None draws keys for these
+            voxels alone.
 
     Returns:
         Flat positions (S,), grouped by class, and their labels (S,), both int64, S <= K * quota.
@@ -40,20 +57,23 @@ def sample_per_class(
         return labels.long(), labels.long()
     require_class_ids(labels, num_classes, ignore_index)
     codes = labels.long().masked_fill(labels == ignore_index, num_classes)  # (N,), K = left out
-    keys = torch.rand(codes.shape, device=codes.device)  # (N,)
+    together = keys is not None and rank_count() > 1
+    if keys is None:
+        keys = torch.rand(codes.shape, device=codes.device)  # (N,)
     if fixed_size is None:
-        fixed_size = codes.device.type != "cpu"
-    kept = None if fixed_size else _likely_winners(codes, keys, num_classes, quota)
+        fixed_size = codes.device.type != "cpu" or together
+    slots_per_class = min(quota, codes.numel())
+    kept = None if codes.device.type != "cpu" else _likely_winners(codes, keys, num_classes, quota)
     if kept is not None:
         codes, keys = codes[kept], keys[kept]
-        if not codes.numel():
-            return kept, kept
     ordered, order = (codes.double() + keys).sort()  # by class, then by key
     edges = torch.arange(num_classes + 1, device=codes.device, dtype=ordered.dtype)
     starts = torch.searchsorted(ordered, edges)  # (K + 1,)
-    slots = starts[:-1, None] + torch.arange(min(quota, codes.numel()), device=codes.device)  # (K, quota)
+    slots = starts[:-1, None] + torch.arange(slots_per_class, device=codes.device)  # (K, quota)
     used = slots < starts[1:, None]
     positions = order[slots.clamp(max=codes.numel() - 1)]  # (K, quota)
+    if together:
+        used &= _among_the_smallest(keys[positions].where(used, torch.inf), quota)
     drawn = codes[positions].masked_fill(~used, ignore_index)
     positions = positions if kept is None else kept[positions]
     if fixed_size:
@@ -61,8 +81,14 @@ def sample_per_class(
     return positions[used], drawn[used]
 
 
+def _among_the_smallest(keys: Tensor, quota: int) -> Tensor:
+    """Which keys (K, S) are among the ``quota`` smallest of their class over all ranks."""
+    everyone = concat_ranks(keys, dim=1)  # (K, S * ranks)
+    return keys <= everyone.sort(dim=1).values[:, min(quota, everyone.shape[1]) - 1, None]
+
+
 def _likely_winners(codes: Tensor, keys: Tensor, num_classes: int, quota: int) -> Tensor:
-    """Positions of the voxels (N,) whose key is small enough to be among the ``quota`` smallest of their class.
+    """Positions of the voxels (N,), at least one, whose key may be among the ``quota`` smallest of their class.
 
     The bound leaves more than 6 standard deviations of room, so that a class falls short of its quota about once
     in 10^9 draws; the draw stays uniform even then.
@@ -70,7 +96,8 @@ def _likely_winners(codes: Tensor, keys: Tensor, num_classes: int, quota: int) -
     counts = torch.bincount(codes, minlength=num_classes + 1)  # (K + 1,)
     bound = (1.1 * quota + 6.0 * quota**0.5 + _PADDING_SLACK) / counts.clamp(min=1)
     bound[num_classes] = 0.0
-    return (keys < bound.float()[codes]).nonzero().squeeze(1)
+    kept = (keys < bound.float()[codes]).nonzero().squeeze(1)
+    return kept if kept.numel() else kept.new_zeros(1)  # one voxel, left out where it has no class
 
 
 def require_class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> None:

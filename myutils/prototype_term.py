@@ -15,7 +15,8 @@ from myutils.config import RunConfig, required
 from myutils.contrastive_prototype_manager import ContrastivePrototypeManager
 from myutils.ema import MovingAverage, make_teacher
 from myutils.prototype_memory import Candidates
-from myutils.prototype_sampling import pick_voxels
+from myutils.prototype_sampling import pick_voxels, shared_keys
+from myutils.rank_batch import all_rows
 from myutils.schedules import ema_decay_at
 from networks.base import SegmentationNetwork, SegmentationOutput
 from networks.heads import FeatureHead
@@ -100,7 +101,8 @@ class PrototypeTerm(nn.Module):
         """Raw losses of the labelled voxels, plus those of the unlabelled ones, against the memory before this batch.
 
         Both kinds go through one sampling, one read of the student's features and one pass of the heads: each read
-        costs a gradient map of the size of the features, and on an accelerator every launch counts.
+        costs a gradient map of the size of the features, and on an accelerator every launch counts. Several ranks draw
+        from the voxels of all, and each has the losses of all that were drawn.
 
         Args:
             student: Student outputs of the whole batch, labelled patches first, on the graph.
@@ -116,7 +118,9 @@ class PrototypeTerm(nn.Module):
             confident = pseudo.labels.reshape(-1)
             groups = torch.cat([groups, (confident + manager.num_classes).masked_fill(confident == IGNORE, IGNORE)])
         quota = max(1, manager.samples_per_class // parts)  # of a class in the whole batch; both halves get as much
-        positions, groups = manager.sample_positions(groups, quota, parts)
+        patches = len(labels) + (0 if pseudo is None else len(pseudo.labels))
+        keys = shared_keys(patches, labels[0].numel(), labels.device)
+        positions, groups = manager.sample_positions(groups, quota, parts, keys)
         with torch.autocast(labels.device.type, enabled=False):
             projected = self.projection(pick_voxels(student.features, positions).float())  # (S, E)
             predicted = self.prediction(projected)
@@ -126,7 +130,7 @@ class PrototypeTerm(nn.Module):
                 found.append(self._labeled_candidates(drawn, student, teacher_l, labels.numel()))
                 if pseudo is not None:
                     found.append(self._pseudo_candidates(drawn, pseudo.teacher, labels.numel()))
-            return manager.compare_and_store(predicted, groups, found, parts)
+            return manager.compare_and_store(all_rows(predicted), all_rows(groups), found, parts)
 
     @torch.no_grad()
     def _labeled_candidates(

@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from myutils.rank_batch import draw_rows, fetch_rows, rank_count
+from networks.layers import dropped_channels
 
 
 def most_probable(scores: Tensor, axis: int = 1) -> Tensor:
@@ -43,47 +45,56 @@ def random_boxes(sides: Tensor, size: torch.Size) -> Tensor:
     inside = []
     for n in size:
         length = (sides * n).round().clamp(1, n)  # (B,)
-        start = (torch.rand_like(sides) * (n - length + 1)).floor()
+        place = draw_rows(lambda rows: torch.rand(rows, device=sides.device), len(sides))
+        start = (place * (n - length + 1)).floor()
         voxels = torch.arange(n, device=sides.device)
         inside.append((voxels >= start[:, None]) & (voxels < (start + length)[:, None]))  # (B, n)
     x, y, z = inside
     return x[:, :, None, None] & y[:, None, :, None] & z[:, None, None, :]
 
 
-def mixing_sources(labeled: int, shape: torch.Size, device: torch.device, unlabeled_share: float = 0.0) -> Tensor:
-    """For each voxel of the unlabelled patches, the flat index of the voxel that takes its place in the mixed patch.
+class Paste(NamedTuple):
+    """Boxes of other patches for the unlabelled patches of a step.
 
-    Labelled and unlabelled patches are numbered in one batch, labelled first. Each unlabelled patch gets one random
-    box, a quarter to a half of its volume, from another patch at the same place. From a labelled one the student
-    learns true labels within the unlabelled image, the mix that BCP found to carry most (Bai et al. 2023,
-    arXiv:2305.00673); from the unlabelled one before it two pseudo-labels side by side (CutMix, Yun et al. 2019,
-    arXiv:1905.04899, as in UniMatch, arXiv:2208.09910).
+    Attributes:
+        partners: For each unlabelled patch of all ranks the number of the patch that it takes its box from, int64, on
+            the host; the labelled and then the unlabelled patches of all ranks are counted through.
+        boxes: Which voxels (B, X, Y, Z) of this rank's unlabelled patches are taken, bool.
+    """
+
+    partners: Tensor
+    boxes: Tensor
+
+    def apply(self, labeled: Tensor, unlabeled: Tensor) -> Tensor:
+        """The unlabelled rows (B, C, X, Y, Z) with their boxes, from labelled rows (Bl, C, X, Y, Z) and others of them.
+
+        With several ranks a collective call; no gradient flows through the boxes.
+        """
+        pool = torch.cat([labeled, unlabeled])
+        return fetch_rows(pool, self.partners).where(self.boxes.unsqueeze(1), unlabeled)
+
+
+def draw_paste(labeled: int, shape: torch.Size, device: torch.device, unlabeled_share: float = 0.0) -> Paste:
+    """One random box for each unlabelled patch, a quarter to a half of its volume, from another patch at its place.
+
+    From a labelled one the student learns true labels within the unlabelled image, the mix that BCP found to carry
+    most (Bai et al. 2023, arXiv:2305.00673); from the unlabelled one before it two pseudo-labels side by side (CutMix,
+    Yun et al. 2019, arXiv:1905.04899, as in UniMatch, arXiv:2208.09910).
 
     Args:
-        labeled: Number Bl of labelled patches.
-        shape: (Bu, X, Y, Z) of the unlabelled patches.
-        device: Where the indices are used.
+        labeled: Number Bl of this rank's labelled patches.
+        shape: (B, X, Y, Z) of its unlabelled patches.
+        device: Where the boxes are used.
         unlabeled_share: Chance of a box to come from an unlabelled patch, 0..1.
-
-    Returns:
-        Indices (Bu, X, Y, Z), int64, in 0..(Bl + Bu) * X * Y * Z - 1.
     """
-    batch, size = shape[0], shape[1:]
-    voxels = torch.arange(size.numel(), device=device).reshape(size)
-    own = torch.arange(labeled, labeled + batch, device=device)  # (Bu,)
-    partners = torch.randint(0, labeled, (batch,), device=device)
+    batch, first = shape[0], labeled * rank_count()
+    everyone = batch * rank_count()
+    partners = torch.randint(0, first, (everyone,))
     if unlabeled_share:
-        partners = torch.where(torch.rand(batch, device=device) < unlabeled_share, own.roll(1), partners)
-    pasted = random_boxes((0.25 + 0.25 * torch.rand(batch, device=device)) ** (1 / 3), size)
-    patches = torch.where(pasted, partners.reshape(-1, 1, 1, 1), own.reshape(-1, 1, 1, 1))  # (Bu, X, Y, Z)
-    return voxels + patches * voxels.numel()
-
-
-def take_voxels(values: Tensor, sources: Tensor) -> Tensor:
-    """Values (B, X, Y, Z) or images (B, C, X, Y, Z) of the whole batch, taken at ``sources`` (Bu, X, Y, Z)."""
-    if values.ndim == sources.ndim:
-        return values.reshape(-1)[sources]
-    return torch.stack([take_voxels(values[:, channel], sources) for channel in range(values.shape[1])], dim=1)
+        before = torch.arange(first, first + everyone).roll(1)
+        partners = torch.where(torch.rand(everyone) < unlabeled_share, before, partners)
+    share = draw_rows(lambda rows: torch.rand(rows, device=device), batch)
+    return Paste(partners, random_boxes((0.25 + 0.25 * share) ** (1 / 3), shape[1:]))
 
 
 def drop_channels(encoded: list[Tensor], first: int = 0) -> list[Tensor]:
@@ -92,4 +103,4 @@ def drop_channels(encoded: list[Tensor], first: int = 0) -> list[Tensor]:
     Patches before ``first`` stay as they are. The feature perturbation of UniMatch (Yang et al. 2023,
     arXiv:2208.09910).
     """
-    return [torch.cat([level[:first], functional.dropout3d(level[first:], 0.5)]) for level in encoded]
+    return [torch.cat([level[:first], dropped_channels(level[first:], 0.5)]) for level in encoded]

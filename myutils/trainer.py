@@ -134,9 +134,9 @@ class Trainer:
         return self.state
 
     def train_step(self, network: nn.Module, batch: Batch, step: int) -> StepOutput:
-        """Forward, backward, optimizer and teacher; a pure function of the weights and (seed, step, rank)."""
+        """Forward, backward, optimizer and teacher; a pure function of the weights, the patches and (seed, step)."""
         config = self.state.config
-        torch.manual_seed(derive_seed(config.seed, step, self.ranks.rank))
+        torch.manual_seed(derive_seed(config.seed, step, 0))  # equal on all ranks: see myutils.rank_batch
         lr = poly_lr(required(config.base_lr, "base_lr"), step, self.max_iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]

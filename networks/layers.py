@@ -8,6 +8,8 @@ float32 here; they are the smallest of the network, so that it costs nothing tha
 Slow: torch's instance normalisation of 3D maps takes up to four times as long in bf16 on the CPU as a group
 normalisation with one channel per group, which is the same function; on an H100 it takes 1.6 times as long for
 full-size patches, and about as long for small ones.
+
+Different on any other number of ranks: torch's dropout of channels.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from myutils.rank_batch import draw_rows
 
 
 class GuardedConv3d(nn.Conv3d):
@@ -40,6 +44,26 @@ class GroupedInstanceNorm3d(nn.InstanceNorm3d):
             return functional.group_norm(input, self.num_features, weight, bias, self.eps)
 
 
+def dropped_channels(maps: Tensor, probability: float) -> Tensor:
+    """Whole channels of (B, C, X, Y, Z) dropped at random, the others scaled up: ``functional.dropout3d``, to the bit.
+
+    Which ones depends on the patch's place in the whole batch, and not on the ranks that share it out.
+    """
+
+    def keep(rows: int) -> Tensor:
+        return maps.new_empty(rows, maps.shape[1], 1, 1, 1).bernoulli_(1 - probability)
+
+    return maps * draw_rows(keep, len(maps)).div(1 - probability or 1.0)
+
+
+class SharedDropout3d(nn.Dropout3d):
+    """``nn.Dropout3d`` that drops the same channels on any number of ranks."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Drop channels of (B, C, X, Y, Z) in training mode."""
+        return dropped_channels(input, self.p) if self.training and self.p else input
+
+
 def mend_layers(network: nn.Module) -> None:
     """Exchange the layers of a network, MONAI's included; names, weights and state stay as they are."""
     for module in network.modules():
@@ -47,3 +71,5 @@ def mend_layers(network: nn.Module) -> None:
             module.__class__ = GuardedConv3d
         elif type(module) is nn.InstanceNorm3d and not module.track_running_stats:
             module.__class__ = GroupedInstanceNorm3d
+        elif type(module) is nn.Dropout3d and not module.inplace:
+            module.__class__ = SharedDropout3d

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from networks.base import NETWORKS
-from networks.layers import GroupedInstanceNorm3d, GuardedConv3d, mend_layers
+from networks.layers import GroupedInstanceNorm3d, GuardedConv3d, SharedDropout3d, mend_layers
 
 
 def spoil_memory() -> None:
@@ -81,3 +81,19 @@ def test_running_statistics_are_left_to_torch() -> None:
     network = nn.Sequential(nn.InstanceNorm3d(2, track_running_stats=True))
     mend_layers(network)
     assert type(network[0]) is nn.InstanceNorm3d
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("probability", [0.3, 0.5, 1.0])
+def test_dropout_of_channels_is_that_of_torch(probability: float, dtype: torch.dtype) -> None:
+    plain = nn.Dropout3d(probability)
+    mended = nn.Sequential(copy.deepcopy(plain))
+    mend_layers(mended)
+    assert type(mended[0]) is SharedDropout3d
+    maps = torch.randn(3, 8, 2, 3, 4, dtype=dtype)
+    outputs = []
+    for module in (plain, mended):
+        torch.manual_seed(0)
+        outputs.append(module(maps))
+    assert torch.equal(*outputs) and not torch.equal(outputs[0], maps)
+    assert torch.equal(mended.eval()(maps), maps)

@@ -11,7 +11,7 @@ from helpers_runs import random_batch, small_config
 
 from myutils.build import DataFacts, build_method
 from myutils.methods.mean_teacher import MeanTeacher
-from myutils.pseudo_labels import drop_channels, mixing_sources, pseudo_labels, take_voxels
+from myutils.pseudo_labels import Paste, draw_paste, drop_channels, pseudo_labels
 
 CPU = torch.device("cpu")
 
@@ -33,42 +33,42 @@ def test_pseudo_labels_by_hand() -> None:
 
 
 @pytest.mark.parametrize("size", [(8, 8, 8), (16, 4, 2), (1, 5, 7)])
-def test_mixing_sources_pastes_one_box_of_a_labelled_patch_at_its_own_place(size: tuple[int, int, int]) -> None:
+def test_each_unlabelled_patch_gets_one_box_of_a_labelled_one(size: tuple[int, int, int]) -> None:
     torch.manual_seed(1)
-    labeled, unlabeled, voxels = 2, 3, size[0] * size[1] * size[2]
     for _ in range(20):
-        sources = mixing_sources(labeled, torch.Size((unlabeled, *size)), CPU)
-        assert torch.equal(sources.flatten(1) % voxels, torch.arange(voxels).expand(unlabeled, -1))
-        for index, patch in enumerate(sources // voxels):
-            pasted = patch != labeled + index
-            assert pasted.any(), "nothing is pasted"
-            assert len(patch[pasted].unique()) == 1 and int(patch[pasted][0]) < labeled
-            corners = pasted.nonzero()
+        paste = draw_paste(2, torch.Size((3, *size)), CPU)
+        assert len(paste.partners) == 3 and int(paste.partners.min()) >= 0 and int(paste.partners.max()) < 2
+        for box in paste.boxes:
+            corners = box.nonzero()
+            assert len(corners), "nothing is pasted"
             sides = corners.amax(0) - corners.amin(0) + 1
-            assert int(sides.prod()) == int(pasted.sum()), "not a box"
+            assert int(sides.prod()) == int(box.sum()), "not a box"
 
 
-def test_mixing_sources_reach_the_last_offset_and_keep_the_stated_volume() -> None:
+def test_boxes_reach_the_last_offset_and_keep_the_stated_volume() -> None:
     torch.manual_seed(0)
     reached, shares = set(), []
     for _ in range(200):
-        pasted = mixing_sources(1, torch.Size((1, 8, 8, 8)), CPU)[0] < 512
-        reached |= {int(pasted.nonzero()[:, 0].max()), int(pasted.nonzero()[:, 0].min())}
-        shares.append(float(pasted.float().mean()))
+        box = draw_paste(1, torch.Size((1, 8, 8, 8)), CPU).boxes[0]
+        reached |= {int(box.nonzero()[:, 0].max()), int(box.nonzero()[:, 0].min())}
+        shares.append(float(box.float().mean()))
     assert {0, 7} <= reached
     assert 0.2 < sum(shares) / len(shares) < 0.55
 
 
-def test_mixing_sources_take_the_unlabelled_share_from_the_patch_before() -> None:
+def test_boxes_take_the_unlabelled_share_from_the_patch_before() -> None:
     torch.manual_seed(0)
-    partners = []
-    for _ in range(200):
-        patches = mixing_sources(2, torch.Size((3, 6, 6, 6)), CPU, 0.25) // 216
-        for index, patch in enumerate(patches):
-            partner = patch[patch != 2 + index].unique().tolist()
-            assert partner in ([0], [1], [2 + (index - 1) % 3])
-            partners += partner
-    assert sum(partner > 1 for partner in partners) / len(partners) == pytest.approx(0.25, abs=0.06)
+    partners = torch.stack([draw_paste(2, torch.Size((3, 6, 6, 6)), CPU, 0.25).partners for _ in range(200)])
+    for index, drawn in enumerate(partners.T):
+        assert set(drawn.tolist()) == {0, 1, 2 + (index - 1) % 3}
+    assert float((partners > 1).float().mean()) == pytest.approx(0.25, abs=0.06)
+
+
+def test_paste_by_hand() -> None:
+    labeled = torch.tensor([[10, 11]]).reshape(1, 1, 1, 1, 2)
+    unlabeled = torch.tensor([[20, 21], [30, 31]]).reshape(2, 1, 1, 1, 2)
+    boxes = torch.tensor([[True, False], [False, True]]).reshape(2, 1, 1, 2)
+    assert Paste(torch.tensor([0, 1]), boxes).apply(labeled, unlabeled).flatten().tolist() == [10, 21, 30, 21]
 
 
 def test_feature_perturbation_spares_the_labelled_patches() -> None:
@@ -104,14 +104,6 @@ def test_a_single_unlabelled_patch_takes_its_boxes_from_labelled_ones() -> None:
 def test_flags_of_the_mixed_patches_are_refused_where_nothing_uses_them(flag: str) -> None:
     with pytest.raises(ValueError, match=f"--{flag}"):
         make(method="bcp", **{flag: True if flag == "feature_perturbation" else 0.5})
-
-
-def test_take_voxels_by_hand() -> None:
-    labels = torch.tensor([[10, 11], [20, 21]]).reshape(2, 1, 1, 2)
-    sources = torch.tensor([0, 3]).reshape(1, 1, 1, 2)
-    assert take_voxels(labels, sources).flatten().tolist() == [10, 21]
-    images = torch.stack([labels, labels + 100], dim=1)
-    assert take_voxels(images, sources).flatten().tolist() == [10, 21, 110, 121]
 
 
 def test_mix_gives_true_labels_for_certain_where_they_were_pasted() -> None:

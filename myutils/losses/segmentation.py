@@ -66,7 +66,9 @@ def dice_ce_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> 
 
 
 def region_losses(logits: Tensor, labels: Tensor, region: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of soft Dice loss and cross-entropy inside a region and outside it, each averaged over its part, in float32.
+    """Mean of soft Dice loss and cross-entropy inside a region and outside it, in float32.
+
+    Each is averaged over its part of all ranks' voxels.
 
     Args:
         logits: (B, K, X, Y, Z), any floating type.
@@ -81,7 +83,8 @@ def region_losses(logits: Tensor, labels: Tensor, region: Tensor) -> tuple[Tenso
     probs = log_probs.exp()
 
     def within(part: Tensor) -> Tensor:
-        mean = (cross_entropy * part).sum() / part.sum().clamp(min=1)
+        total, voxels = sum_over_ranks(torch.stack([(cross_entropy * part).sum(), part.sum()]))
+        mean = total / voxels.clamp(min=1)
         return 0.5 * (mean + soft_dice_loss(probs, labels, part))
 
     return within(region.float()), within((~region).float())

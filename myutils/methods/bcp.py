@@ -32,6 +32,7 @@ from myutils.methods.averaged_teacher import TeacherMethod
 from myutils.methods.base import METHODS, LossTerm, StepOutput
 from myutils.prototype_term import IGNORE
 from myutils.pseudo_labels import most_probable, random_boxes
+from myutils.rank_batch import fetch_rows, rank_count
 
 _BOX_SIDE = 2 / 3
 
@@ -71,8 +72,9 @@ class BidirectionalCopyPaste(TeacherMethod):
         """The first phase: each labelled patch with a box of the next one."""
         images, labels = batch.image_l, batch.label_l
         masks = paste_masks(len(images), images.shape[2:], images.device)
-        mixed = images.where(masks.unsqueeze(1), images.roll(1, 0))
-        target = labels.where(masks, labels.roll(1, 0))
+        before = torch.arange(len(images) * rank_count()).roll(1)
+        mixed = images.where(masks.unsqueeze(1), fetch_rows(images, before))
+        target = labels.where(masks, fetch_rows(labels, before))
         student = self.student(mixed)
         terms = {"supervised": LossTerm(dice_ce_loss(student.logits, target), 1.0)}
         terms |= self.coarse_terms(student, target)

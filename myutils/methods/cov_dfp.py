@@ -31,8 +31,9 @@ from myutils.config import RunConfig, required
 from myutils.dynamic_feature_pool import DynamicFeaturePool, correlation_consistency
 from myutils.methods.base import METHODS, LossTerm
 from myutils.methods.mean_teacher import CONSISTENCY, MeanTeacher, StepParts
-from myutils.prototype_sampling import gated_pseudo_labels, pick_voxels, sample_per_class
+from myutils.prototype_sampling import gated_pseudo_labels, pick_voxels, sample_per_class, shared_keys
 from myutils.prototype_term import IGNORE
+from myutils.rank_batch import all_rows
 from myutils.schedules import fraction_rampup
 from networks.base import SegmentationNetwork, SegmentationOutput
 
@@ -106,14 +107,15 @@ class CovarianceFeaturePools(MeanTeacher):
                 self.pool.rebuild()
             both = torch.cat([positions_l, positions_u + parts.batch.label_l.numel()])
             features = pick_voxels(parts.student.features, both).float()  # (S, E)
-            anchor = self.pool.anchor_loss(features, torch.cat([classes_l, classes_u]))
-            split = len(positions_l)
+            features_l, features_u = (all_rows(half) for half in features.split([len(positions_l), len(positions_u)]))
+            classes_l, classes_u = all_rows(classes_l), all_rows(classes_u)
+            anchor = self.pool.anchor_loss(torch.cat([features_l, features_u]), torch.cat([classes_l, classes_u]))
             known_l, known_u = classes_l != IGNORE, classes_u != IGNORE
-            correlation = correlation_consistency(features[:split], features[split:], known_l, known_u)
+            correlation = correlation_consistency(features_l, features_u, known_l, known_u)
             regions = functional.avg_pool3d(parts.student.features.float(), _REGION).movedim(1, -1).flatten(0, 3)
             target = self.pool.nearest_pools(regions)
             named = self.selector(self.pool.standardise(regions.detach()))  # (R, J)
-            compact, separation = self.pool.pool_losses(regions, named.argmax(1))
+            compact, separation = self.pool.pool_losses(all_rows(regions), all_rows(named.argmax(1)))
         weight = self.ramp(step) if stage == 3 else 0.0
         terms = {
             "dfp_selector": LossTerm(functional.cross_entropy(named, target), 1.0 if stage == 2 else 0.0),
@@ -128,8 +130,9 @@ class CovarianceFeaturePools(MeanTeacher):
         return terms, scalars
 
     def _draw(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions (S,) and classes (S,) of up to ``--max_store`` voxels per class; S does not depend on the rank."""
-        return sample_per_class(labels, self.student.num_classes, self.config.max_store, IGNORE, fixed_size=True)
+        """Positions (S,) and classes (S,) of up to ``--max_store`` voxels per class of all ranks; S is fixed."""
+        keys = shared_keys(len(labels), labels[0].numel(), labels.device)
+        return sample_per_class(labels, self.student.num_classes, self.config.max_store, IGNORE, True, keys)
 
     @torch.no_grad()
     def _collect(self, teacher: SegmentationOutput, positions: Tensor, classes: Tensor) -> None:

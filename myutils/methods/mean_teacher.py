@@ -23,7 +23,8 @@ from myutils.config import required
 from myutils.losses.segmentation import dice_ce_loss, one_hot_labels, soft_label_loss
 from myutils.methods.averaged_teacher import TeacherMethod
 from myutils.methods.base import METHODS, LossTerm, StepOutput
-from myutils.pseudo_labels import drop_channels, mixing_sources, most_probable, take_voxels
+from myutils.pseudo_labels import draw_paste, drop_channels, most_probable
+from myutils.rank_batch import rank_count
 from networks.base import SegmentationOutput
 
 
@@ -98,11 +99,9 @@ class MeanTeacher(TeacherMethod):
         """
         if not self.config.copy_paste or not len(batch.image_u):
             return batch.image_u_strong, believed, None
+        share = (self.config.paste_unlabeled or 0.0) if len(batch.image_u) * rank_count() > 1 else 0.0
         shape = batch.image_u_strong[:, 0].shape
-        share = (self.config.paste_unlabeled or 0.0) if len(batch.image_u) > 1 else 0.0
-        sources = mixing_sources(len(batch.image_l), shape, batch.image_u.device, share)
+        paste = draw_paste(len(batch.image_l), shape, batch.image_u.device, share)
         certain = one_hot_labels(batch.label_l, believed.shape[1])
-        target = take_voxels(torch.cat([certain, believed]), sources)
-        strong = take_voxels(torch.cat([batch.image_l, batch.image_u_strong]), sources)
-        own = torch.arange(batch.label_l.numel(), sources.numel() + batch.label_l.numel(), device=sources.device)
-        return strong, target, sources != own.reshape(shape)
+        strong = paste.apply(batch.image_l, batch.image_u_strong)
+        return strong, paste.apply(certain, believed), paste.boxes

@@ -23,6 +23,7 @@ from dataloaders.patches import Batch
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
 from myutils.pseudo_labels import most_probable
+from myutils.rank_batch import draw_rows
 from networks.base import SegmentationNetwork
 
 _PROBE, _RADIUS = 10.0, 10.0  # lengths (L2, per patch) of the probing and of the final perturbation
@@ -63,7 +64,8 @@ class SSNet(Method):
     def _smoothness(self, images: Tensor, logits: Tensor) -> Tensor:
         """Distance between the prediction and that of the worst nearby image."""
         target = logits.detach().float().softmax(1)
-        direction = unit_patches(torch.rand_like(images) - 0.5).requires_grad_()
+        noise = draw_rows(lambda rows: torch.rand(rows, *images.shape[1:], device=images.device), len(images))
+        direction = unit_patches(noise - 0.5).requires_grad_()
         with torch.enable_grad():
             probed = self.student(images + _PROBE * direction).logits.float().softmax(1)
             scaled = overlap_distance(probed, target) * probed[:, 0].numel()  # a sum: a mean's slope is 0 in fp16

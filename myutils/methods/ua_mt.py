@@ -19,17 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from dataloaders.patches import Batch
+from myutils.distributed import sum_over_ranks
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.averaged_teacher import TeacherMethod
 from myutils.methods.base import METHODS, LossTerm, StepOutput
 from myutils.pseudo_labels import pseudo_labels
+from myutils.rank_batch import draw_rows
 
 _NOISE, _LARGEST_NOISE = 0.1, 0.2  # of images with unit variance, as published
 
 
 def input_noise(images: Tensor) -> Tensor:
     """Gaussian noise of standard deviation 0.1, cut at 0.2, shaped like ``images``."""
-    return (_NOISE * torch.randn_like(images)).clamp(-_LARGEST_NOISE, _LARGEST_NOISE)
+    noise = draw_rows(lambda rows: torch.randn(rows, *images.shape[1:], device=images.device), len(images))
+    return (_NOISE * noise).clamp(-_LARGEST_NOISE, _LARGEST_NOISE)
 
 
 def predictive_entropy(probs: Tensor) -> Tensor:
@@ -38,8 +41,10 @@ def predictive_entropy(probs: Tensor) -> Tensor:
 
 
 def masked_square(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Squared error of probabilities (B, K, X, Y, Z), mean over classes and over the masked voxels (B, X, Y, Z)."""
-    return ((student - teacher).square().mean(1) * mask).sum() / mask.sum().clamp(min=1)
+    """Squared error of probabilities (B, K, X, Y, Z): mean over classes and masked voxels (B, X, Y, Z) of all ranks."""
+    errors = (student - teacher).square().mean(1) * mask
+    total, voxels = sum_over_ranks(torch.stack([errors.sum(), mask.sum()]))
+    return total / voxels.clamp(min=1)
 
 
 @METHODS.register("ua_mt")
