@@ -261,8 +261,10 @@ class ContrastivePrototypeManager(PrototypeMemory):
         checks.require_label_source(labels, is_labeled)
         checks.require_batch(features, predictions, labels, memory_features, (self.feature_dim, self.num_classes))
         with torch.autocast(features.device.type, enabled=False):
-            gate = (self.confidence_threshold, self.ignore_index)
-            class_labels = gated_pseudo_labels(predictions, *gate) if labels is None else labels
+            class_labels = labels
+            if class_labels is None:
+                probs = predictions.detach().float().softmax(1)
+                class_labels = gated_pseudo_labels(probs, self.confidence_threshold, self.ignore_index)
             stored = features if memory_features is None else memory_features
             if features.ndim > 2 or len(features) > self.num_classes * self.samples_per_class:
                 positions, class_labels = self.sample_positions(class_labels)

@@ -37,10 +37,10 @@ class PseudoVoxels(NamedTuple):
 
 
 class _Drawn(NamedTuple):
-    """Sampled voxels: flat positions in the whole batch (S,), class id + K * part (S,), projections (S, E)."""
+    """Voxels of one part: flat positions among its patches (S,), class ids or ``IGNORE`` (S,), projections (S, E)."""
 
     positions: Tensor
-    groups: Tensor
+    classes: Tensor
     projected: Tensor
 
 
@@ -120,36 +120,31 @@ class PrototypeTerm(nn.Module):
         quota = max(1, manager.samples_per_class // parts)  # of a class in the whole batch; both halves get as much
         patches = len(labels) + (0 if pseudo is None else len(pseudo.labels))
         keys = shared_keys(patches, labels[0].numel(), labels.device)
+        slots = parts * manager.num_classes * min(quota, len(groups))  # where each class has as many, or is padded
         positions, groups = manager.sample_positions(groups, quota, parts, keys)
         with torch.autocast(labels.device.type, enabled=False):
             projected = self.projection(pick_voxels(student.features, positions).float())  # (S, E)
             predicted = self.prediction(projected)
             found = []
             if self.refills_at(step):
-                drawn = _Drawn(positions, groups, projected.detach())
-                found.append(self._labeled_candidates(drawn, student, teacher_l, labels.numel()))
+                split = len(groups) // parts if len(groups) == slots else int((groups < manager.num_classes).sum())
+                first, known = labels.numel(), projected.detach()
+                drawn = _Drawn(positions[:split].clamp(max=first - 1), groups[:split], known[:split])
+                found.append(self._candidates(drawn, student, teacher_l, from_labeled=True))
                 if pseudo is not None:
-                    found.append(self._pseudo_candidates(drawn, pseudo.teacher, labels.numel()))
+                    classes = (groups[split:] - manager.num_classes).clamp(min=IGNORE)
+                    drawn = _Drawn((positions[split:] - first).clamp(min=0), classes, known[split:])
+                    found.append(self._candidates(drawn, student, pseudo.teacher, from_labeled=False))
             return manager.compare_and_store(all_rows(predicted), all_rows(groups), found, parts)
 
     @torch.no_grad()
-    def _labeled_candidates(
-        self, drawn: _Drawn, student: SegmentationOutput, teacher: SegmentationOutput | None, count: int
+    def _candidates(
+        self, drawn: _Drawn, student: SegmentationOutput, teacher: SegmentationOutput | None, *, from_labeled: bool
     ) -> Candidates:
-        """What the labelled patches, the first ``count`` voxels, offer to the memory."""
-        positions = drawn.positions.clamp(max=count - 1)
-        stored = drawn.projected if teacher is None else self._teacher_embeddings(teacher, positions)
-        logits = pick_voxels((student if teacher is None else teacher).logits.detach(), positions)
-        classes = drawn.groups.masked_fill(drawn.groups >= self.manager.num_classes, IGNORE)
-        return self.manager.candidates(stored, logits, classes, from_labeled=True)
-
-    @torch.no_grad()
-    def _pseudo_candidates(self, drawn: _Drawn, teacher: SegmentationOutput, count: int) -> Candidates:
-        """What the unlabelled patches, the voxels from ``count`` on, offer to the memory."""
-        positions = (drawn.positions - count).clamp(min=0)
-        classes = drawn.groups - self.manager.num_classes
-        stored, logits = self._teacher_embeddings(teacher, positions), pick_voxels(teacher.logits, positions)
-        return self.manager.candidates(stored, logits, classes.clamp(min=IGNORE), from_labeled=False)
+        """What one part offers to the memory: the teacher's embeddings, without a teacher the student's own."""
+        stored = drawn.projected if teacher is None else self._teacher_embeddings(teacher, drawn.positions)
+        logits = pick_voxels((student if teacher is None else teacher).logits.detach(), drawn.positions)
+        return self.manager.candidates(stored, logits, drawn.classes, from_labeled=from_labeled)
 
     def _teacher_embeddings(self, teacher: SegmentationOutput, positions: Tensor) -> Tensor:
         """Teacher features (S, F) at flat positions (S,) through the averaged projection, (S, E)."""

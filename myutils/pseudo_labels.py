@@ -70,7 +70,8 @@ class Paste(NamedTuple):
 
         With several ranks a collective call; no gradient flows through the boxes.
         """
-        pool = torch.cat([labeled, unlabeled])
+        from_labeled = int(self.partners.max()) < len(labeled) * rank_count()
+        pool = labeled if from_labeled else torch.cat([labeled, unlabeled])
         return fetch_rows(pool, self.partners).where(self.boxes.unsqueeze(1), unlabeled)
 
 

@@ -90,7 +90,7 @@ def region_losses(logits: Tensor, labels: Tensor, region: Tensor) -> tuple[Tenso
     return within(region.float()), within((~region).float())
 
 
-def soft_label_loss(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+def soft_label_loss(logits: Tensor, targets: Tensor, mask: Tensor, labels: Tensor | None = None) -> Tensor:
     """Mean of the cross-entropy to class probabilities and of the soft Dice loss to their hard labels, in float32.
 
     Cross-entropy to probabilities needs no gate: an unsure target asks for an unsure prediction. Dice has no such
@@ -100,6 +100,7 @@ def soft_label_loss(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         logits: (B, K, X, Y, Z), any floating type.
         targets: Probabilities (B, K, X, Y, Z) that sum to 1 over K, without gradient.
         mask: Voxels (B, X, Y, Z) that take part in the Dice loss, 0..1.
+        labels: The most probable classes (B, X, Y, Z) of ``targets``, where they are at hand.
 
     Returns:
         A scalar on the graph, 0 for an empty batch. For one-hot targets and a mask of ones it is ``dice_ce_loss``.
@@ -108,4 +109,5 @@ def soft_label_loss(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         return 0.0 * logits.float().sum()
     log_probs = functional.log_softmax(logits.float(), dim=1)
     cross_entropy = -(targets * log_probs).sum(1).mean()
-    return 0.5 * (cross_entropy + soft_dice_loss(log_probs.exp(), most_probable(targets), mask))
+    labels = most_probable(targets) if labels is None else labels
+    return 0.5 * (cross_entropy + soft_dice_loss(log_probs.exp(), labels, mask))

@@ -157,6 +157,7 @@ class Method(nn.Module, ABC):
         *,
         teacher_l: SegmentationOutput | None = None,
         teacher_u: SegmentationOutput | None = None,
+        believed: Tensor | None = None,
         foreign: Tensor | None = None,
     ) -> dict[str, LossTerm]:
         """The prototype term's raw parts with their ramped weights; nothing without ``--use_contrastive_prototype``.
@@ -168,13 +169,15 @@ class Method(nn.Module, ABC):
             teacher_l: Teacher outputs of the labelled patches where the memory refills; None for the student's own.
             teacher_u: Outputs that give the unlabelled patches' pseudo-labels and memory features, teacher's or
                 student's; no gradient flows into them. None leaves these patches out.
+            believed: Class probabilities (Bu, K, X, Y, Z) of ``teacher_u``, where they are at hand.
             foreign: Voxels (Bu, X, Y, Z) of the student's unlabelled patches that belong to another patch.
         """
         if self.prototypes is None:
             return {}
         pseudo = None
         if teacher_u is not None:
-            confident = gated_pseudo_labels(teacher_u.logits, self.config.confidence_threshold, IGNORE)
+            probs = teacher_u.logits.detach().float().softmax(1) if believed is None else believed
+            confident = gated_pseudo_labels(probs, self.config.confidence_threshold, IGNORE)
             if foreign is not None:
                 confident = confident.masked_fill(foreign, IGNORE)
             pseudo = PseudoVoxels(confident, teacher_u.detach())

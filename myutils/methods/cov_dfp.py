@@ -95,7 +95,7 @@ class CovarianceFeaturePools(MeanTeacher):
     def further_terms(self, parts: StepParts, step: int) -> tuple[dict[str, LossTerm], dict[str, Tensor]]:
         """The pool's terms; all are computed in every stage, so that each parameter always takes part."""
         config, stage = self.config, self.stage(step)
-        labels_u = gated_pseudo_labels(parts.teacher_u.logits, config.confidence_threshold, IGNORE)
+        labels_u = gated_pseudo_labels(parts.believed, config.confidence_threshold, IGNORE)
         if parts.foreign is not None:
             labels_u = labels_u.masked_fill(parts.foreign, IGNORE)
         positions_l, classes_l = self._draw(parts.batch.label_l)

@@ -23,7 +23,7 @@ from myutils.config import required
 from myutils.losses.segmentation import dice_ce_loss, one_hot_labels, soft_label_loss
 from myutils.methods.averaged_teacher import TeacherMethod
 from myutils.methods.base import METHODS, LossTerm, StepOutput
-from myutils.pseudo_labels import draw_paste, drop_channels, most_probable
+from myutils.pseudo_labels import draw_paste, drop_channels
 from myutils.rank_batch import rank_count
 from networks.base import SegmentationOutput
 
@@ -36,6 +36,7 @@ class StepParts(NamedTuple):
         student: Student outputs, labelled patches first, on the graph.
         teacher_l: Teacher outputs of the labelled patches where ``refills_at(step)``.
         teacher_u: Teacher outputs of the weak views, repeated for each strong view of the student's.
+        believed: Their class probabilities (V * Bu, K, X, Y, Z).
         foreign: Voxels (V * Bu, X, Y, Z) that were pasted into the student's strong views; None without pasting.
     """
 
@@ -43,6 +44,7 @@ class StepParts(NamedTuple):
     student: SegmentationOutput
     teacher_l: SegmentationOutput | None
     teacher_u: SegmentationOutput
+    believed: Tensor
     foreign: Tensor | None
 
 
@@ -64,6 +66,7 @@ class MeanTeacher(TeacherMethod):
         weak = len(batch.image_u)
         teacher_u = teacher_u.repeat(required(self.config.strong_views, "strong_views"))
         believed = teacher_u.logits.float().softmax(1)
+        certainty, shown = believed[:weak].max(1)
         strong, target, foreign = self._mix(batch, believed)
         images = torch.cat([batch.image_l, strong])
         change = partial(drop_channels, first=labeled) if self.config.feature_perturbation else None
@@ -72,7 +75,7 @@ class MeanTeacher(TeacherMethod):
         confidence, labels = target.max(1)
         gate = (confidence > self.config.confidence_threshold).float()
         if self.config.soft_labels:
-            consistency = soft_label_loss(logits_u, target, gate)
+            consistency = soft_label_loss(logits_u, target, gate, labels)
         else:
             consistency = dice_ce_loss(logits_u, labels, gate)
         terms = {
@@ -81,11 +84,11 @@ class MeanTeacher(TeacherMethod):
         }
         terms |= self.coarse_terms(student, batch.label_l)
         terms |= self.prototype_terms(
-            student, batch.label_l, step, teacher_l=teacher_l, teacher_u=teacher_u, foreign=foreign
+            student, batch.label_l, step, teacher_l=teacher_l, teacher_u=teacher_u, believed=believed, foreign=foreign
         )
-        further, scalars = self.further_terms(StepParts(batch, student, teacher_l, teacher_u, foreign), step)
-        scalars |= {"confidence": believed.amax(1).mean(), "gate_share": gate.mean()}
-        return StepOutput(terms | further, scalars, most_probable(believed[:weak]), logits_l.detach())
+        further, scalars = self.further_terms(StepParts(batch, student, teacher_l, teacher_u, believed, foreign), step)
+        scalars |= {"confidence": certainty.mean(), "gate_share": gate.mean()}
+        return StepOutput(terms | further, scalars, shown, logits_l.detach())
 
     def further_terms(self, parts: StepParts, step: int) -> tuple[dict[str, LossTerm], dict[str, Tensor]]:
         """Terms and logged scalars that a subclass adds to the step."""
