@@ -3,7 +3,9 @@
     python -m benchmarks.window_weights --checkpoint runs/a/last.pt runs/b/last.pt --cases 56
 
 The cases are the first unlabelled ones of each run: training never read their labels, and no test case is touched, so
-that weights may be chosen here. Without mirroring. Printed per checkpoint: mean Dice of the cases, in percent.
+that weights may be chosen here. ``--held_out`` scores those that the run's split leaves out, its test cases: to report,
+not to choose by. Without mirroring. Printed per checkpoint: mean Dice of the cases, in percent, and its difference to
+MONAI's constant weights, the default of its call, with the standard deviation over the cases.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ from monai.inferers import sliding_window_inference
 from torch import Tensor
 
 from benchmarks.inference_speed import dice
-from dataloaders.base import Volume
 from myutils.build import build_inference, build_source
 from myutils.checkpoint import load_for_inference
 from myutils.distributed import autocast, resolve_amp, start_process_group
@@ -37,8 +38,12 @@ def main() -> None:
     settings = parse()
     sys.stdout.write(f"torch {torch.__version__}, monai {monai.__version__}, {platform.machine()}, Dice %\n")
     for path in settings.checkpoint:
-        found = [f"{name} {value:.2f}" for name, value in scores_of(path, settings).items()]
-        sys.stdout.write(f"{path}: {', '.join(found)}\n")
+        scores = scores_of(path, settings)
+        usual = np.array(scores["monai constant"])
+        sys.stdout.write(f"{path}, {len(usual)} cases\n")
+        for name, found in scores.items():
+            gap = np.array(found) - usual
+            sys.stdout.write(f"  {name:16s}{np.mean(found):8.2f}{gap.mean():+8.2f} +- {gap.std():.2f}\n")
 
 
 def parse() -> argparse.Namespace:
@@ -46,19 +51,22 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, nargs="+", required=True)
     parser.add_argument("--cases", type=int, default=50, help="unlabelled training cases to score")
+    parser.add_argument("--held_out", action="store_true", help="score the run's test cases instead")
     parser.add_argument("--sigmas", type=float, nargs="+", default=[0.125, 0.1875, 0.25, 0.3, 100.0])
     return parser.parse_args()
 
 
-def scores_of(path: Path, settings: argparse.Namespace) -> dict[str, float]:
-    """Dice by the name of the weights."""
+def scores_of(path: Path, settings: argparse.Namespace) -> dict[str, list[float]]:
+    """Dice of each case in percent, the mean over classes, by the name of the weights."""
     _, device = start_process_group()
     bundle = load_for_inference(path, device)
     source, network = build_source(bundle.config), bundle.network
-    known = set(source.labeled_ids())
-    ids = [case_id for case_id in bundle.split.unlabeled if case_id in known][: settings.cases]
+    known, split = source.labeled_ids(), bundle.split
+    seen = {*split.labeled, *split.unlabeled, *split.val}
+    pool = [case_id for case_id in known if case_id not in seen] if settings.held_out else split.unlabeled
+    ids = [case_id for case_id in pool if case_id in set(known)][: settings.cases]
     if not ids:
-        raise SystemExit(f"window_weights: {path}: no unlabelled training case has a label to score with")
+        raise SystemExit(f"window_weights: {path}: none of these cases has a label to score with")
     volumes = [source.load(case_id, with_label=True) for case_id in ids]
     images = [torch.from_numpy(bundle.preprocess(volume).image) for volume in volumes]
     amp = resolve_amp(bundle.config.amp, device)
@@ -80,17 +88,12 @@ def scores_of(path: Path, settings: argparse.Namespace) -> dict[str, float]:
     sides: dict[str, Callable[[Tensor], Tensor]] = {}
     sides |= {f"sigma {sigma:g}": partial(ours, sigma=sigma) for sigma in settings.sigmas}
     sides |= {f"monai {mode}": partial(by_monai, mode=mode) for mode in ("gaussian", "constant")}
-    return {
-        name: mean_dice([side(image) for image in images], volumes, bundle.num_classes) for name, side in sides.items()
-    }
-
-
-def mean_dice(maps: list[Tensor], volumes: list[Volume], num_classes: int) -> float:
-    """In percent, over classes and cases, of score maps (K, X, Y, Z)."""
-    found = []
-    for scores, volume in zip(maps, volumes, strict=True):
-        found.append(dice(label_map_from(scores.numpy()), np.asarray(volume.label), num_classes))
-    return float(np.mean(found))
+    scores: dict[str, list[float]] = {name: [] for name in sides}
+    for image, volume in zip(images, volumes, strict=True):
+        for name, side in sides.items():
+            found = label_map_from(bundle.preprocess.restore(side(image).numpy(), volume))
+            scores[name].append(dice(found, np.asarray(volume.label), bundle.num_classes))
+    return scores
 
 
 if __name__ == "__main__":

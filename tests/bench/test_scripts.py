@@ -118,14 +118,16 @@ def test_large_volume_prints_its_peak(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "(24, 20, 16), 3 classes" in lines[0] and lines[1].startswith("peak above")
 
 
-def test_window_weights_scores_unlabelled_training_cases(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("held_out", [False, True])
+def test_window_weights_scores_cases_whose_label_no_training_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], held_out: bool
 ) -> None:
     checkpoint = trained_run(write_cohort(tmp_path / "balls", labeled=8), tmp_path / "run")
-    given = ["--checkpoint", str(checkpoint), "--cases", "2", "--sigmas", "0.25", "100"]
+    given = ["--checkpoint", str(checkpoint), "--cases", "2", "--sigmas", "0.25", "100"] + ["--held_out"] * held_out
     monkeypatch.setattr(sys, "argv", ["x", *given])
     window_weights.main()
-    found = capsys.readouterr().out.splitlines()[1].removeprefix(f"{checkpoint}: ").split(", ")
-    figures = {name: float(value) for name, value in (entry.rsplit(" ", 1) for entry in found)}
+    _, title, *rows = capsys.readouterr().out.splitlines()
+    figures = {row[:18].strip(): float(row[18:].split()[0]) for row in rows}
     assert list(figures) == ["sigma 0.25", "sigma 100", "monai gaussian", "monai constant"]
+    assert title == f"{checkpoint}, {1 if held_out else 2} cases" and rows[-1].endswith("+0.00 +- 0.00")
     assert figures["sigma 100"] == pytest.approx(figures["monai constant"], abs=0.5)
