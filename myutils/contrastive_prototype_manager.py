@@ -100,7 +100,7 @@ class ContrastivePrototypeManager(PrototypeMemory):
     def sample_positions(
         self, class_labels: Tensor, samples_per_class: int | None = None, parts: int = 1, keys: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Draw voxels to compare, so that a caller can run its heads on these alone.
+        """Draw voxels to compare, uniformly in each class, so that a caller can run its heads on these alone.
 
         Args:
             class_labels: Class ids (B, X, Y, Z) or (N,), integers; ``ignore_index`` marks voxels not to draw.
@@ -109,8 +109,7 @@ class ContrastivePrototypeManager(PrototypeMemory):
             keys: ``shared_keys`` (N,), to draw from the voxels of all ranks together.
 
         Returns:
-            Positions (S,) and labels (S,), uniform within each class, without replacement. On an accelerator or several
-            ranks S is fixed, and unused slots hold ``ignore_index``, which every loss here leaves out.
+            Positions (S,) and labels (S,), as of ``sample_per_class``; ``ignore_index`` in unused slots.
         """
         quota = self.samples_per_class if samples_per_class is None else samples_per_class
         checks.require_at_least("samples_per_class", quota, 1)
@@ -261,18 +260,16 @@ class ContrastivePrototypeManager(PrototypeMemory):
         checks.require_label_source(labels, is_labeled)
         checks.require_batch(features, predictions, labels, memory_features, (self.feature_dim, self.num_classes))
         with torch.autocast(features.device.type, enabled=False):
-            class_labels = labels
-            if class_labels is None:
+            if labels is None:
                 probs = predictions.detach().float().softmax(1)
-                class_labels = gated_pseudo_labels(probs, self.confidence_threshold, self.ignore_index)
+                labels = gated_pseudo_labels(probs, self.confidence_threshold, self.ignore_index)
             stored = features if memory_features is None else memory_features
             if features.ndim > 2 or len(features) > self.num_classes * self.samples_per_class:
-                positions, class_labels = self.sample_positions(class_labels)
+                positions, labels = self.sample_positions(labels)
                 features, stored, predictions = (pick_voxels(x, positions) for x in (features, stored, predictions))
-            require_class_ids(class_labels, self.num_classes, self.ignore_index)
-            class_labels = class_labels.long()
-            found = [self.candidates(stored, predictions, class_labels, is_labeled)] if update else []
-            parts = self.compare_and_store(features, class_labels, found, margin=margin)
+            require_class_ids(labels, self.num_classes, self.ignore_index)
+            found = [self.candidates(stored, predictions, labels.long(), is_labeled)] if update else []
+            parts = self.compare_and_store(features, labels.long(), found, margin=margin)
             total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         return total, {**parts, "total_prototype_loss": total}
 
