@@ -85,6 +85,8 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
         raise ValueError(f"--deep_supervision: {config.method} has several decoders; use another --method")
     if config.paste_unlabeled and not method.pastes_unlabeled:
         raise ValueError(f"--paste_unlabeled {config.paste_unlabeled}: {config.method} pastes no unlabelled boxes")
+    if config.perturbed_share != 1 and not method.pastes_unlabeled:
+        raise ValueError(f"--perturbed_share {config.perturbed_share}: {config.method} has no boxes to leave out")
     if method.uses_unlabeled and labeled_bs >= config.batch_size:
         raise ValueError(f"--batch_size {config.batch_size}: {config.method} needs at least 2, one patch unlabelled")
     return dataclasses.replace(

@@ -102,6 +102,9 @@ class RunConfig:
     paste_unlabeled: float | None = option(
         None, help="share of these boxes that come from other unlabelled patches, 0..1; else 0, best: 0.5", group=METHOD
     )
+    perturbed_share: float | None = option(
+        None, help="share of the steps, the first ones, with boxes and dropped channels, 0..1; else 1", group=METHOD
+    )
 
     use_contrastive_prototype: bool | None = option(
         None, help="the prototype term; else on for mean_teacher and ss_net", group=PROTOTYPES

@@ -18,6 +18,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "uncertainty_passes": (2, float("inf")),
     "strong_views": (1, 8),
     "paste_unlabeled": (0, 1),
+    "perturbed_share": (0, 1),
     "decoders": (2, float("inf")),
     "warmup_iteration": (0, float("inf")),
     "ema_decay": (0, 1),

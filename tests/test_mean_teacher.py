@@ -100,10 +100,22 @@ def test_a_single_unlabelled_patch_takes_its_boxes_from_labelled_ones() -> None:
     assert (target.amax(1)[pasted] == 1).all()
 
 
-@pytest.mark.parametrize("flag", ["feature_perturbation", "paste_unlabeled"])
+@pytest.mark.parametrize("flag", ["feature_perturbation", "paste_unlabeled", "perturbed_share"])
 def test_flags_of_the_mixed_patches_are_refused_where_nothing_uses_them(flag: str) -> None:
     with pytest.raises(ValueError, match=f"--{flag}"):
         make(method="bcp", **{flag: True if flag == "feature_perturbation" else 0.5})
+
+
+def test_the_last_steps_have_neither_boxes_nor_dropped_channels() -> None:
+    """From there on the terms are those of a method without either; before they are not."""
+    settings = {"use_contrastive_prototype": False, "max_iteration": 10, "consistency_rampup": 1}
+    method = make(feature_perturbation=True, perturbed_share=0.6, **settings)
+    plain = make(copy_paste=False, **settings)
+    batch = random_batch()
+    for step in (5, 6, 9):
+        torch.manual_seed(step)
+        ours, theirs = (given(batch, step).terms["consistency"].value for given in (method, plain))
+        assert torch.equal(ours, theirs) == (step >= 6)
 
 
 def test_mix_gives_true_labels_for_certain_where_they_were_pasted() -> None:

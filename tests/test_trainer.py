@@ -45,7 +45,7 @@ def test_a_run_without_the_newer_settings_can_be_resumed(tmp_path: Path) -> None
     with pytest.raises(TrainingInterrupted):
         first.fit()
     content = torch.load(tmp_path / "last.pt", weights_only=True)
-    for name in ("paste_unlabeled", "feature_perturbation", "checkpoint_activations", "compile"):
+    for name in ("paste_unlabeled", "perturbed_share", "feature_perturbation", "checkpoint_activations", "compile"):
         del content["config"][name]
     content["optimizer"]["param_groups"][0]["fused"] = None
     torch.save(content, tmp_path / "last.pt")

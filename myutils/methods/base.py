@@ -69,6 +69,7 @@ COMMON_DEFAULTS: Mapping[str, Any] = {
     "strong_views": 1,
     "feature_perturbation": False,
     "paste_unlabeled": 0.0,
+    "perturbed_share": 1.0,
     "warmup_share": 0.0,  # of the training; fills warmup_iteration
 }
 
@@ -79,7 +80,8 @@ class Method(nn.Module, ABC):
     Attributes:
         uses_unlabeled: Whether steps hold unlabelled patches; if not, all patches of a step are labelled.
         uses_strong_views: Whether it learns from ``image_u_strong``.
-        pastes_unlabeled: Whether it can paste boxes of unlabelled patches (``--paste_unlabeled``).
+        pastes_unlabeled: Whether it can paste boxes of unlabelled patches (``--paste_unlabeled``), and stop pasting
+            (``--perturbed_share``).
         deepens: Whether it has one decoder, whose coarse levels can learn the labels (``--deep_supervision``).
         defaults: Settings that differ from ``COMMON_DEFAULTS`` when no flag says so.
     """

@@ -67,9 +67,10 @@ class MeanTeacher(TeacherMethod):
         teacher_u = teacher_u.repeat(required(self.config.strong_views, "strong_views"))
         believed = teacher_u.logits.float().softmax(1)
         certainty, shown = believed[:weak].max(1)
-        strong, target, foreign = self._mix(batch, believed)
+        perturbed = self.perturbs_at(step)
+        strong, target, foreign = self._mix(batch, believed) if perturbed else (batch.image_u_strong, believed, None)
         images = torch.cat([batch.image_l, strong])
-        change = partial(drop_channels, first=labeled) if self.config.feature_perturbation else None
+        change = partial(drop_channels, first=labeled) if perturbed and self.config.feature_perturbation else None
         student = self.student.run_branches(images, [self.student.branch], change)[0]
         logits_l, logits_u = student.logits[:labeled], student.logits[labeled:]
         confidence, labels = target.max(1)
@@ -89,6 +90,15 @@ class MeanTeacher(TeacherMethod):
         further, scalars = self.further_terms(StepParts(batch, student, teacher_l, teacher_u, believed, foreign), step)
         scalars |= {"confidence": certainty.mean(), "gate_share": gate.mean()}
         return StepOutput(terms | further, scalars, shown, logits_l.detach())
+
+    def perturbs_at(self, step: int) -> bool:
+        """Whether strong views get boxes and lose channels at ``step``.
+
+        Without them at the end the student learns what it will see, as detectors do without mosaics (Ge et al. 2021,
+        arXiv:2107.08430).
+        """
+        share = self.config.perturbed_share
+        return share is None or step < share * required(self.config.max_iteration, "max_iteration")
 
     def further_terms(self, parts: StepParts, step: int) -> tuple[dict[str, LossTerm], dict[str, Tensor]]:
         """Terms and logged scalars that a subclass adds to the step."""
