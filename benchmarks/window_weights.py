@@ -25,6 +25,7 @@ from monai.inferers import sliding_window_inference
 from torch import Tensor
 
 from benchmarks.inference_speed import dice
+from dataloaders.splits import make_test_ids
 from myutils.build import build_inference, build_source
 from myutils.checkpoint import load_for_inference
 from myutils.distributed import autocast, resolve_amp, start_process_group
@@ -61,10 +62,10 @@ def scores_of(path: Path, settings: argparse.Namespace) -> dict[str, list[float]
     _, device = start_process_group()
     bundle = load_for_inference(path, device)
     source, network = build_source(bundle.config), bundle.network
-    known, split = source.labeled_ids(), bundle.split
-    seen = {*split.labeled, *split.unlabeled, *split.val}
-    pool = [case_id for case_id in known if case_id not in seen] if settings.held_out else split.unlabeled
-    ids = [case_id for case_id in pool if case_id in set(known)][: settings.cases]
+    known, pool = set(source.labeled_ids()), bundle.split.unlabeled
+    if settings.held_out:
+        pool = make_test_ids(source, bundle.config.split_request(), bundle.split)
+    ids = [case_id for case_id in pool if case_id in known][: settings.cases]
     if not ids:
         raise SystemExit(f"window_weights: {path}: none of these cases has a label to score with")
     volumes = [source.load(case_id, with_label=True) for case_id in ids]

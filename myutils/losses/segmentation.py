@@ -65,6 +65,12 @@ def dice_ce_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> 
     return 0.5 * (cross_entropy.mean() + soft_dice_loss(log_probs.exp(), labels, mask))
 
 
+def mean_within(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of ``values`` over the voxels of all ranks where ``mask``, both (B, X, Y, Z); 0 where there are none."""
+    total, voxels = sum_over_ranks(torch.stack([(values * mask).sum(), mask.sum()]))
+    return total / voxels.clamp(min=1)
+
+
 def region_losses(logits: Tensor, labels: Tensor, region: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of soft Dice loss and cross-entropy inside a region and outside it, in float32.
 
@@ -83,9 +89,7 @@ def region_losses(logits: Tensor, labels: Tensor, region: Tensor) -> tuple[Tenso
     probs = log_probs.exp()
 
     def within(part: Tensor) -> Tensor:
-        total, voxels = sum_over_ranks(torch.stack([(cross_entropy * part).sum(), part.sum()]))
-        mean = total / voxels.clamp(min=1)
-        return 0.5 * (mean + soft_dice_loss(probs, labels, part))
+        return 0.5 * (mean_within(cross_entropy, part) + soft_dice_loss(probs, labels, part))
 
     return within(region.float()), within((~region).float())
 

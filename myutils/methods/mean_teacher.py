@@ -68,7 +68,7 @@ class MeanTeacher(TeacherMethod):
         believed = teacher_u.logits.float().softmax(1)
         certainty, shown = believed[:weak].max(1)
         perturbed = self.perturbs_at(step)
-        strong, target, foreign = self._mix(batch, believed) if perturbed else (batch.image_u_strong, believed, None)
+        strong, target, foreign = self._mix(batch, believed, boxes=perturbed)
         images = torch.cat([batch.image_l, strong])
         change = partial(drop_channels, first=labeled) if perturbed and self.config.feature_perturbation else None
         student = self.student.run_branches(images, [self.student.branch], change)[0]
@@ -104,13 +104,13 @@ class MeanTeacher(TeacherMethod):
         """Terms and logged scalars that a subclass adds to the step."""
         return {}, {}
 
-    def _mix(self, batch: Batch, believed: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _mix(self, batch: Batch, believed: Tensor, *, boxes: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
         """Strong views with boxes of other patches, their class probabilities, and which voxels were pasted.
 
         Probabilities ``believed`` (V * Bu, K, X, Y, Z) are the teacher's; voxels of a labelled patch have their true
         class for certain. A single unlabelled patch has no other one to take boxes from.
         """
-        if not self.config.copy_paste or not len(batch.image_u):
+        if not (boxes and self.config.copy_paste and len(batch.image_u)):
             return batch.image_u_strong, believed, None
         share = (self.config.paste_unlabeled or 0.0) if len(batch.image_u) * rank_count() > 1 else 0.0
         shape = batch.image_u_strong[:, 0].shape

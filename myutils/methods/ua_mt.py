@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dataloaders.patches import Batch
-from myutils.distributed import sum_over_ranks
-from myutils.losses.segmentation import dice_ce_loss
+from myutils.losses.segmentation import dice_ce_loss, mean_within
 from myutils.methods.averaged_teacher import TeacherMethod
 from myutils.methods.base import METHODS, LossTerm, StepOutput
 from myutils.pseudo_labels import pseudo_labels
@@ -42,9 +41,7 @@ def predictive_entropy(probs: Tensor) -> Tensor:
 
 def masked_square(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """Squared error of probabilities (B, K, X, Y, Z): mean over classes and masked voxels (B, X, Y, Z) of all ranks."""
-    errors = (student - teacher).square().mean(1) * mask
-    total, voxels = sum_over_ranks(torch.stack([errors.sum(), mask.sum()]))
-    return total / voxels.clamp(min=1)
+    return mean_within((student - teacher).square().mean(1), mask)
 
 
 @METHODS.register("ua_mt")
