@@ -200,7 +200,7 @@ class ContrastivePrototypeManager(PrototypeMemory):
             prototypes, filled = self.prototypes()
             return {
                 "contrastive_loss": self._contrastive(vectors, units, class_labels, member),
-                "intra_loss": losses.intra_class_loss(units, class_labels, prototypes, member, filled),
+                "intra_loss": losses.intra_class_loss(units, prototypes, member, filled),
                 "inter_loss": losses.inter_class_loss(units, member, margin),
             }
 

@@ -124,7 +124,7 @@ def class_to_class_loss(
     return mean_over(1.0 - (feature_means * memory_means).sum(dim=-1), taking_part)
 
 
-def intra_class_loss(units: Tensor, class_labels: Tensor, prototypes: Tensor, member: Tensor, filled: Tensor) -> Tensor:
+def intra_class_loss(units: Tensor, prototypes: Tensor, member: Tensor, filled: Tensor) -> Tensor:
     """Spread of each class around its prototype: the mean over classes of the mean of (1 - cosine)^2.
 
     The contrastive term is linear in every feature, and so it sees a class only through its weighted mean. The
@@ -133,15 +133,13 @@ def intra_class_loss(units: Tensor, class_labels: Tensor, prototypes: Tensor, me
 
     Args:
         units: Features of length 1 (N, E).
-        class_labels: Class ids (N,).
         prototypes: Unit vectors (K, E), constants.
         member: (P, K, N), bool.
         filled: Classes with a prototype (K,), bool.
     """
-    own = prototypes[class_labels.clamp(0, prototypes.shape[0] - 1)]  # (N, E)
-    spread = (1.0 - (units * own).sum(dim=1)).square()  # (N,)
+    spread = (1.0 - prototypes @ units.mT).square()  # (K, N)
     counts = member.sum(dim=-1)  # (P, K)
-    return mean_over(member.to(spread) @ spread / counts.clamp(min=1), filled & (counts > 0))
+    return mean_over((spread * member).sum(dim=-1) / counts.clamp(min=1), filled & (counts > 0))
 
 
 def inter_class_loss(units: Tensor, member: Tensor, margin: float) -> Tensor:

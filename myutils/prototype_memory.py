@@ -5,6 +5,7 @@ Contract: what goes in is detached; a write replaces a class's vectors or leaves
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -21,9 +22,8 @@ _SMALLEST_NORM = 1e-6
 
 def unit_vectors(vectors: Tensor) -> Tensor:
     """L2-normalise the last axis; vectors shorter than 1e-6 become zero, with a zero gradient instead of a huge one."""
-    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    usable = norms > _SMALLEST_NORM
-    return vectors * norms.where(usable, 1.0).reciprocal().where(usable, 0.0)
+    squares = (vectors * vectors).sum(-1, keepdim=True)
+    return vectors * squares.where(squares > _SMALLEST_NORM**2, torch.inf).rsqrt()
 
 
 def non_finite_message(features: Tensor, class_labels: Tensor) -> str | None:
@@ -33,7 +33,7 @@ def non_finite_message(features: Tensor, class_labels: Tensor) -> str | None:
         features: (N, E).
         class_labels: Class ids (N,).
     """
-    if torch.isfinite(features.detach().sum()):
+    if math.isfinite(features.detach().sum()):
         return None  # the common case in one pass; a sum that overflows is looked at below
     bad = ~torch.isfinite(features.detach()).all(dim=1)  # (N,)
     if not bad.any():

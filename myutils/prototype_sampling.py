@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from myutils.distributed import concat_ranks
+from myutils.pseudo_labels import top_class
 from myutils.rank_batch import draw_rows, rank_count
 
 _PADDING_SLACK = 16
@@ -56,7 +57,7 @@ def sample_per_class(
     if not labels.numel():
         return labels.long(), labels.long()
     require_class_ids(labels, num_classes, ignore_index)
-    codes = labels.long().masked_fill(labels == ignore_index, num_classes)  # (N,), K = left out
+    codes = labels.long().where(labels != ignore_index, num_classes)  # (N,), K = left out
     together = keys is not None and rank_count() > 1
     if keys is None:
         keys = torch.rand(codes.shape, device=codes.device)  # (N,)
@@ -130,9 +131,10 @@ def pick_voxels(volume: Tensor, positions: Tensor) -> Tensor:
     """
     if volume.ndim == 2:
         return volume[positions]
-    columns = volume.flatten(2)  # (B, E, X*Y*Z), a view of a contiguous map
-    size = columns.shape[2]
-    return columns[positions // max(size, 1), :, positions % max(size, 1)]  # (S, E)
+    width, size = volume.shape[1], max(1, volume[0, 0].numel())
+    first = (positions // size) * (width * size) + positions % size  # of a voxel's values, a patch's lie in C order
+    values = first[:, None] + size * torch.arange(width, device=positions.device)  # (S, E)
+    return volume.flatten().index_select(0, values.flatten()).view(values.shape)  # half the time of volume[b, :, v]
 
 
 @torch.no_grad()
@@ -147,9 +149,5 @@ def gated_pseudo_labels(probs: Tensor, threshold: float, ignore_index: int) -> T
     Returns:
         Pseudo-labels (B, X, Y, Z) or (N,), int64.
     """
-    confidence = probs.amax(1)
-    # A pass per class takes half the time of a maximum with indices over a strided axis on the CPU.
-    pseudo = torch.zeros_like(confidence, dtype=torch.int64)
-    for class_id in range(probs.shape[1] - 1, 0, -1):
-        pseudo.masked_fill_(probs[:, class_id] == confidence, class_id)
-    return pseudo.masked_fill_(~(confidence > threshold), ignore_index)
+    labels, confidence = top_class(probs)
+    return labels.where(confidence > threshold, ignore_index)

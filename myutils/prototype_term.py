@@ -116,7 +116,7 @@ class PrototypeTerm(nn.Module):
         groups = labels.reshape(-1)
         if pseudo is not None:
             confident = pseudo.labels.reshape(-1)
-            groups = torch.cat([groups, (confident + manager.num_classes).masked_fill(confident == IGNORE, IGNORE)])
+            groups = torch.cat([groups, (confident + manager.num_classes).where(confident != IGNORE, IGNORE)])
         quota = max(1, manager.samples_per_class // parts)  # of a class in the whole batch; both halves get as much
         patches = len(labels) + (0 if pseudo is None else len(pseudo.labels))
         keys = shared_keys(patches, labels[0].numel(), labels.device)

@@ -181,7 +181,7 @@ class Method(nn.Module, ABC):
             probs = teacher_u.logits.detach().float().softmax(1) if believed is None else believed
             confident = gated_pseudo_labels(probs, self.config.confidence_threshold, IGNORE)
             if foreign is not None:
-                confident = confident.masked_fill(foreign, IGNORE)
+                confident = confident.where(~foreign, IGNORE)
             pseudo = PseudoVoxels(confident, teacher_u.detach())
         losses = self.prototypes(student, labels, step, teacher_l=teacher_l, pseudo=pseudo)
         config, ramp = self.config, self.ramp(step)

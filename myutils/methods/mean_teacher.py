@@ -23,7 +23,7 @@ from myutils.config import required
 from myutils.losses.segmentation import dice_ce_loss, one_hot_labels, soft_label_loss
 from myutils.methods.averaged_teacher import TeacherMethod
 from myutils.methods.base import METHODS, LossTerm, StepOutput
-from myutils.pseudo_labels import draw_paste, drop_channels
+from myutils.pseudo_labels import draw_paste, drop_channels, top_class
 from myutils.rank_batch import rank_count
 from networks.base import SegmentationOutput
 
@@ -66,14 +66,14 @@ class MeanTeacher(TeacherMethod):
         weak = len(batch.image_u)
         teacher_u = teacher_u.repeat(required(self.config.strong_views, "strong_views"))
         believed = teacher_u.logits.float().softmax(1)
-        certainty, shown = believed[:weak].max(1)
+        shown, certainty = top_class(believed[:weak])
         perturbed = self.perturbs_at(step)
         strong, target, foreign = self._mix(batch, believed, boxes=perturbed)
         images = torch.cat([batch.image_l, strong])
         change = partial(drop_channels, first=labeled) if perturbed and self.config.feature_perturbation else None
         student = self.student.run_branches(images, [self.student.branch], change)[0]
         logits_l, logits_u = student.logits[:labeled], student.logits[labeled:]
-        confidence, labels = target.max(1)
+        labels, confidence = top_class(target)
         gate = (confidence > self.config.confidence_threshold).float()
         if self.config.soft_labels:
             consistency = soft_label_loss(logits_u, target, gate, labels)
