@@ -15,6 +15,7 @@ from dataloaders.transforms import AugmentOptions
 from myutils.config import RunConfig, required
 from myutils.inference import InferenceOptions
 from myutils.methods.base import COMMON_DEFAULTS, METHODS, Method
+from myutils.muon import Muon, split_kernels
 from networks.base import NETWORKS, SegmentationNetwork
 from networks.checkpointing import checkpoint_blocks
 from networks.layers import mend_layers
@@ -22,7 +23,7 @@ from networks.layers import mend_layers
 logger = logging.getLogger(__name__)
 
 # Learning rate and weight decay per optimizer, chosen on validation cases of LA and hippocampus (docs/results.md).
-OPTIMIZER_DEFAULTS = {"adamw": (0.003, 0.3), "sgd": (0.1, 1e-4)}
+OPTIMIZER_DEFAULTS = {"adamw": (0.003, 0.3), "sgd": (0.1, 1e-4), "muon": (0.003, 0.3)}
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,8 @@ def build_optimizer(config: RunConfig, method: Method) -> torch.optim.Optimizer:
     decay = required(config.weight_decay, "weight_decay")
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=decay)
+    if config.optimizer == "muon":
+        return Muon(split_kernels(groups), decay)
     return torch.optim.AdamW(groups, weight_decay=decay, fused=True)
 
 

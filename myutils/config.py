@@ -154,13 +154,16 @@ class RunConfig:
     max_iteration: int | None = option(None, help="training steps, >= 1", group=OPTIMISATION)
     batch_size: int = option(4, help="patches per step, over all ranks", group=OPTIMISATION)
     labeled_bs: int | None = option(None, help="of these labelled, 1..batch_size - 1; else half", group=OPTIMISATION)
-    optimizer: str = option("adamw", help="sgd has Nesterov momentum 0.9", group=OPTIMISATION, choices=("adamw", "sgd"))
+    optimizer: str = option(
+        "adamw",
+        help="muon makes the steps of kernels orthogonal; sgd has Nesterov momentum 0.9",
+        group=OPTIMISATION,
+        choices=("adamw", "muon", "sgd"),
+    )
     base_lr: float | None = option(
-        None, help="first learning rate, > 0, decays as (1 - t/T)^0.9; else 0.003 adamw, 0.1 sgd", group=OPTIMISATION
+        None, help="first learning rate, > 0, decays as (1 - t/T)^0.9; else 0.003, 0.1 sgd", group=OPTIMISATION
     )
-    weight_decay: float | None = option(
-        None, help="decay of weights, >= 0; else 0.3 adamw, 1e-4 sgd", group=OPTIMISATION
-    )
+    weight_decay: float | None = option(None, help="decay of weights, >= 0; else 0.3, 1e-4 sgd", group=OPTIMISATION)
     grad_clip: float = option(5.0, help="largest gradient norm, > 0", group=OPTIMISATION)
     patch_size: Triple | None = option(None, help="voxels of a training patch and a window", group=OPTIMISATION)
 

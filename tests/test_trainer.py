@@ -25,7 +25,12 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("method", "optimizer", "amp"),
-    [("mean_teacher", "adamw", "no"), ("mean_teacher", "adamw", "bf16"), ("supervised", "sgd", "no")],
+    [
+        ("mean_teacher", "adamw", "no"),
+        ("mean_teacher", "adamw", "bf16"),
+        ("supervised", "sgd", "no"),
+        ("best", "muon", "bf16"),
+    ],
 )
 def test_trainer_resumes_bit_identically(tmp_path: Path, method: str, optimizer: str, amp: str) -> None:
     whole, resumed = whole_and_resumed(tmp_path, method=method, optimizer=optimizer, amp=amp)

@@ -1,0 +1,102 @@
+"""Muon against naive loops, and what it leaves to AdamW."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from myutils.muon import Muon, is_kernel, orthogonal, split_kernels
+from networks.unet3d import UNet3D
+
+
+def naive(matrix: Tensor) -> Tensor:
+    """The published iteration, on the matrix itself."""
+    x = matrix.double() / matrix.double().norm()
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3, 20), (20, 3), (16, 432)])
+def test_orthogonal_is_the_published_iteration(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape)
+    assert torch.allclose(orthogonal([matrix])[0].double(), naive(matrix), atol=1e-5)
+
+
+def test_singular_values_end_near_one_and_directions_stay() -> None:
+    u, _, vh = torch.linalg.svd(torch.randn(8, 30), full_matrices=False)
+    matrix = u @ torch.diag(torch.logspace(0, -2, 8)) @ vh
+    found = u.mT @ orthogonal([matrix])[0] @ vh.mT
+    values = found.diagonal()
+    assert values.min() > 0.6 and values.max() < 1.3
+    assert (found - values.diag()).abs().max() < 1e-4
+
+
+def test_matrices_of_any_shapes_at_once_are_as_each_alone() -> None:
+    matrices = [torch.randn(4, 9), torch.randn(9, 4), torch.randn(4, 30), torch.randn(6, 7), 1e-3 * torch.randn(4, 4)]
+    for matrix, found in zip(matrices, orthogonal(matrices), strict=True):
+        assert torch.allclose(found, orthogonal([matrix])[0], atol=1e-5)
+
+
+def test_a_zero_matrix_stays_zero() -> None:
+    assert orthogonal([torch.zeros(3, 5)])[0].abs().max() == 0
+
+
+def test_kernels_are_what_mixes_channels_and_voxels() -> None:
+    network = UNet3D(1, 3)
+    names = {name for name, parameter in network.named_parameters() if is_kernel(parameter)}
+    assert "encoder.0.0.0.weight" not in names  # one input channel
+    assert "branch.classifier.weight" not in names  # one voxel
+    assert {"encoder.0.1.0.weight", "encoder.3.1.0.weight", "branch.decoder.upsample.0.weight"} <= names
+    assert all(name.endswith("weight") for name in names)
+
+
+def test_a_step_worked_out_by_hand() -> None:
+    kernel = nn.Parameter(torch.randn(4, 2, 3, 3, 3))
+    before, gradient = kernel.detach().clone(), torch.randn(4, 2, 3, 3, 3)
+    optimizer = Muon(split_kernels([{"params": [kernel], "lr": 0.01, "lr_scale": 1.0}]), weight_decay=0.5)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    kernel.grad = gradient.clone()
+    optimizer.step()
+    first = before * (1 - 0.01 * 0.5) - 0.01 * 0.2 * 54**0.5 * naive(gradient.flatten(1)).view_as(before)
+    assert torch.allclose(kernel.double(), first.double(), atol=1e-5)
+    assert kernel.grad is None
+    second = torch.randn_like(gradient)
+    kernel.grad = second.clone()
+    optimizer.step()
+    average = 0.95 * 0.05 * gradient + 0.05 * second
+    direction = naive((0.05 * second + 0.95 * average).flatten(1)).view_as(before)
+    expected = first * (1 - 0.01 * 0.5) - 0.01 * 0.2 * 54**0.5 * direction
+    assert torch.allclose(kernel.double(), expected.double(), atol=1e-5)
+
+
+def test_everything_else_takes_the_steps_of_adamw() -> None:
+    layers = [nn.Sequential(nn.Conv3d(1, 4, 3), nn.InstanceNorm3d(4, affine=True), nn.Conv3d(4, 4, 3)) for _ in "ab"]
+    layers[1].load_state_dict(layers[0].state_dict())
+    groups = [[{"params": list(layer.parameters()), "lr": 0.01, "lr_scale": 1.0}] for layer in layers]
+    optimizers = [Muon(split_kernels(groups[0]), 0.1), torch.optim.AdamW(groups[1], weight_decay=0.1, fused=True)]
+    for _ in range(3):
+        images = torch.randn(2, 1, 9, 9, 9)
+        for layer in layers:
+            layer.zero_grad()
+            layer(images).square().mean().backward()
+        layers[0][0].weight.grad.copy_(layers[1][0].weight.grad)  # the kernels part, and with them these gradients
+        layers[0][1].weight.grad.copy_(layers[1][1].weight.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(layers[0][0].weight, layers[1][0].weight)
+    assert torch.equal(layers[0][1].weight, layers[1][1].weight)
+    assert not torch.allclose(layers[0][2].weight, layers[1][2].weight)
+
+
+def test_kernels_without_a_gradient_stay() -> None:
+    layers = nn.ModuleList(nn.Conv3d(2, 2, 3) for _ in range(2))
+    optimizer = Muon(split_kernels([{"params": list(layers.parameters()), "lr": 0.1, "lr_scale": 1.0}]), 0.1)
+    before = layers[1].weight.detach().clone()
+    layers[0](torch.randn(1, 2, 4, 4, 4)).sum().backward()
+    optimizer.step()
+    assert torch.equal(layers[1].weight, before)
+    assert not torch.equal(layers[0].weight, before)
