@@ -155,8 +155,8 @@ class RunConfig:
     batch_size: int = option(4, help="patches per step, over all ranks", group=OPTIMISATION)
     labeled_bs: int | None = option(None, help="of these labelled, 1..batch_size - 1; else half", group=OPTIMISATION)
     optimizer: str = option(
-        "adamw",
-        help="muon makes the steps of kernels orthogonal; sgd has Nesterov momentum 0.9",
+        "muon",
+        help="muon: AdamW, with orthogonal steps for kernels; sgd has Nesterov momentum 0.9",
         group=OPTIMISATION,
         choices=("adamw", "muon", "sgd"),
     )

@@ -72,6 +72,8 @@ SHARED |= {
     f"{name} alone": ({"method": name, "max_iteration": 4, "use_contrastive_prototype": False} | more, bound)
     for name, (more, bound) in PLAIN.items()
 }
+# Orthogonal steps make directions with tiny gradients, and their rounding, as large as all others.
+SHARED["muon"] = ({"method": "supervised", "use_contrastive_prototype": False, "optimizer": "muon"}, 1e-3)
 
 
 def run_rank(rank: int, folder: str) -> None:
@@ -136,7 +138,7 @@ def gloo_threads() -> list[str]:
 def fit_in_float32(run: Path, ranks: RankInfo, name: str) -> None:
     """Some steps with all that draws at random; losses of every step are logged."""
     source = BallSource()
-    config = small_config(source, **{"log_every": 1, "patch_size": (8, 8, 8)} | SHARED[name][0])
+    config = small_config(source, **{"log_every": 1, "patch_size": (8, 8, 8), "optimizer": "adamw"} | SHARED[name][0])
     run.mkdir(parents=True, exist_ok=True)
     state = RunState(config, DataFacts.of(source), make_training_split(source, config.split_request()))
     Trainer(state, source, run, ranks, torch.device("cpu")).fit()
