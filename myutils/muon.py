@@ -3,8 +3,8 @@
 Sources: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/ (the method, the polynomial); Liu et al. 2025,
 arXiv:2502.16982 (weight decay, and the step's size, with which AdamW's rates fit).
 
-Deviation: the Newton-Schulz iteration runs on the small Gram matrix, X_5 = q(X X^T) X, in float32, which takes a third of
-the time and gives the same within 0.005 of 1. ``torch.optim.Muon`` takes two-dimensional parameters alone.
+Deviation: the Newton-Schulz iteration runs on the small Gram matrix, X_5 = q(X X^T) X, in float32: a third of the time,
+and the same within 0.005 of 1. ``torch.optim.Muon`` takes two-dimensional parameters alone.
 """
 
 from __future__ import annotations
