@@ -66,7 +66,7 @@ class Muon(torch.optim.AdamW):
                 steps = orthogonal([self._momentum(kernel, gradient).flatten(1) for kernel, gradient in found])
                 for (kernel, _), step in zip(found, steps, strict=True):
                     kernel.mul_(1 - group["lr"] * group["weight_decay"])
-                    kernel.add_(step.view_as(kernel), alpha=-group["lr"] * _RMS * max(step.shape) ** 0.5)
+                    kernel.add_(step.reshape(kernel.shape), alpha=-group["lr"] * _RMS * max(step.shape) ** 0.5)
                     kernel.grad = None  # AdamW passes those without one by
         return super().step(closure)
 

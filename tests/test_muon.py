@@ -62,15 +62,16 @@ def test_kernels_are_what_mixes_channels_and_voxels() -> None:
     assert all(name.endswith("weight") for name in names)
 
 
-def test_a_step_worked_out_by_hand() -> None:
-    kernel = nn.Parameter(torch.randn(4, 2, 3, 3, 3))
-    before, gradient = kernel.detach().clone(), torch.randn(4, 2, 3, 3, 3)
+@pytest.mark.parametrize("out", [4, 60])  # wide and tall matrices
+def test_a_step_worked_out_by_hand(out: int) -> None:
+    kernel = nn.Parameter(torch.randn(out, 2, 3, 3, 3))
+    before, gradient = kernel.detach().clone(), torch.randn_like(kernel)
     optimizer = Muon(split_kernels([{"params": [kernel], "lr": 0.01, "lr_scale": 1.0}]), weight_decay=0.5)
     for group in optimizer.param_groups:
         group["lr"] = 0.01
     kernel.grad = gradient.clone()
     optimizer.step()
-    first = before * (1 - 0.01 * 0.5) - 0.01 * 0.2 * 54**0.5 * naive(gradient.flatten(1)).view_as(before)
+    first = before * (1 - 0.01 * 0.5) - 0.01 * 0.2 * max(54, out) ** 0.5 * naive(gradient.flatten(1)).view_as(before)
     assert torch.allclose(kernel.double(), first.double(), atol=1e-5)
     assert kernel.grad is None
     second = torch.randn_like(gradient)
@@ -78,7 +79,7 @@ def test_a_step_worked_out_by_hand() -> None:
     optimizer.step()
     average = 0.95 * 0.05 * gradient + 0.05 * second
     direction = naive((0.05 * second + 0.95 * average).flatten(1)).view_as(before)
-    expected = first * (1 - 0.01 * 0.5) - 0.01 * 0.2 * 54**0.5 * direction
+    expected = first * (1 - 0.01 * 0.5) - 0.01 * 0.2 * max(54, out) ** 0.5 * direction
     assert torch.allclose(kernel.double(), expected.double(), atol=1e-5)
 
 
