@@ -33,7 +33,7 @@ def split_kernels(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same parameters, kernels in groups of their own after the others, as ``Muon`` takes them."""
     rest = [{**group, "params": [p for p in group["params"] if not is_kernel(p)], _MARK: False} for group in groups]
     kernels = [
-        {**group, "params": chosen, _MARK: True, "lr_scale": _KERNEL_RATE * group["lr_scale"]}
+        {**group, "params": chosen, _MARK: True, **{rate: _KERNEL_RATE * group[rate] for rate in ("lr", "lr_scale")}}
         for group in groups
         if (chosen := [p for p in group["params"] if is_kernel(p)])
     ]
@@ -91,8 +91,8 @@ def orthogonal(matrices: list[Tensor]) -> list[Tensor]:
     found = list(matrices)
     for indices in alike.values():
         grams = torch.stack([wide[index] @ wide[index].mT for index in indices])  # (n, rows, rows)
-        squares = grams.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]  # of the Frobenius norms
-        factors = _polynomial(grams / squares.clamp(min=_SMALLEST)) * squares.clamp(min=_SMALLEST).rsqrt()
+        squares = grams.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=_SMALLEST)  # of the Frobenius norms
+        factors = _polynomial(grams / squares) * squares.rsqrt()
         for index, factor in zip(indices, factors, strict=True):
             step = factor @ wide[index]
             found[index] = step if len(step) == len(matrices[index]) else step.mT

@@ -67,13 +67,13 @@ PLAIN: dict[str, tuple[dict[str, object], float]] = {
     "cps": ({}, 1e-2),
     "mc_net": ({}, 1e-3),
     "dtc": ({}, 1e-3),
+    # Orthogonal steps make directions with tiny gradients, and their rounding, as large as all others.
+    "muon": ({"method": "supervised", "optimizer": "muon"}, 1e-3),
 }
 SHARED |= {
     f"{name} alone": ({"method": name, "max_iteration": 4, "use_contrastive_prototype": False} | more, bound)
     for name, (more, bound) in PLAIN.items()
 }
-# Orthogonal steps make directions with tiny gradients, and their rounding, as large as all others.
-SHARED["muon"] = ({"method": "supervised", "use_contrastive_prototype": False, "optimizer": "muon"}, 1e-3)
 
 
 def run_rank(rank: int, folder: str) -> None:
