@@ -23,7 +23,8 @@ from myutils.prototype_memory import (
     merge_ranks,
     unit_vectors,
 )
-from myutils.prototype_sampling import gated_pseudo_labels, pick_voxels, require_class_ids, sample_per_class
+from myutils.prototype_sampling import pick_voxels, require_class_ids, sample_per_class
+from myutils.pseudo_labels import pseudo_labels
 
 
 class ContrastivePrototypeManager(PrototypeMemory):
@@ -149,10 +150,10 @@ class ContrastivePrototypeManager(PrototypeMemory):
             class_labels: Class ids (S,), ``ignore_index`` for rows to leave out.
             from_labeled: Whether these are true labels; see ``update_memory``.
         """
-        confidences, predicted = logits.float().softmax(dim=1).max(dim=1)
-        trusted = (confidences > self.confidence_threshold) & (predicted == class_labels)
-        labels = class_labels.masked_fill(~trusted, self.ignore_index)
-        return self._rank(self.known_rows(vectors, class_labels), labels, confidences, from_labeled)
+        found = pseudo_labels(logits)
+        trusted = found.gated(self.confidence_threshold, self.ignore_index)
+        labels = class_labels.where(trusted == class_labels, self.ignore_index)
+        return self._rank(self.known_rows(vectors, class_labels), labels, found.confidence, from_labeled)
 
     def contrastive_class_to_class_learned_memory(self, features: Tensor, class_labels: Tensor) -> Tensor:
         """Weighted mean of 1 - cosine between the features of a class and its memory, averaged over classes.
@@ -261,8 +262,7 @@ class ContrastivePrototypeManager(PrototypeMemory):
         checks.require_batch(features, predictions, labels, memory_features, (self.feature_dim, self.num_classes))
         with torch.autocast(features.device.type, enabled=False):
             if labels is None:
-                probs = predictions.detach().float().softmax(1)
-                labels = gated_pseudo_labels(probs, self.confidence_threshold, self.ignore_index)
+                labels = pseudo_labels(predictions).gated(self.confidence_threshold, self.ignore_index)
             stored = features if memory_features is None else memory_features
             if features.ndim > 2 or len(features) > self.num_classes * self.samples_per_class:
                 positions, labels = self.sample_positions(labels)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from myutils.distributed import concat_ranks
-from myutils.pseudo_labels import top_class
 from myutils.rank_batch import draw_rows, rank_count
 
 _PADDING_SLACK = 16
@@ -135,19 +134,3 @@ def pick_voxels(volume: Tensor, positions: Tensor) -> Tensor:
     first = (positions // size) * (width * size) + positions % size  # of a voxel's values, a patch's lie in C order
     values = first[:, None] + size * torch.arange(width, device=positions.device)  # (S, E)
     return volume.flatten().index_select(0, values.flatten()).view(values.shape)  # half the time of volume[b, :, v]
-
-
-@torch.no_grad()
-def gated_pseudo_labels(probs: Tensor, threshold: float, ignore_index: int) -> Tensor:
-    """Most probable class where its probability exceeds ``threshold``, else ``ignore_index``.
-
-    Args:
-        probs: Class probabilities (B, K, X, Y, Z) or (N, K).
-        threshold: Confidence gate in [0, 1).
-        ignore_index: Label of the voxels below the gate; NaN is below it.
-
-    Returns:
-        Pseudo-labels (B, X, Y, Z) or (N,), int64.
-    """
-    labels, confidence = top_class(probs)
-    return labels.where(confidence > threshold, ignore_index)

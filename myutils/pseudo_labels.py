@@ -12,10 +12,18 @@ from networks.layers import dropped_channels
 
 
 class PseudoLabels(NamedTuple):
-    """Class ids and their probabilities, both (Bu, X, Y, Z)."""
+    """Class ids, int64, and their probabilities, both (Bu, X, Y, Z), or (S,) of drawn voxels."""
 
     labels: Tensor
     confidence: Tensor
+
+    def gated(self, threshold: float, ignore_index: int) -> Tensor:
+        """The labels where the probability exceeds ``threshold`` in [0, 1), else ``ignore_index``; NaN is below it."""
+        return self.labels.where(self.confidence > threshold, ignore_index)
+
+    def repeat(self, times: int) -> PseudoLabels:
+        """Those of the whole batch, that many times after each other."""
+        return self if times == 1 else PseudoLabels(*(part.repeat(times, 1, 1, 1) for part in self))
 
 
 def top_class(scores: Tensor, axis: int = 1) -> PseudoLabels:
@@ -42,7 +50,7 @@ def most_probable(scores: Tensor, axis: int = 1) -> Tensor:
 
 
 def pseudo_labels(logits: Tensor) -> PseudoLabels:
-    """Most probable class and its probability of logits (Bu, K, X, Y, Z)."""
+    """Most probable class and its probability of logits (Bu, K, X, Y, Z) or (S, K); no gradient."""
     return top_class(logits.detach().float().softmax(1))
 
 

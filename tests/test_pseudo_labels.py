@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from myutils.prototype_sampling import gated_pseudo_labels
 from myutils.pseudo_labels import most_probable, top_class
 
 
@@ -29,4 +28,4 @@ def test_top_class_has_no_gradient_and_a_gate_leaves_nan_out() -> None:
     scores = torch.randn(1, 3, 2, 2, 2, requires_grad=True)
     assert not top_class(scores).confidence.requires_grad and not most_probable(scores).requires_grad
     probs = torch.tensor([[0.1, 0.9], [float("nan"), 0.95], [0.4, 0.6]])
-    assert gated_pseudo_labels(probs, 0.8, -1).tolist() == [1, -1, -1]
+    assert top_class(probs).gated(0.8, -1).tolist() == [1, -1, -1]

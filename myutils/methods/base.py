@@ -15,9 +15,8 @@ from dataloaders.patches import Batch
 from myutils.config import RunConfig, required
 from myutils.losses.deep_supervision import DeepSupervision
 from myutils.losses.segmentation import dice_ce_loss, one_hot_labels
-from myutils.prototype_sampling import gated_pseudo_labels
 from myutils.prototype_term import IGNORE, PrototypeTerm, PseudoVoxels
-from myutils.pseudo_labels import most_probable
+from myutils.pseudo_labels import PseudoLabels, most_probable, pseudo_labels
 from myutils.registry import Registry
 from myutils.schedules import fraction_rampup, sigmoid_rampup
 from networks.base import SegmentationNetwork, SegmentationOutput
@@ -159,7 +158,7 @@ class Method(nn.Module, ABC):
         *,
         teacher_l: SegmentationOutput | None = None,
         teacher_u: SegmentationOutput | None = None,
-        believed: Tensor | None = None,
+        believed: PseudoLabels | None = None,
         foreign: Tensor | None = None,
     ) -> dict[str, LossTerm]:
         """The prototype term's raw parts with their ramped weights; nothing without ``--use_contrastive_prototype``.
@@ -171,15 +170,15 @@ class Method(nn.Module, ABC):
             teacher_l: Teacher outputs of the labelled patches where the memory refills; None for the student's own.
             teacher_u: Outputs that give the unlabelled patches' pseudo-labels and memory features, teacher's or
                 student's; no gradient flows into them. None leaves these patches out.
-            believed: Class probabilities (Bu, K, X, Y, Z) of ``teacher_u``, where they are at hand.
+            believed: The pseudo-labels (Bu, X, Y, Z) of ``teacher_u``, where they are at hand.
             foreign: Voxels (Bu, X, Y, Z) of the student's unlabelled patches that belong to another patch.
         """
         if self.prototypes is None:
             return {}
         pseudo = None
         if teacher_u is not None:
-            probs = teacher_u.logits.detach().float().softmax(1) if believed is None else believed
-            confident = gated_pseudo_labels(probs, self.config.confidence_threshold, IGNORE)
+            found = pseudo_labels(teacher_u.logits) if believed is None else believed
+            confident = found.gated(self.config.confidence_threshold, IGNORE)
             if foreign is not None:
                 confident = confident.where(~foreign, IGNORE)
             pseudo = PseudoVoxels(confident, teacher_u.detach())

@@ -31,8 +31,9 @@ from myutils.config import RunConfig, required
 from myutils.dynamic_feature_pool import DynamicFeaturePool, correlation_consistency
 from myutils.methods.base import METHODS, LossTerm
 from myutils.methods.mean_teacher import CONSISTENCY, MeanTeacher, StepParts
-from myutils.prototype_sampling import gated_pseudo_labels, pick_voxels, sample_per_class, shared_keys
+from myutils.prototype_sampling import pick_voxels, sample_per_class, shared_keys
 from myutils.prototype_term import IGNORE
+from myutils.pseudo_labels import pseudo_labels
 from myutils.rank_batch import all_rows
 from myutils.schedules import fraction_rampup
 from networks.base import SegmentationNetwork, SegmentationOutput
@@ -95,7 +96,7 @@ class CovarianceFeaturePools(MeanTeacher):
     def further_terms(self, parts: StepParts, step: int) -> tuple[dict[str, LossTerm], dict[str, Tensor]]:
         """The pool's terms; all are computed in every stage, so that each parameter always takes part."""
         config, stage = self.config, self.stage(step)
-        labels_u = gated_pseudo_labels(parts.believed, config.confidence_threshold, IGNORE)
+        labels_u = parts.believed.gated(config.confidence_threshold, IGNORE)
         if parts.foreign is not None:
             labels_u = labels_u.masked_fill(parts.foreign, IGNORE)
         positions_l, classes_l = self._draw(parts.batch.label_l)
@@ -137,6 +138,6 @@ class CovarianceFeaturePools(MeanTeacher):
     @torch.no_grad()
     def _collect(self, teacher: SegmentationOutput, positions: Tensor, classes: Tensor) -> None:
         """Store the drawn voxels that the teacher predicts correctly and with confidence."""
-        confidence, predicted = pick_voxels(teacher.logits, positions).float().softmax(1).max(1)
-        reliable = (confidence > self.config.confidence_threshold) & (predicted == classes)
-        self.pool.push(pick_voxels(teacher.features, positions).float(), classes.masked_fill(~reliable, IGNORE))
+        found = pseudo_labels(pick_voxels(teacher.logits, positions))
+        reliable = found.gated(self.config.confidence_threshold, IGNORE) == classes
+        self.pool.push(pick_voxels(teacher.features, positions).float(), classes.where(reliable, IGNORE))

@@ -23,7 +23,7 @@ from myutils.config import required
 from myutils.losses.segmentation import dice_ce_loss, one_hot_labels, soft_label_loss
 from myutils.methods.averaged_teacher import TeacherMethod
 from myutils.methods.base import METHODS, LossTerm, StepOutput
-from myutils.pseudo_labels import draw_paste, drop_channels, top_class
+from myutils.pseudo_labels import PseudoLabels, draw_paste, drop_channels, top_class
 from myutils.rank_batch import rank_count
 from networks.base import SegmentationOutput
 
@@ -36,7 +36,7 @@ class StepParts(NamedTuple):
         student: Student outputs, labelled patches first, on the graph.
         teacher_l: Teacher outputs of the labelled patches where ``refills_at(step)``.
         teacher_u: Teacher outputs of the weak views, repeated for each strong view of the student's.
-        believed: Their class probabilities (V * Bu, K, X, Y, Z).
+        believed: Their pseudo-labels (V * Bu, X, Y, Z).
         foreign: Voxels (V * Bu, X, Y, Z) that were pasted into the student's strong views; None without pasting.
     """
 
@@ -44,7 +44,7 @@ class StepParts(NamedTuple):
     student: SegmentationOutput
     teacher_l: SegmentationOutput | None
     teacher_u: SegmentationOutput
-    believed: Tensor
+    believed: PseudoLabels
     foreign: Tensor | None
 
 
@@ -63,12 +63,13 @@ class MeanTeacher(TeacherMethod):
         """See the base class."""
         labeled = len(batch.image_l)
         teacher_l, teacher_u = self.teach(batch, batch.image_u, with_labeled=self.refills_at(step))
-        weak = len(batch.image_u)
-        teacher_u = teacher_u.repeat(required(self.config.strong_views, "strong_views"))
-        believed = teacher_u.logits.float().softmax(1)
-        shown, certainty = top_class(believed[:weak])
+        views = required(self.config.strong_views, "strong_views")
+        teacher_u = teacher_u.repeat(views)
+        probs = teacher_u.logits.float().softmax(1)
+        shown = top_class(probs[: len(batch.image_u)])
+        believed = shown.repeat(views)
         perturbed = self.perturbs_at(step)
-        strong, target, foreign = self._mix(batch, believed, boxes=perturbed)
+        strong, target, foreign = self._mix(batch, probs, boxes=perturbed)
         images = torch.cat([batch.image_l, strong])
         change = partial(drop_channels, first=labeled) if perturbed and self.config.feature_perturbation else None
         student = self.student.run_branches(images, [self.student.branch], change)[0]
@@ -88,8 +89,8 @@ class MeanTeacher(TeacherMethod):
             student, batch.label_l, step, teacher_l=teacher_l, teacher_u=teacher_u, believed=believed, foreign=foreign
         )
         further, scalars = self.further_terms(StepParts(batch, student, teacher_l, teacher_u, believed, foreign), step)
-        scalars |= {"confidence": certainty.mean(), "gate_share": gate.mean()}
-        return StepOutput(terms | further, scalars, shown, logits_l.detach())
+        scalars |= {"confidence": shown.confidence.mean(), "gate_share": gate.mean()}
+        return StepOutput(terms | further, scalars, shown.labels, logits_l.detach())
 
     def perturbs_at(self, step: int) -> bool:
         """Whether strong views get boxes and lose channels at ``step``.
@@ -104,17 +105,17 @@ class MeanTeacher(TeacherMethod):
         """Terms and logged scalars that a subclass adds to the step."""
         return {}, {}
 
-    def _mix(self, batch: Batch, believed: Tensor, *, boxes: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _mix(self, batch: Batch, probs: Tensor, *, boxes: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
         """Strong views with boxes of other patches, their class probabilities, and which voxels were pasted.
 
-        Probabilities ``believed`` (V * Bu, K, X, Y, Z) are the teacher's; voxels of a labelled patch have their true
+        Probabilities ``probs`` (V * Bu, K, X, Y, Z) are the teacher's; voxels of a labelled patch have their true
         class for certain. A single unlabelled patch has no other one to take boxes from.
         """
         if not (boxes and self.config.copy_paste and len(batch.image_u)):
-            return batch.image_u_strong, believed, None
+            return batch.image_u_strong, probs, None
         share = (self.config.paste_unlabeled or 0.0) if len(batch.image_u) * rank_count() > 1 else 0.0
         shape = batch.image_u_strong[:, 0].shape
         paste = draw_paste(len(batch.image_l), shape, batch.image_u.device, share)
-        certain = one_hot_labels(batch.label_l, believed.shape[1])
+        certain = one_hot_labels(batch.label_l, probs.shape[1])
         strong = paste.apply(batch.image_l, batch.image_u_strong)
-        return strong, paste.apply(certain, believed), paste.boxes
+        return strong, paste.apply(certain, probs), paste.boxes
