@@ -10,7 +10,8 @@ and the same within 0.005 of 1. ``torch.optim.Muon`` takes two-dimensional param
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,7 +64,8 @@ class Muon(torch.optim.AdamW):
         for group in self.param_groups:
             if group[_MARK]:
                 found = [(kernel, kernel.grad) for kernel in group["params"] if kernel.grad is not None]
-                steps = orthogonal([self._momentum(kernel, gradient).flatten(1) for kernel, gradient in found])
+                with _full_precision():
+                    steps = orthogonal([self._momentum(kernel, gradient).flatten(1) for kernel, gradient in found])
                 for (kernel, _), step in zip(found, steps, strict=True):
                     kernel.mul_(1 - group["lr"] * group["weight_decay"])
                     kernel.add_(step.reshape(kernel.shape), alpha=-group["lr"] * _RMS * max(step.shape) ** 0.5)
@@ -103,10 +105,20 @@ def _polynomial(grams: Tensor) -> Tensor:
     """q(G) of Gram matrices G = X X^T (n, rows, rows) with a trace of 1: q(G) X is the iteration's result."""
     a, b, c = _POLYNOMIAL
     once = a * torch.eye(grams.shape[1], device=grams.device, dtype=grams.dtype)
-    total = once + b * grams + c * grams @ grams
-    factor = total
+    factor = total = torch.baddbmm(once + b * grams, grams, grams, alpha=c)
     for _ in range(_STEPS - 1):
         grams = factor @ grams @ factor
-        factor = once + b * grams + c * grams @ grams
+        factor = torch.baddbmm(once + b * grams, grams, grams, alpha=c)
         total = factor @ total
     return total
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Products in whole float32: with TF32, which some containers ask for, Gram matrices lose their small values."""
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(chosen)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -124,3 +126,29 @@ def test_a_gradient_scaler_skips_a_step_that_overflowed() -> None:
         scaler.update()
         moved = [not torch.equal(value, before[name]) for name, value in layer.state_dict().items()]
         assert moved == [factor == 1.0] * 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_products_are_whole_float32_whatever_was_asked_for_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    seen = []
+
+    def spy(matrices: list[Tensor]) -> list[Tensor]:
+        seen.append(torch.get_float32_matmul_precision())
+        if fails:
+            raise RuntimeError("as if out of memory")
+        return orthogonal(matrices)
+
+    monkeypatch.setattr("myutils.muon.orthogonal", spy)
+    kernel = nn.Parameter(torch.randn(4, 2, 3, 3, 3))
+    optimizer = Muon(split_kernels([{"params": [kernel], "lr": 0.1, "lr_scale": 1.0}]), 0.1)
+    kernel.grad = torch.randn_like(kernel)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
+    try:
+        with pytest.raises(RuntimeError, match="memory") if fails else nullcontext():
+            optimizer.step()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["highest"]
