@@ -56,28 +56,36 @@ class Muon(torch.optim.AdamW):
     def __init__(self, groups: list[dict[str, Any]], weight_decay: float, momentum: float = 0.95) -> None:
         super().__init__(groups, weight_decay=weight_decay, fused=True)
         self.momentum = momentum
-        self._step_supports_amp_scaling = False  # a gradient scaler looks for infinities itself
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; ``closure`` is AdamW's."""
+        """One step; ``closure`` is AdamW's.
+
+        As AdamW's fused steps, these follow a gradient scaler without a wait for the device: it leaves ``found_inf``,
+        1 for a step that must change nothing, and ``grad_scale``, None where the gradients have their own size.
+        """
+        overflow: Tensor | None = getattr(self, "found_inf", None)
+        counts = 1.0 if overflow is None else 1.0 - overflow
         for group in self.param_groups:
             if group[_MARK]:
                 found = [(kernel, kernel.grad) for kernel in group["params"] if kernel.grad is not None]
                 with _full_precision():
-                    steps = orthogonal([self._momentum(kernel, gradient).flatten(1) for kernel, gradient in found])
+                    steps = orthogonal([self._momentum(*pair, counts).flatten(1) for pair in found])
                 for (kernel, _), step in zip(found, steps, strict=True):
-                    kernel.mul_(1 - group["lr"] * group["weight_decay"])
-                    kernel.add_(step.reshape(kernel.shape), alpha=-group["lr"] * _RMS * max(step.shape) ** 0.5)
+                    kernel.mul_(1 - counts * group["lr"] * group["weight_decay"])
+                    kernel.sub_(step.reshape(kernel.shape).mul_(counts * group["lr"] * _RMS * max(step.shape) ** 0.5))
                     kernel.grad = None  # AdamW passes those without one by
         return super().step(closure)
 
-    def _momentum(self, kernel: nn.Parameter, gradient: Tensor) -> Tensor:
+    def _momentum(self, kernel: nn.Parameter, gradient: Tensor, counts: Tensor | float) -> Tensor:
         """The mean of past gradients, looked at one step ahead (Nesterov)."""
         state = self.state[kernel]
         if not state:
             state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(kernel)}  # AdamW asks for every "step"
-        average = state["momentum"].lerp_(gradient, 1 - self.momentum)
+        if isinstance(counts, Tensor):
+            scale = getattr(self, "grad_scale", None)
+            gradient = (gradient if scale is None else gradient / scale).where(counts > 0, 0.0)
+        average = state["momentum"].lerp_(gradient, counts * (1 - self.momentum))
         return torch.lerp(gradient, average, self.momentum)
 
 

@@ -31,9 +31,12 @@ def no_waiting() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_waiting")
-@pytest.mark.parametrize("name", [name for name in METHODS.names() if name not in WITH_SCIPY])
-def test_a_step_never_waits_for_the_device(tmp_path: Path, name: str) -> None:
-    changes = {"use_contrastive_prototype": True, "memory_interval": 1, "amp": "bf16", "warmup_iteration": 0}
+@pytest.mark.parametrize(
+    ("name", "amp"),
+    [(name, "bf16") for name in METHODS.names() if name not in WITH_SCIPY] + [("mean_teacher", "fp16")],
+)
+def test_a_step_never_waits_for_the_device(tmp_path: Path, name: str, amp: str) -> None:
+    changes = {"use_contrastive_prototype": True, "memory_interval": 1, "amp": amp, "warmup_iteration": 0}
     changes["dfp_start_iter"] = 0  # its pools, built in the first step, are the one place where a step may wait
     trainer = small_trainer(BallSource(), tmp_path, CUDA, method=name, **changes)
     batch = batch_for(trainer.method).to(CUDA)

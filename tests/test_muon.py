@@ -114,18 +114,37 @@ def test_kernels_without_a_gradient_stay() -> None:
     assert not torch.equal(layers[0].weight, before)
 
 
-def test_a_gradient_scaler_skips_a_step_that_overflowed() -> None:
-    layer = nn.Conv3d(2, 2, 3)
-    optimizer = Muon(split_kernels([{"params": list(layer.parameters()), "lr": 0.1, "lr_scale": 1.0}]), 0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    before = {name: value.clone() for name, value in layer.state_dict().items()}
-    for factor in (float("inf"), 1.0):
-        optimizer.zero_grad()
-        scaler.scale(factor * layer(torch.ones(1, 2, 4, 4, 4)).sum()).backward()
-        scaler.step(optimizer)
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_a_gradient_scaler_skips_steps_that_overflowed_without_a_wait(
+    monkeypatch: pytest.MonkeyPatch, unscaled: bool
+) -> None:
+    layers = [nn.Conv3d(2, 2, 3) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    groups = [[{"params": list(layer.parameters()), "lr": 0.1, "lr_scale": 1.0}] for layer in layers]
+    scaled, plain = (Muon(split_kernels(group), 0.1) for group in groups)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for factor in (float("inf"), 1.0, float("nan"), 2.0):
+        images = torch.randn(1, 2, 4, 4, 4)
+        before = {name: value.clone() for name, value in layers[0].state_dict().items()}
+        momenta = [scaled.state[p]["momentum"].clone() for p in layers[0].parameters() if "momentum" in scaled.state[p]]
+        scaled.zero_grad()
+        scaler.scale(factor * layers[0](images).square().sum()).backward()
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "item", lambda _: pytest.fail("a wait for the device"))
+            if unscaled:
+                scaler.unscale_(scaled)
+            scaler.step(scaled)
         scaler.update()
-        moved = [not torch.equal(value, before[name]) for name, value in layer.state_dict().items()]
-        assert moved == [factor == 1.0] * 2
+        if factor in (1.0, 2.0):
+            plain.zero_grad()
+            (factor * layers[1](images).square().sum()).backward()
+            plain.step()
+            for ours, theirs in zip(layers[0].parameters(), layers[1].parameters(), strict=True):
+                assert torch.allclose(ours, theirs, atol=1e-5) and not torch.equal(ours, torch.zeros_like(ours))
+        else:
+            assert all(torch.equal(value, before[name]) for name, value in layers[0].state_dict().items())
+            kept = [scaled.state[p]["momentum"] for p in layers[0].parameters() if "momentum" in scaled.state[p]]
+            assert all(torch.equal(*pair) for pair in zip(momenta, kept, strict=False))
 
 
 @pytest.mark.parametrize("fails", [False, True])
