@@ -22,7 +22,7 @@ from networks.layers import mend_layers
 
 logger = logging.getLogger(__name__)
 
-# Learning rate and weight decay per optimizer, chosen on validation cases of LA and hippocampus (docs/results.md).
+# Learning rate and weight decay per optimizer, chosen on validation cases of LA and hippocampus (docs/search.md).
 OPTIMIZER_DEFAULTS = {"adamw": (0.003, 0.3), "sgd": (0.1, 1e-4), "muon": (0.003, 0.3)}
 
 

@@ -43,7 +43,7 @@ class InferenceOptions:
         views: Views whose probabilities are averaged: 0 for all mirrored ones (one alone without ``flips``), else the
             image itself and that many less one that are turned and scaled too.
         sigma: Standard deviation of a window's Gaussian weights, as a share of the window, > 0. nnU-Net (Isensee et al.
-            2021) and MONAI take 0.125, which scores a supervised network 0.2 Dice lower (docs/results.md).
+            2021) and MONAI take 0.125, which scores a supervised network 0.2 Dice lower (docs/search.md).
         window_batch: Windows per forward pass; None for up to four, as many as hold a million voxels.
         amp: "no", "bf16", "fp16" or "auto" (what the device is fast at); logits are accumulated in float32 always.
     """

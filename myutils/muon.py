@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_KERNEL_RATE = 3.0  # times the rate of the rest; 1 and 10 on development cases: docs/results.md
+_KERNEL_RATE = 3.0  # times the rate of the rest; 1 and 10 on development cases: docs/search.md
 _MARK = "kernels"  # the setting that marks their groups
 _POLYNOMIAL = (3.4445, -4.7750, 2.0315)  # a + b x^2 + c x^4 times x moves 0.001..1 to 0.7..1.2 in five steps
 _STEPS = 5

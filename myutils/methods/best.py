@@ -4,7 +4,7 @@ Two strong views of each unlabelled patch learn its pseudo-label, for one pass o
 UniMatch, Yang et al. 2023, arXiv:2208.09910, without a loss between them); half of the encoder's channels are dropped
 for them, and half of the pasted boxes come from the other unlabelled patch. The decoder's coarser levels learn the
 labels too. Whole volumes are segmented as the mean over all mirrored inputs, where there is an axis to mirror along.
-What was chosen on which cases: docs/results.md.
+What was chosen on which cases: docs/search.md.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class StepParts(NamedTuple):
     foreign: Tensor | None
 
 
-CONSISTENCY = 0.5  # as good as 1 or better on development cases of three data sets (docs/results.md)
+CONSISTENCY = 0.5  # as good as 1 or better on development cases of three data sets (docs/search.md)
 
 
 @METHODS.register("mean_teacher")
