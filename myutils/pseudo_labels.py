@@ -21,10 +21,6 @@ class PseudoLabels(NamedTuple):
         """The labels where the probability exceeds ``threshold`` in [0, 1), else ``ignore_index``; NaN is below it."""
         return self.labels.where(self.confidence > threshold, ignore_index)
 
-    def repeat(self, times: int) -> PseudoLabels:
-        """Those of the whole batch, that many times after each other."""
-        return self if times == 1 else PseudoLabels(*(part.repeat(times, 1, 1, 1) for part in self))
-
 
 def top_class(scores: Tensor, axis: int = 1) -> PseudoLabels:
     """The class of the highest score along ``axis``, int64, the first of equal ones, and that score; no gradient.

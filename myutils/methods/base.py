@@ -168,20 +168,18 @@ class Method(nn.Module, ABC):
             labels: Class ids (Bl, X, Y, Z) of the labelled patches; ``IGNORE`` where a voxel is not theirs.
             step: Training step.
             teacher_l: Teacher outputs of the labelled patches where the memory refills; None for the student's own.
-            teacher_u: Outputs that give the unlabelled patches' pseudo-labels and memory features, teacher's or
-                student's; no gradient flows into them. None leaves these patches out.
+            teacher_u: Outputs of Bu views that give the student's V * Bu unlabelled patches their pseudo-labels and
+                memory features, teacher's or student's; no gradient flows into them. None leaves these patches out.
             believed: The pseudo-labels (Bu, X, Y, Z) of ``teacher_u``, where they are at hand.
-            foreign: Voxels (Bu, X, Y, Z) of the student's unlabelled patches that belong to another patch.
+            foreign: Voxels (V * Bu, X, Y, Z) of the student's unlabelled patches that belong to another patch.
         """
         if self.prototypes is None:
             return {}
         pseudo = None
         if teacher_u is not None:
+            views = (len(student.logits) - len(labels)) // len(teacher_u.logits)
             found = pseudo_labels(teacher_u.logits) if believed is None else believed
-            confident = found.gated(self.config.confidence_threshold, IGNORE)
-            if foreign is not None:
-                confident = confident.where(~foreign, IGNORE)
-            pseudo = PseudoVoxels(confident, teacher_u.detach())
+            pseudo = PseudoVoxels(self.confident_labels(found, views, foreign), teacher_u.detach().repeat(views))
         losses = self.prototypes(student, labels, step, teacher_l=teacher_l, pseudo=pseudo)
         config, ramp = self.config, self.ramp(step)
         return {
@@ -189,6 +187,14 @@ class Method(nn.Module, ABC):
             "intra_loss": LossTerm(losses["intra_loss"], ramp * config.intra_weight),
             "inter_loss": LossTerm(losses["inter_loss"], ramp * config.inter_weight),
         }
+
+    def confident_labels(self, found: PseudoLabels, views: int, foreign: Tensor | None) -> Tensor:
+        """Class ids (V * Bu, X, Y, Z) of the student's V views of each unlabelled patch.
+
+        ``IGNORE`` where the pseudo-label (Bu, X, Y, Z) is below ``--confidence_threshold`` or the voxel is ``foreign``.
+        """
+        labels = found.gated(self.config.confidence_threshold, IGNORE).repeat(views, 1, 1, 1)
+        return labels if foreign is None else labels.where(~foreign, IGNORE)
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """Everything trainable: one group of all that ``further_groups`` leaves, then those.

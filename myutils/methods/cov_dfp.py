@@ -96,9 +96,8 @@ class CovarianceFeaturePools(MeanTeacher):
     def further_terms(self, parts: StepParts, step: int) -> tuple[dict[str, LossTerm], dict[str, Tensor]]:
         """The pool's terms; all are computed in every stage, so that each parameter always takes part."""
         config, stage = self.config, self.stage(step)
-        labels_u = parts.believed.gated(config.confidence_threshold, IGNORE)
-        if parts.foreign is not None:
-            labels_u = labels_u.masked_fill(parts.foreign, IGNORE)
+        views = required(config.strong_views, "strong_views")
+        labels_u = self.confident_labels(parts.believed, views, parts.foreign)
         positions_l, classes_l = self._draw(parts.batch.label_l)
         positions_u, classes_u = self._draw(labels_u)
         with torch.autocast(labels_u.device.type, enabled=False):

@@ -50,7 +50,7 @@ class FixMatch(Method):
             "consistency": LossTerm(consistency, self.unlabeled_weight(step)),
         }
         terms |= self.coarse_terms(student, batch.label_l)
-        terms |= self.prototype_terms(student, batch.label_l, step, teacher_u=weak.repeat(views))
+        terms |= self.prototype_terms(student, batch.label_l, step, teacher_u=weak, believed=target)
         scalars = {"confidence": target.confidence.mean(), "gate_share": gate.mean()}
         return StepOutput(terms, scalars, target.labels, logits_l.detach())
 

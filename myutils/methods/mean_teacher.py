@@ -35,15 +35,13 @@ class StepParts(NamedTuple):
         batch: The step's patches.
         student: Student outputs, labelled patches first, on the graph.
         teacher_l: Teacher outputs of the labelled patches where ``refills_at(step)``.
-        teacher_u: Teacher outputs of the weak views, repeated for each strong view of the student's.
-        believed: Their pseudo-labels (V * Bu, X, Y, Z).
+        believed: The teacher's pseudo-labels (Bu, X, Y, Z) of the weak views.
         foreign: Voxels (V * Bu, X, Y, Z) that were pasted into the student's strong views; None without pasting.
     """
 
     batch: Batch
     student: SegmentationOutput
     teacher_l: SegmentationOutput | None
-    teacher_u: SegmentationOutput
     believed: PseudoLabels
     foreign: Tensor | None
 
@@ -64,12 +62,10 @@ class MeanTeacher(TeacherMethod):
         labeled = len(batch.image_l)
         teacher_l, teacher_u = self.teach(batch, batch.image_u, with_labeled=self.refills_at(step))
         views = required(self.config.strong_views, "strong_views")
-        teacher_u = teacher_u.repeat(views)
         probs = teacher_u.logits.float().softmax(1)
-        shown = top_class(probs[: len(batch.image_u)])
-        believed = shown.repeat(views)
+        believed = top_class(probs)
         perturbed = self.perturbs_at(step)
-        strong, target, foreign = self._mix(batch, probs, boxes=perturbed)
+        strong, target, foreign = self._mix(batch, probs.repeat(views, 1, 1, 1, 1), boxes=perturbed)
         images = torch.cat([batch.image_l, strong])
         change = partial(drop_channels, first=labeled) if perturbed and self.config.feature_perturbation else None
         student = self.student.run_branches(images, [self.student.branch], change)[0]
@@ -88,9 +84,9 @@ class MeanTeacher(TeacherMethod):
         terms |= self.prototype_terms(
             student, batch.label_l, step, teacher_l=teacher_l, teacher_u=teacher_u, believed=believed, foreign=foreign
         )
-        further, scalars = self.further_terms(StepParts(batch, student, teacher_l, teacher_u, believed, foreign), step)
-        scalars |= {"confidence": shown.confidence.mean(), "gate_share": gate.mean()}
-        return StepOutput(terms | further, scalars, shown.labels, logits_l.detach())
+        further, scalars = self.further_terms(StepParts(batch, student, teacher_l, believed, foreign), step)
+        scalars |= {"confidence": believed.confidence.mean(), "gate_share": gate.mean()}
+        return StepOutput(terms | further, scalars, believed.labels, logits_l.detach())
 
     def perturbs_at(self, step: int) -> bool:
         """Whether strong views get boxes and lose channels at ``step``.
