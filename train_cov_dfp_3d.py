@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from dataloaders.splits import make_test_ids, make_training_split
-from myutils.build import DataFacts, build_source, resolve_config
+from myutils.build import DataFacts, build_source, fit_to_cases, resolve_config
 from myutils.checkpoint import RunState, read_checkpoint
 from myutils.config import RunConfig
 from myutils.distributed import RankInfo, any_rank, barrier, broadcast_object, start_process_group, stop_process_group
@@ -138,6 +138,7 @@ def start_run(config: RunConfig, ranks: RankInfo, device: torch.device) -> Train
     source = source or build_source(config)
     resolved = resolve_config(config, source)
     split = make_training_split(source, resolved.split_request())
+    resolved = fit_to_cases(resolved, source, split.labeled)
     state = RunState(resolved, DataFacts.of(source), split)
     trainer = Trainer(state, source, resolved.output_dir / str(resolved.exp), ranks, device)
     trainer.read_labels()
@@ -260,6 +261,8 @@ def describe(trainer: Trainer) -> None:
     cases = f"{len(split.labeled)} labelled, {len(split.unlabeled)} unlabelled, {len(split.val)} validation"
     logger.info("data: %s, %d classes, %s", config.dataset_name, source.num_classes, ", ".join(source.class_names[1:]))
     logger.info("cases: %s (split %s)", cases, split.digest[:12])
+    if config.ct_range is not None:
+        logger.info("intensities: CT, clipped to %g..%g (--ct_range)", *config.ct_range)
     logger.info("method: %s on %s%s", config.method, config.model, prototypes)
     if state.step == trainer.max_iteration:
         logger.info("steps: all %d are done", state.step)

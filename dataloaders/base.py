@@ -56,12 +56,12 @@ class TrainingDefaults:
     """Flag values that suit a data set where the user gives none.
 
     Attributes:
-        patch_size: Size of a training patch in voxels.
+        patch_size: Size of a training patch in voxels, cut down to the cases; None for one that fits them.
         max_iteration: Number of training steps.
         labelnum: Number of labelled cases.
     """
 
-    patch_size: tuple[int, int, int] = (64, 64, 64)
+    patch_size: tuple[int, int, int] | None = None
     max_iteration: int = 6000
     labelnum: int = 8
 

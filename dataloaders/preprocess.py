@@ -27,9 +27,11 @@ class Preprocess:
         There is no low-pass filter before the image is sampled down, as in nnU-Net (doi:10.1038/s41592-020-01008-z).
 
     Args:
-        modality: "mr" (z-score) or "ct" (percentile clip, then z-score).
+        modality: "mr" (z-score) or "ct" (clip, then scale).
         spacing: Voxel size in mm to work at; None to keep each image's own.
         interpolation: "linear" or "cubic", for the image; labels take the nearest voxel.
+        ct_range: Values that CT is clipped to and that become -2 and 2, in every case alike: Hounsfield units mean the
+            same everywhere. None to clip each case to percentiles of its own and take the z-score.
 
     Raises:
         ValueError: If a value is none of these.
@@ -38,6 +40,7 @@ class Preprocess:
     modality: str
     spacing: tuple[float, float, float] | None = None
     interpolation: str = "linear"
+    ct_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.modality not in MODALITIES:
@@ -109,7 +112,10 @@ class Preprocess:
         return tuple(max(1, round(count / ratio)) for count, ratio in pairs)
 
     def _normalize(self, channel: np.ndarray) -> np.ndarray:
-        """Normalise one channel (X, Y, Z) by its foreground."""
+        """Normalise one channel (X, Y, Z), by its foreground or by ``ct_range``."""
+        if self.modality == "ct" and self.ct_range is not None:
+            low, high = self.ct_range
+            return ((channel.clip(low, high) - (low + high) / 2) * (4 / (high - low))).astype(np.float32, copy=False)
         foreground = channel[foreground_mask(channel)].astype(np.float64)
         limits = (-np.inf, np.inf)
         if self.modality == "ct" and foreground.size:

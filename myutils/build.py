@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from dataloaders.base import SOURCES, CaseSource
 from dataloaders.case_cache import CaseCache, CaseStore
 from dataloaders.preprocess import Preprocess
+from dataloaders.survey import fitting_patch, survey_cases
 from dataloaders.transforms import AugmentOptions
 from myutils.config import RunConfig, required
 from myutils.inference import InferenceOptions
@@ -61,6 +63,8 @@ def build_source(config: RunConfig) -> CaseSource:
 def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
     """Fill every setting that was left to the data set, and check what depends on it.
 
+    ``fit_to_cases`` fills those that ask for a look at the cases.
+
     Raises:
         ValueError: If the model, the method or a size does not fit.
     """
@@ -88,17 +92,19 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
         raise ValueError(f"--paste_unlabeled {config.paste_unlabeled}: {config.method} pastes no unlabelled boxes")
     if config.perturbed_share != 1 and not method.pastes_unlabeled:
         raise ValueError(f"--perturbed_share {config.perturbed_share}: {config.method} has no boxes to leave out")
+    modality = config.modality or source.modality
+    if config.ct_range is not None and modality != "ct":
+        raise ValueError(f"--ct_range: these data are {modality}; add --modality ct if they are CT, or leave it out")
     if method.uses_unlabeled and labeled_bs >= config.batch_size:
         raise ValueError(f"--batch_size {config.batch_size}: {config.method} needs at least 2, one patch unlabelled")
     return dataclasses.replace(
         config,
         labelnum=labelnum,
         labeled_bs=labeled_bs,
-        patch_size=config.patch_size or defaults.patch_size,
         max_iteration=max_iteration,
         base_lr=config.base_lr if config.base_lr is not None else base_lr,
         weight_decay=config.weight_decay if config.weight_decay is not None else weight_decay,
-        modality=config.modality or source.modality,
+        modality=modality,
         flip_axes=flip_axes,
         baseline=config.baseline if config.baseline is not None else config.dataset_name == "demo",
         exp=config.exp or f"{config.dataset_name}_{config.method}_{labelnum}labels_seed{config.seed}",
@@ -118,9 +124,26 @@ def _with_method_defaults(
     return dataclasses.replace(config, **{name: v for name, v in wanted.items() if getattr(config, name) is None})
 
 
+def fit_to_cases(config: RunConfig, source: CaseSource, labeled: Sequence[str]) -> RunConfig:
+    """Fill what the labelled cases decide, the patch and the range of a CT; they are read if one of these is open.
+
+    Raises:
+        FileNotFoundError, ValueError: If a case cannot be read.
+    """
+    is_ct = config.modality == "ct"
+    if config.patch_size is not None and (config.ct_range is not None or not is_ct):
+        return config
+    survey = survey_cases(source, labeled)
+    patch = config.patch_size or fitting_patch(survey, config.spacing, source.defaults.patch_size)
+    ct_range = config.ct_range or (survey.structure_range if is_ct else None)
+    if is_ct and ct_range is None:
+        logger.warning("CT: no structure in the labelled cases to take a range from; each case is clipped to its own")
+    return dataclasses.replace(config, patch_size=patch, ct_range=ct_range)
+
+
 def build_preprocess(config: RunConfig) -> Preprocess:
     """Intensity normalisation and resampling of a resolved configuration."""
-    return Preprocess(required(config.modality, "modality"), config.spacing, config.interpolation)
+    return Preprocess(required(config.modality, "modality"), config.spacing, config.interpolation, config.ct_range)
 
 
 def build_cache(config: RunConfig, source: CaseSource) -> CaseCache:

@@ -46,7 +46,12 @@ class RunConfig:
     )
     num_classes: int | None = option(None, help="classes with the background, >= 2", group=DATA)
     modality: str | None = option(
-        None, help="decides the intensities: z-score (mr), clip and z-score (ct)", group=DATA, choices=("mr", "ct")
+        None, help="decides the intensities: z-score (mr), clip and scale (ct)", group=DATA, choices=("mr", "ct")
+    )
+    ct_range: tuple[float, float] | None = option(
+        None,
+        help="clip CT to these values, low and high (Hounsfield units); else to those of the labelled structures",
+        group=DATA,
     )
     voxel_size: Spacing | None = option(None, help="voxel size in mm for LA, which stores none; else 0.625", group=DATA)
     spacing: Spacing | None = option(None, help="resample images to this voxel size in mm; else none", group=DATA)
@@ -165,7 +170,9 @@ class RunConfig:
     )
     weight_decay: float | None = option(None, help="decay of weights, >= 0; else 0.3, 1e-4 sgd", group=OPTIMISATION)
     grad_clip: float = option(5.0, help="largest gradient norm, > 0", group=OPTIMISATION)
-    patch_size: Triple | None = option(None, help="voxels of a training patch and a window", group=OPTIMISATION)
+    patch_size: Triple | None = option(
+        None, help="voxels of a training patch and a window; else one that fits the cases", group=OPTIMISATION
+    )
 
     augment: bool = option(True, help="random intensity and affine changes; without: no --affine_*", group=AUGMENTATION)
     affine_share: float = option(0.3, help="share of patches that are turned and scaled, 0..1", group=AUGMENTATION)

@@ -85,6 +85,11 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         value = settings[name]
         if value is not None and not all(0 < part < math.inf for part in value):
             raise ValueError(f"--{name} {' '.join(map(str, value))}: every value must be finite and above 0")
+    ct_range = settings["ct_range"]
+    if ct_range is not None and not -math.inf < ct_range[0] < ct_range[1] < math.inf:
+        raise ValueError(
+            f"--ct_range {ct_range[0]:g} {ct_range[1]:g}: the low value must be below the high one, both finite"
+        )
     axes = settings["flip_axes"] or ()
     if not set(axes) <= {0, 1, 2} or len(set(axes)) != len(axes):
         raise ValueError(f"--flip_axes {' '.join(map(str, axes))}: axes are 0, 1 and 2, each at most once")

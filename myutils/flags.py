@@ -89,7 +89,7 @@ def _flag_settings(hint: Any) -> dict[str, Any]:
         inner = typing.get_args(hint)
         if inner[-1] is Ellipsis:
             return {"nargs": "*", "type": inner[0], "metavar": "N"}
-        return {"nargs": len(inner), "type": inner[0], "metavar": ("X", "Y", "Z")[: len(inner)]}
+        return {"nargs": len(inner), "type": inner[0], "metavar": {2: ("LOW", "HIGH"), 3: ("X", "Y", "Z")}[len(inner)]}
     return {"type": hint, "metavar": {int: "N", float: "VALUE", str: "NAME", Path: "PATH"}[hint]}
 
 

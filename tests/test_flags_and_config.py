@@ -82,6 +82,8 @@ def test_a_typo_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
         ({"base_lr": float("inf")}, "--base_lr inf"),
         ({"num_classes": 1}, "--num_classes 1"),
         ({"overlap": 1.0}, "--overlap 1.0"),
+        ({"ct_range": (275.0, -125.0)}, "--ct_range 275 -125: the low value must be below the high one"),
+        ({"ct_range": (float("-inf"), 0.0)}, "--ct_range -inf 0"),
     ],
 )
 def test_impossible_values_are_refused(changes: dict, message: str) -> None:
@@ -101,7 +103,7 @@ def test_config_of_another_version_is_refused() -> None:
 
 def test_resolved_config_takes_the_data_sets_defaults() -> None:
     config = resolve_config(RunConfig(dataset_name="decathlon"), BallSource())
-    assert (config.patch_size, config.max_iteration, config.labelnum) == ((16, 16, 16), 4, 2)
+    assert (config.max_iteration, config.labelnum) == (4, 2)
     assert config.use_contrastive_prototype is True and config.baseline is False
     assert config.exp == "decathlon_mean_teacher_2labels_seed0"
     assert resolve_config(RunConfig(method="supervised"), BallSource()).use_contrastive_prototype is False

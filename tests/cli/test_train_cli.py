@@ -50,6 +50,19 @@ def test_whole_job_writes_everything_and_prints_the_table(folder: Path, capsys: 
     assert not list((folder / "runs").glob("**/*.tmp"))
 
 
+def test_what_fits_the_labelled_cases_is_printed_and_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [word for word in job(folder, "--modality", "ct", exp="ct") if word not in ("--patch_size", "16")]
+    assert train.main(flags) == 0
+    printed = capsys.readouterr().err
+    config = json.loads((folder / "runs" / "ct" / "config.json").read_text())
+    low, high = config["ct_range"]
+    assert f"CT, clipped to {low:g}..{high:g}" in printed and "patch 16x16x16" in printed
+    assert 0 < low < 1 < 2 < high < 3  # a ball of 1 with a core of 2, and noise
+    assert evaluate_3d.main(["--checkpoint", str(folder / "runs" / "ct" / "last.pt")]) == 0
+    again = (folder / "runs" / "ct" / "evaluation" / "test" / "cases.csv").read_text()
+    assert again == (folder / "runs" / "ct" / "test" / "cases.csv").read_text()
+
+
 def test_without_exp_a_free_folder_is_taken(folder: Path) -> None:
     for _ in range(2):
         assert train.main(job(folder, "--no-evaluate", max_iteration="1")) == 0

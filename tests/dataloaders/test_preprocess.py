@@ -55,6 +55,17 @@ def test_ct_is_clipped_at_percentiles_of_the_body() -> None:
     assert normalised.flat[0] == normalised.flat[4] < normalised.flat[5]
 
 
+def test_ct_range_maps_the_same_value_to_the_same_number_in_every_case() -> None:
+    preprocess = Preprocess("ct", ct_range=(-100.0, 300.0))
+    for others in (-1000.0, 900.0):
+        image = np.full((2, 3, 3, 3), others)
+        image[:, 1, 1] = [-200.0, 100.0, 200.0]
+        found = preprocess(volume_of(image)).image
+        assert found.dtype == np.float32
+        assert found[0, 1, 1] == pytest.approx([-2, 0, 1]) and found[1, 1, 1] == pytest.approx([-2, 0, 1])
+        assert found[0, 0, 0, 0] == pytest.approx(np.sign(others) * 2)
+
+
 def test_ct_without_any_foreground_is_zeros() -> None:
     assert not Preprocess("ct")(volume_of(np.full((1, 3, 3, 3), -1024.0))).image.any()
 

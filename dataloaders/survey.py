@@ -1,0 +1,79 @@
+"""What the labelled cases say about settings that nobody gave: a patch of a fitting shape, and the range of a CT."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dataloaders.base import CaseSource
+
+_PATCH_VOXELS = 64**3
+_PATCH_STEP, _LEAST_PATCH = 8, 16  # networks divide each axis by 8 or 16
+_PERCENTILES = (0.5, 99.5)
+_VOXELS_PER_CASE = 100_000
+
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Facts of some labelled cases.
+
+    Attributes:
+        extent: Median extent in mm along each array axis.
+        spacing: Median voxel size in mm along each array axis.
+        structure_range: 0.5 and 99.5 percentile of the intensities inside the labelled structures, all cases and
+            channels together; None where nothing is labelled, or all values are one.
+    """
+
+    extent: tuple[float, float, float]
+    spacing: tuple[float, float, float]
+    structure_range: tuple[float, float] | None
+
+
+def survey_cases(source: CaseSource, case_ids: Sequence[str]) -> Survey:
+    """Read labelled cases one after the other; errors as in ``CaseSource.load``."""
+    spacings, extents, found = [], [], [np.empty(0, np.float32)]
+    for case_id in case_ids:
+        volume = source.load(case_id, with_label=True)
+        spacings.append(volume.spacing)
+        extents.append([size * step for size, step in zip(volume.image.shape[1:], volume.spacing, strict=True)])
+        inside = volume.image[:, volume.label > 0].ravel()  # type: ignore[operator, index]
+        found.append(inside[:: max(1, len(inside) // _VOXELS_PER_CASE)])
+    inside = np.concatenate(found)
+    inside = inside[np.isfinite(inside)]
+    limits = np.percentile(inside, _PERCENTILES).round(2).tolist() if len(inside) else (0.0, 0.0)
+    return Survey(_median(extents), _median(spacings), (limits[0], limits[1]) if limits[0] < limits[1] else None)
+
+
+def _median(rows: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    x, y, z = np.median(rows, axis=0).tolist()
+    return x, y, z
+
+
+def fitting_patch(survey: Survey, spacing: tuple[float, float, float] | None, usual: Triple | None = None) -> Triple:
+    """Size of a training patch that fits the cases, as they are or resampled.
+
+    A patch that is larger than the cases is padding for the most part, and one whose sides differ much in mm sees far
+    along one axis and nothing along another (nnU-Net, Isensee et al. 2021, doi:10.1038/s41592-020-01008-z). From the
+    median case the axis that is longest in mm is cut, until at most 64^3 voxels are left.
+
+    Args:
+        survey: Of the labelled cases.
+        spacing: Voxel size in mm that they are resampled to; None for their own.
+        usual: The data set's customary patch; it is cut down to the median case alone.
+    """
+    steps = spacing or survey.spacing
+    sizes = [extent / step for extent, step in zip(survey.extent, steps, strict=True)]
+    if usual is not None:
+        held = [math.ceil(round(size, 3) / _PATCH_STEP) * _PATCH_STEP for size in sizes]
+        x, y, z = (min(side, max(_LEAST_PATCH, limit)) for side, limit in zip(usual, held, strict=True))
+        return x, y, z
+    patch = [max(_LEAST_PATCH, int(round(size, 3)) // _PATCH_STEP * _PATCH_STEP) for size in sizes]
+    while math.prod(patch) > _PATCH_VOXELS:
+        longest = max((i for i in range(3) if patch[i] > _LEAST_PATCH), key=lambda i: patch[i] * steps[i])
+        patch[longest] -= _PATCH_STEP
+    return patch[0], patch[1], patch[2]

@@ -1,0 +1,103 @@
+"""What labelled cases say about the patch and the range of a CT, by hand."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+from conftest import BallSource
+from helpers_runs import small_config
+
+from dataloaders.base import SourceOptions, TrainingDefaults, Volume
+from dataloaders.survey import Survey, fitting_patch, survey_cases
+from myutils.build import fit_to_cases, resolve_config
+from myutils.config import RunConfig
+
+
+class ScanSource(BallSource):
+    """Scans of 0..999 along X in a label of everything but the first 100 rows; case ``n`` is shifted by 1000 n."""
+
+    modality, defaults = "ct", TrainingDefaults()
+
+    def load(self, case_id: str, *, with_label: bool) -> Volume:
+        ramp = np.broadcast_to(np.arange(1000, dtype=np.float32)[:, None, None], (1000, 4, 3))
+        number = int(case_id[4:])
+        spacing = (1.0, 2.0, 3.0 + number)
+        label = (ramp >= 100).astype(np.uint8) if number < 2 else np.zeros(ramp.shape, np.uint8)
+        self.label_reads.append(case_id)
+        return Volume(case_id, ramp[None] + 1000 * number, label, np.diag([*spacing, 1.0]), spacing)
+
+
+def survey_of(shape: tuple[int, int, int], spacing: tuple[float, float, float]) -> Survey:
+    x, y, z = (size * step for size, step in zip(shape, spacing, strict=True))
+    return Survey((x, y, z), spacing, None)
+
+
+def test_survey_is_the_median_and_the_percentiles_inside_the_structures() -> None:
+    found = survey_cases(ScanSource(), ["ball00", "ball01", "ball02"])
+    assert found.extent == (1000.0, 8.0, 12.0)
+    assert found.spacing == (1.0, 2.0, 4.0)
+    values = np.concatenate([np.arange(100, 1000), np.arange(1100, 2000)]).repeat(12)
+    assert found.structure_range == pytest.approx(np.percentile(values, (0.5, 99.5)), abs=0.01)
+
+
+def test_nothing_labelled_gives_no_range() -> None:
+    assert survey_cases(ScanSource(), ["ball02"]).structure_range is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "patch"),
+    [
+        ((35, 50, 36), (1.0, 1.0, 1.0), (32, 48, 32)),  # a hippocampus: the whole case, without padding
+        ((183, 140, 88), (0.625, 0.625, 0.625), (64, 64, 64)),  # a large case is cut to a cube
+        ((512, 512, 100), (0.8, 0.8, 2.5), (96, 96, 24)),  # 77, 77 and 60 mm
+        ((320, 320, 18), (0.6, 0.6, 3.6), (128, 128, 16)),  # few thick slices: 64^3 voxels in all
+        ((9, 30, 20), (1.0, 1.0, 1.0), (16, 24, 16)),  # no network takes less than 16
+    ],
+)
+def test_fitting_patch_by_hand(shape: tuple, spacing: tuple, patch: tuple) -> None:
+    found = fitting_patch(survey_of(shape, spacing), None)
+    assert found == patch
+    assert np.prod(found) <= 64**3
+
+
+def test_fitting_patch_of_resampled_cases() -> None:
+    survey = survey_of((35, 50, 36), (1.0, 1.0, 1.0))
+    assert fitting_patch(survey, (2.0, 1.0, 1.0)) == (16, 48, 32)
+    assert fitting_patch(survey_of((183, 140, 88), (0.625,) * 3), (2.5, 2.5, 2.5)) == (40, 32, 16)
+
+
+def test_a_customary_patch_is_cut_down_to_the_cases_alone() -> None:
+    usual = (112, 112, 80)
+    assert fitting_patch(survey_of((183, 140, 88), (0.625,) * 3), None, usual) == usual
+    assert fitting_patch(survey_of((46, 35, 22), (2.5,) * 3), None, usual) == (48, 40, 24)
+
+
+def test_only_what_is_open_is_filled() -> None:
+    source = ScanSource()
+    chosen = fit_to_cases(resolve_config(RunConfig(), source), source, ["ball00"])
+    assert chosen.patch_size == (1000, 16, 16)
+    assert chosen.ct_range == pytest.approx((104.0, 995.0), abs=1)
+    given = fit_to_cases(small_config(source, ct_range=(-100.0, 200.0)), source, ["ball00"])
+    assert (given.patch_size, given.ct_range) == ((16, 16, 16), (-100.0, 200.0))
+    assert fit_to_cases(resolve_config(RunConfig(modality="mr"), source), source, ["ball00"]).ct_range is None
+
+
+def test_cases_are_not_read_where_nothing_is_open() -> None:
+    source = ScanSource()
+    fit_to_cases(small_config(source, ct_range=(0.0, 1.0)), source, ["ball00"])
+    fit_to_cases(small_config(source, modality="mr"), source, ["ball00"])
+    assert not source.label_reads
+
+
+def test_a_ct_without_any_structure_keeps_percentiles_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    source = ScanSource()
+    with caplog.at_level(logging.WARNING):
+        chosen = fit_to_cases(small_config(source), source, ["ball02"])
+    assert chosen.ct_range is None and "no structure" in caplog.text
+
+
+def test_a_range_for_mr_is_refused() -> None:
+    with pytest.raises(ValueError, match="--ct_range: these data are mr; add --modality ct"):
+        resolve_config(RunConfig(ct_range=(0.0, 1.0)), BallSource.from_options(SourceOptions()))
