@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import numpy as np
@@ -46,6 +46,8 @@ class InferenceOptions:
             2021) and MONAI take 0.125, which scores a supervised network 0.2 Dice lower (docs/search.md).
         window_batch: Windows per forward pass; None for up to four, as many as hold a million voxels.
         amp: "no", "bf16", "fp16" or "auto" (what the device is fast at); logits are accumulated in float32 always.
+        spacing: Voxel size of the image in mm, which turned views need; ``predict_label_map`` and
+            ``predict_probabilities`` fill it in.
     """
 
     patch_size: tuple[int, int, int]
@@ -55,6 +57,7 @@ class InferenceOptions:
     sigma: float = 0.25
     window_batch: int | None = None
     amp: str = "no"
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:
@@ -103,7 +106,7 @@ def _probability_rows(
     """
     if image.ndim != 4 or image.shape[0] != network.in_channels:
         raise ValueError(f"image has shape {tuple(image.shape)}; this network takes ({network.in_channels}, X, Y, Z)")
-    views = make_views(options.flips, options.views)
+    views = make_views(options.flips, options.views, options.spacing)
     with evaluation_mode(network), fast_layout(network, device), torch.no_grad():
         rows = _averaged_maps if options.views else _averaged_windows
         for place, probs in rows(network, image.float(), views, options, device):
@@ -232,6 +235,7 @@ def predict_probabilities(
 ) -> np.ndarray:
     """Class probabilities (K, X, Y, Z), float32, of a raw case on its own grid."""
     prepared = preprocess(volume)
+    options = replace(options, spacing=prepared.spacing)
     probs = sliding_window_probabilities(network, torch.from_numpy(prepared.image), options, device)
     return preprocess.restore(probs.numpy(), volume)
 
@@ -255,7 +259,8 @@ def predict_label_map(
 ) -> np.ndarray:
     """Class ids (X, Y, Z), uint8, of a raw case on its own grid."""
     label_map = np.empty(volume.image.shape[1:], dtype=np.uint8)
-    image = torch.from_numpy(preprocess(volume).image)
+    prepared = preprocess(volume)
+    image, options = torch.from_numpy(prepared.image), replace(options, spacing=prepared.spacing)
     if preprocess.spacing is None:
         for rows, probs in _probability_rows(network, image, options, device):
             label_map[rows] = most_probable(probs, 0).to(torch.uint8).cpu().numpy()  # of K maps one leaves the device

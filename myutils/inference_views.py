@@ -1,7 +1,7 @@
 """Views of a whole image whose predictions are averaged: mirrored ones, and ones that are turned and scaled too.
 
-Turned and scaled views differ as augmented training patches do (``dataloaders.transforms.random_affine``), in voxel
-space about the image's centre. They are the same for every image of a shape.
+Turned and scaled views differ as augmented training patches do (``dataloaders.transforms.random_affine``), about
+the image's centre. They are the same for every image of a voxel size.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ class View(NamedTuple):
     matrix: np.ndarray | None
 
 
-def make_views(axes: tuple[int, ...], count: int) -> list[View]:
+def make_views(axes: tuple[int, ...], count: int, spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> list[View]:
     """The views to average over, the image itself first.
 
     Args:
         axes: Image axes (0, 1, 2) to mirror along.
         count: 0 for every way of mirroring, untouched else; else this many views, all but the first turned and scaled
             at random and mirrored in turn.
+        spacing: Voxel size of the image.
     """
     mirrored = [subset for size in range(len(axes) + 1) for subset in combinations(axes, size)]
     if count == 0:
         return [View(subset, None) for subset in mirrored]
     rng, options = np.random.default_rng(0), AugmentOptions((1, 1, 1))
-    turned = [View(mirrored[i % len(mirrored)], random_affine(rng, options)) for i in range(1, count)]
+    turned = [View(mirrored[i % len(mirrored)], random_affine(rng, options, spacing)) for i in range(1, count)]
     return [View((), None), *turned]
 
 

@@ -74,6 +74,34 @@ def test_random_affine_is_a_rotation_times_a_scale() -> None:
     assert np.allclose(matrix @ matrix.T, scale**2 * np.eye(3))
 
 
+def test_random_affine_turns_in_space_not_in_voxels() -> None:
+    options, spacing = AugmentOptions(PATCH, max_scale=0.1), (0.5, 1.0, 4.0)
+    plain = random_affine(np.random.default_rng(3), options)
+    thick = random_affine(np.random.default_rng(3), options, spacing)
+    step = np.diag(spacing)
+    assert np.allclose(step @ thick @ np.linalg.inv(step), plain)  # in mm the same
+    assert np.array_equal(random_affine(np.random.default_rng(3), options, (0.7, 0.7, 0.7)), plain)
+
+
+def test_turned_patches_of_thick_slices_keep_their_slices() -> None:
+    class Slices(BallSource):
+        """The number of its slice in each voxel."""
+
+        def load(self, case_id: str, *, with_label: bool) -> Volume:
+            image = np.broadcast_to(np.arange(4, dtype=np.float32), (1, 32, 32, 4)).copy()
+            return Volume(case_id, image, None, np.diag([1, 1, 8, 1.0]), (1.0, 1.0, 8.0))
+
+    options = AugmentOptions((32, 32, 4), affine_share=1.0, max_scale=0.0, intensity=False, flip_axes=())
+    cache = CaseCache(Slices(), Preprocess("mr"))
+    normalised = cache.get("ball00", with_label=False).volume.image[0, 0, 0]
+    steepest = []
+    for seed in range(8):
+        image = PatchDataset(cache, options)[SampleKey("ball00", False, seed)]["image"][0].numpy()
+        inner = image[4:-4, 4:-4, 1:3]
+        steepest.append(np.abs(np.diff(inner, axis=0)).max() / (normalised[1] - normalised[0]))
+    assert 0 < max(steepest) < 0.1  # slices from one voxel to its neighbour; tan 12 degrees / 8 is 0.03
+
+
 def test_mirror_and_turn_treats_image_and_label_alike_and_keeps_forbidden_axes() -> None:
     label = np.arange(512).reshape(PATCH)
     options = AugmentOptions(PATCH, flip_axes=(0,), rotate90=False)
