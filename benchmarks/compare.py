@@ -8,6 +8,7 @@ data's own training and test list, or four fifths and the rest. The first ``--la
 labelled. ``supervised`` sees only these, and every patch of its batch is a labelled one, so that all rows
 see equally many patches; ``--full`` adds supervised training with all labels of the pool, the ceiling. The last
 checkpoint counts, no test case chooses anything: to choose settings, ``--cases`` leaves out the last cases of the data.
+A patch or a range of CT that no flag names is fitted to the fewest labelled cases, and the same for all rows.
 All rows are scored alike: none is mirrored at test time, whatever its method's default (``-- --tta_flips``: all are).
 Several numbers of labels (``--labelnum 2,4,8,16,all``) give a table each and a plot of Dice against labels; ``all`` is
 ``--full``.
@@ -39,6 +40,9 @@ from typing import Any
 
 from benchmarks.comparison_tables import Row, draw_rows, draw_sweep, format_rows
 from dataloaders.base import SOURCES, SourceOptions
+from myutils.build import build_source, fit_to_cases, resolve_config
+from myutils.config import RunConfig
+from myutils.flags import SuggestingParser, add_flags, given_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("dataloaders", "myutils", "networks")
@@ -64,6 +68,7 @@ def main() -> None:
     settings = parse()
     try:
         lists = write_lists(settings)
+        settings.flags = [*fitted_flags(settings, lists[0]), *settings.flags]
         plans = make_plans(settings)
         rows = train_all(settings, plans, lists)
         report(settings, rows)
@@ -145,6 +150,22 @@ def write_lists(settings: argparse.Namespace) -> tuple[Path, Path]:
             )
         path.write_text(content, encoding="utf-8")
     return paths
+
+
+def fitted_flags(settings: argparse.Namespace, train_list: Path) -> list[str]:
+    """What a training would fit to its own labelled cases: fitted once, to those that all rows have, for all alike."""
+    parser = SuggestingParser(prog="compare: flags after --")
+    add_flags(parser, RunConfig)
+    names = ("dataset_name", "dataset_path", "num_classes")
+    asked = RunConfig(**({name: getattr(settings, name) for name in names} | given_flags(parser, settings.flags)))
+    source = build_source(asked)
+    labeled = train_list.read_text(encoding="utf-8").split()[: min(settings.labelnum)]
+    fitted = fit_to_cases(resolve_config(asked, source), source, labeled)
+    flags = []
+    for name in ("patch_size", "ct_range"):
+        if getattr(asked, name) is None and getattr(fitted, name) is not None:
+            flags += [f"--{name}", *map(str, getattr(fitted, name))]
+    return flags
 
 
 def make_plans(settings: argparse.Namespace) -> list[Plan]:

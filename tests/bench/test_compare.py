@@ -12,7 +12,7 @@ from conftest import BallSource
 from helpers_runs import write_run
 
 from benchmarks import compare
-from dataloaders.base import SOURCES
+from dataloaders.base import SOURCES, TrainingDefaults
 
 
 def make_settings(tmp_path: Path, **changes: object) -> argparse.Namespace:
@@ -98,6 +98,26 @@ def test_rows_are_mirrored_at_test_time_all_or_none(
     compare.train_all(settings, compare.make_plans(settings), (tmp_path / "train.txt", tmp_path / "test.txt"))
     assert len(seen) == 5
     assert all([flag for flag in flags if "tta_flips" in flag][-1] == last for flags in seen)
+
+
+def test_what_is_fitted_to_cases_is_the_same_for_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Open(BallSource):
+        defaults = TrainingDefaults()
+
+    source = Open()
+    monkeypatch.setattr(compare, "build_source", lambda _: source)
+    (tmp_path / "train.txt").write_text("ball03\nball00\nball01\n", encoding="utf-8")
+    more = {"dataset_name": "nifti", "dataset_path": tmp_path, "num_classes": None}
+
+    def flags(*asked: str) -> list[str]:
+        return compare.fitted_flags(make_settings(tmp_path, flags=list(asked), **more), tmp_path / "train.txt")
+
+    assert flags() == ["--patch_size", "16", "16", "16"]
+    assert source.label_reads == ["ball03", "ball00"]  # the fewest labelled cases of all tables
+    assert flags("--patch_size", "8", "8", "8") == []
+    low, high = map(float, flags("--patch_size", "8", "8", "8", "--modality", "ct")[1:])
+    assert 0 < low < 1 < 2 < high < 3
+    assert flags("--patch_size", "8", "8", "8", "--modality", "ct", "--ct_range", "-1", "2") == []
 
 
 def test_ctrl_c_starts_no_further_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
