@@ -11,7 +11,7 @@ from conftest import BallSource
 from helpers_runs import small_config
 
 from dataloaders.transforms import AugmentOptions
-from myutils.build import DataFacts, build_augmentation, build_network, resolve_config
+from myutils.build import DataFacts, build_augmentation, build_network, fit_to_cases, resolve_config
 from myutils.config import RunConfig
 from myutils.flags import SuggestingParser, add_flags, given_flags
 
@@ -102,8 +102,9 @@ def test_config_of_another_version_is_refused() -> None:
 
 
 def test_resolved_config_takes_the_data_sets_defaults() -> None:
-    config = resolve_config(RunConfig(dataset_name="decathlon"), BallSource())
-    assert (config.max_iteration, config.labelnum) == (4, 2)
+    source = BallSource()
+    config = fit_to_cases(resolve_config(RunConfig(dataset_name="decathlon"), source), source, ["ball00"])
+    assert (config.patch_size, config.max_iteration, config.labelnum) == ((16, 16, 16), 4, 2)
     assert config.use_contrastive_prototype is True and config.baseline is False
     assert config.exp == "decathlon_mean_teacher_2labels_seed0"
     assert resolve_config(RunConfig(method="supervised"), BallSource()).use_contrastive_prototype is False
