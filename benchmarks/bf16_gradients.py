@@ -1,6 +1,6 @@
 """How far bf16 gradients are from those of float32 on this machine, parameter by parameter.
 
-    python -m benchmarks.bf16_gradients --patch_size 32 32 16 --batch 6
+    python -m benchmarks.bf16_gradients --patch_size 32 32 16
 
 A network is trained for a few steps in float32; then the same batch gives a gradient in float32 and, several times,
 under bf16 autocast. Rounding alone leaves a cosine of about 0.99 for each parameter, the same in each call: less, or
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from benchmarks.step_cost import make_batch
+from benchmarks.step_cost import all_labeled, make_batch
 from myutils.distributed import autocast, start_process_group
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.muon import is_kernel, orthogonal
@@ -32,7 +32,6 @@ def main() -> None:
     """Train, compare and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--patch_size", type=int, nargs=3, default=(32, 32, 16))
-    parser.add_argument("--batch", type=int, default=6, help="patches")
     parser.add_argument("--model", default="unet_3d")
     parser.add_argument("--steps", type=int, default=30, help="training steps before the comparison")
     settings = parser.parse_args()
@@ -41,9 +40,8 @@ def main() -> None:
     network = NETWORKS.get(settings.model)(1, 2)
     mend_layers(network)
     network.to(device).train()
-    made = make_batch(tuple(settings.patch_size), 2, device)
-    again = (-(-settings.batch // 2), 1, 1, 1)
-    images, labels = made.image_l.repeat(*again, 1)[: settings.batch], made.label_l.repeat(again)[: settings.batch]
+    batch = all_labeled(make_batch(tuple(settings.patch_size), 2, device))
+    images, labels = batch.image_l, batch.label_l
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     for _ in range(settings.steps):
         gradients(network, images + 0.1 * torch.randn_like(images), labels, "no")

@@ -39,7 +39,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison_tables import Row, draw_rows, draw_sweep, format_rows
-from dataloaders.base import SOURCES, SourceOptions
+from dataloaders.base import CaseSource
+from dataloaders.case_lists import read_case_list
 from myutils.build import build_source, fit_to_cases, resolve_config
 from myutils.config import RunConfig
 from myutils.flags import SuggestingParser, add_flags, given_flags
@@ -67,8 +68,10 @@ def main() -> None:
     """Train what is missing, then print and write the tables and plots."""
     settings = parse()
     try:
-        lists = write_lists(settings)
-        settings.flags = [*fitted_flags(settings, lists[0]), *settings.flags]
+        config = asked_config(settings)
+        source = build_source(config)
+        lists = write_lists(settings, source)
+        settings.flags = [*fitted_flags(settings, config, source, lists[0]), *settings.flags]
         plans = make_plans(settings)
         rows = train_all(settings, plans, lists)
         report(settings, rows)
@@ -126,10 +129,16 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in names(text)]
 
 
-def write_lists(settings: argparse.Namespace) -> tuple[Path, Path]:
+def asked_config(settings: argparse.Namespace) -> RunConfig:
+    """What all rows have in common."""
+    parser = SuggestingParser(prog="compare: flags after --")
+    add_flags(parser, RunConfig)
+    own = {name: getattr(settings, name) for name in ("dataset_name", "dataset_path", "num_classes")}
+    return RunConfig(**(own | given_flags(parser, settings.flags)))
+
+
+def write_lists(settings: argparse.Namespace, source: CaseSource) -> tuple[Path, Path]:
     """Two list files in the output folder: the first ``--pool`` cases, which it fills where none is given; the rest."""
-    options = SourceOptions(root=settings.dataset_path, num_classes=settings.num_classes)
-    source = SOURCES.get(settings.dataset_name).from_options(options)
     ids = list(source.official_train() or source.labeled_ids())[: settings.cases]
     if settings.pool is None:
         official = source.official_test() if settings.cases is None else None
@@ -152,18 +161,13 @@ def write_lists(settings: argparse.Namespace) -> tuple[Path, Path]:
     return paths
 
 
-def fitted_flags(settings: argparse.Namespace, train_list: Path) -> list[str]:
+def fitted_flags(settings: argparse.Namespace, config: RunConfig, source: CaseSource, train_list: Path) -> list[str]:
     """What a training would fit to its own labelled cases: fitted once, to those that all rows have, for all alike."""
-    parser = SuggestingParser(prog="compare: flags after --")
-    add_flags(parser, RunConfig)
-    names = ("dataset_name", "dataset_path", "num_classes")
-    asked = RunConfig(**({name: getattr(settings, name) for name in names} | given_flags(parser, settings.flags)))
-    source = build_source(asked)
-    labeled = train_list.read_text(encoding="utf-8").split()[: min(settings.labelnum)]
-    fitted = fit_to_cases(resolve_config(asked, source), source, labeled)
+    labeled = read_case_list(train_list)[: min(settings.labelnum)]
+    fitted = fit_to_cases(resolve_config(config, source), source, labeled)
     flags = []
     for name in ("patch_size", "ct_range"):
-        if getattr(asked, name) is None and getattr(fitted, name) is not None:
+        if getattr(config, name) is None and getattr(fitted, name) is not None:
             flags += [f"--{name}", *map(str, getattr(fitted, name))]
     return flags
 

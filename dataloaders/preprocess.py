@@ -115,7 +115,7 @@ class Preprocess:
         """Normalise one channel (X, Y, Z), by its foreground or by ``ct_range``."""
         if self.modality == "ct" and self.ct_range is not None:
             low, high = self.ct_range
-            return ((channel.clip(low, high) - (low + high) / 2) * (4 / (high - low))).astype(np.float32, copy=False)
+            return (channel.clip(low, high) - (low + high) / 2) * (4 / (high - low))
         foreground = channel[foreground_mask(channel)].astype(np.float64)
         limits = (-np.inf, np.inf)
         if self.modality == "ct" and foreground.size:

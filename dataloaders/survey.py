@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from dataloaders.base import CaseSource
+from dataloaders.geometry import Spacing
 
 _PATCH_VOXELS = 64**3
 _PATCH_STEP, _LEAST_PATCH = 8, 16  # networks divide each axis by 8 or 16
 _PERCENTILES = (0.5, 99.5)
 _VOXELS_PER_CASE = 100_000
-
-Triple = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Survey:
     """
 
     extent: tuple[float, float, float]
-    spacing: tuple[float, float, float]
+    spacing: Spacing
     structure_range: tuple[float, float] | None
 
 
@@ -54,7 +53,9 @@ def _median(rows: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     return x, y, z
 
 
-def fitting_patch(survey: Survey, spacing: tuple[float, float, float] | None, usual: Triple | None = None) -> Triple:
+def fitting_patch(
+    survey: Survey, spacing: Spacing | None, usual: tuple[int, int, int] | None = None
+) -> tuple[int, int, int]:
     """Size of a training patch that fits the cases, as they are or resampled.
 
     A patch that is larger than the cases is padding for the most part, and one whose sides differ much in mm sees far
@@ -67,12 +68,12 @@ def fitting_patch(survey: Survey, spacing: tuple[float, float, float] | None, us
         usual: The data set's customary patch; it is cut down to the median case alone.
     """
     steps = spacing or survey.spacing
-    sizes = [extent / step for extent, step in zip(survey.extent, steps, strict=True)]
+    sizes = [round(extent / step, 3) for extent, step in zip(survey.extent, steps, strict=True)]
     if usual is not None:
-        held = [math.ceil(round(size, 3) / _PATCH_STEP) * _PATCH_STEP for size in sizes]
+        held = [math.ceil(size / _PATCH_STEP) * _PATCH_STEP for size in sizes]
         x, y, z = (min(side, max(_LEAST_PATCH, limit)) for side, limit in zip(usual, held, strict=True))
         return x, y, z
-    patch = [max(_LEAST_PATCH, int(round(size, 3)) // _PATCH_STEP * _PATCH_STEP) for size in sizes]
+    patch = [max(_LEAST_PATCH, int(size) // _PATCH_STEP * _PATCH_STEP) for size in sizes]
     while math.prod(patch) > _PATCH_VOXELS:
         longest = max((i for i in range(3) if patch[i] > _LEAST_PATCH), key=lambda i: patch[i] * steps[i])
         patch[longest] -= _PATCH_STEP

@@ -130,13 +130,13 @@ def fit_to_cases(config: RunConfig, source: CaseSource, labeled: Sequence[str]) 
     Raises:
         FileNotFoundError, ValueError: If a case cannot be read.
     """
-    is_ct = config.modality == "ct"
-    if config.patch_size is not None and (config.ct_range is not None or not is_ct):
+    wants_range = config.modality == "ct" and config.ct_range is None
+    if config.patch_size is not None and not wants_range:
         return config
     survey = survey_cases(source, labeled)
     patch = config.patch_size or fitting_patch(survey, config.spacing, source.defaults.patch_size)
-    ct_range = config.ct_range or (survey.structure_range if is_ct else None)
-    if is_ct and ct_range is None:
+    ct_range = survey.structure_range if wants_range else config.ct_range
+    if wants_range and ct_range is None:
         logger.warning("CT: no structure in the labelled cases to take a range from; each case is clipped to its own")
     return dataclasses.replace(config, patch_size=patch, ct_range=ct_range)
 

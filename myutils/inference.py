@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
@@ -18,6 +18,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from dataloaders.base import Volume
+from dataloaders.geometry import Spacing
 from dataloaders.preprocess import Preprocess
 from myutils.distributed import autocast, resolve_amp
 from myutils.inference_views import View, make_views, seen_from, seen_places
@@ -46,8 +47,6 @@ class InferenceOptions:
             2021) and MONAI take 0.125, which scores a supervised network 0.2 Dice lower (docs/search.md).
         window_batch: Windows per forward pass; None for up to four, as many as hold a million voxels.
         amp: "no", "bf16", "fp16" or "auto" (what the device is fast at); logits are accumulated in float32 always.
-        spacing: Voxel size of the image in mm, which turned views need; ``predict_label_map`` and
-            ``predict_probabilities`` fill it in.
     """
 
     patch_size: tuple[int, int, int]
@@ -57,7 +56,6 @@ class InferenceOptions:
     sigma: float = 0.25
     window_batch: int | None = None
     amp: str = "no"
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:
@@ -81,7 +79,7 @@ class InferenceOptions:
 
 
 def _probability_rows(
-    network: SegmentationNetwork, image: Tensor, options: InferenceOptions, device: torch.device
+    network: SegmentationNetwork, image: Tensor, options: InferenceOptions, device: torch.device, spacing: Spacing
 ) -> Iterator[tuple[slice, Tensor]]:
     """Class probabilities of a preprocessed image, a few rows along X at a time, so that no whole map need be held.
 
@@ -91,6 +89,7 @@ def _probability_rows(
             least value, as training patches are.
         options: Windows, overlap, flips, precision.
         device: Where the network runs.
+        spacing: Voxel size of the image in mm, which turned views need.
 
     Yields:
         Rows of the image, in order, and their probabilities (K, rows, Y, Z), float32, where they were computed.
@@ -106,7 +105,7 @@ def _probability_rows(
     """
     if image.ndim != 4 or image.shape[0] != network.in_channels:
         raise ValueError(f"image has shape {tuple(image.shape)}; this network takes ({network.in_channels}, X, Y, Z)")
-    views = make_views(options.flips, options.views, options.spacing)
+    views = make_views(options.flips, options.views, spacing)
     with evaluation_mode(network), fast_layout(network, device), torch.no_grad():
         rows = _averaged_maps if options.views else _averaged_windows
         for place, probs in rows(network, image.float(), views, options, device):
@@ -188,11 +187,15 @@ def _add_view(total: Tensor, probs: Tensor, view: View, before: int) -> Tensor:
 
 
 def sliding_window_probabilities(
-    network: SegmentationNetwork, image: Tensor, options: InferenceOptions, device: torch.device
+    network: SegmentationNetwork,
+    image: Tensor,
+    options: InferenceOptions,
+    device: torch.device,
+    spacing: Spacing = (1.0, 1.0, 1.0),
 ) -> Tensor:
     """Class probabilities (K, X, Y, Z), float32, on the CPU, of a preprocessed image; see ``_probability_rows``."""
     whole = torch.empty(network.num_classes, *image.shape[1:])
-    for rows, probs in _probability_rows(network, image, options, device):
+    for rows, probs in _probability_rows(network, image, options, device, spacing):
         whole[:, rows] = probs
     return whole
 
@@ -235,8 +238,8 @@ def predict_probabilities(
 ) -> np.ndarray:
     """Class probabilities (K, X, Y, Z), float32, of a raw case on its own grid."""
     prepared = preprocess(volume)
-    options = replace(options, spacing=prepared.spacing)
-    probs = sliding_window_probabilities(network, torch.from_numpy(prepared.image), options, device)
+    image = torch.from_numpy(prepared.image)
+    probs = sliding_window_probabilities(network, image, options, device, prepared.spacing)
     return preprocess.restore(probs.numpy(), volume)
 
 
@@ -260,12 +263,12 @@ def predict_label_map(
     """Class ids (X, Y, Z), uint8, of a raw case on its own grid."""
     label_map = np.empty(volume.image.shape[1:], dtype=np.uint8)
     prepared = preprocess(volume)
-    image, options = torch.from_numpy(prepared.image), replace(options, spacing=prepared.spacing)
+    arguments = (network, torch.from_numpy(prepared.image), options, device, prepared.spacing)
     if preprocess.spacing is None:
-        for rows, probs in _probability_rows(network, image, options, device):
+        for rows, probs in _probability_rows(*arguments):
             label_map[rows] = most_probable(probs, 0).to(torch.uint8).cpu().numpy()  # of K maps one leaves the device
     else:
-        whole = sliding_window_probabilities(network, image, options, device).numpy()
+        whole = sliding_window_probabilities(*arguments).numpy()
         for rows in _slabs(len(label_map)):
             label_map[rows] = label_map_from(preprocess.restore(whole, volume, rows))
     return largest_component(label_map) if keep_largest else label_map

@@ -8,8 +8,15 @@ import torch
 from helpers_runs import PointwiseNetwork
 from torch import Tensor
 
+from dataloaders.base import Volume
+from dataloaders.preprocess import Preprocess
 from dataloaders.transforms import affine_crop
-from myutils.inference import InferenceOptions, sliding_window_probabilities
+from myutils.inference import (
+    InferenceOptions,
+    predict_label_map,
+    predict_probabilities,
+    sliding_window_probabilities,
+)
 from myutils.inference_views import View, make_views, seen_from, seen_places
 from networks.base import SegmentationOutput
 
@@ -52,6 +59,18 @@ def test_a_quarter_turn_moves_voxels_exactly() -> None:
     back, inside = seen_places(view, seen, slice(0, 5))
     assert inside.all()
     torch.testing.assert_close(back, image, atol=1e-5, rtol=1e-5)
+
+
+def test_a_label_map_is_seen_in_views_of_its_own_voxel_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("myutils.inference.make_views", lambda *given: asked.append(given) or make_views(*given))
+    network = PointwiseNetwork(lambda x: SegmentationOutput(torch.cat([-x, x], 1), x), num_classes=2)
+    volume = Volume("a", np.random.default_rng(0).normal(size=(1, 8, 8, 4)), None, np.diag([1, 1, 4, 1.0]), (1, 1, 4))
+    options = InferenceOptions((8, 8, 8), views=2)
+    for preprocess in (Preprocess("mr"), Preprocess("mr", spacing=(2.0, 1.0, 4.0))):
+        predict_label_map(network, volume, preprocess, options, CPU)
+        predict_probabilities(network, volume, preprocess, options, CPU)
+    assert [spacing for _, _, spacing in asked] == [(1, 1, 4)] * 2 + [(2.0, 1.0, 4.0)] * 2
 
 
 def test_rows_of_a_view_are_those_of_the_whole() -> None:

@@ -12,7 +12,7 @@ from conftest import BallSource
 from helpers_runs import write_run
 
 from benchmarks import compare
-from dataloaders.base import SOURCES, TrainingDefaults
+from dataloaders.base import TrainingDefaults
 
 
 def make_settings(tmp_path: Path, **changes: object) -> argparse.Namespace:
@@ -32,27 +32,25 @@ def make_settings(tmp_path: Path, **changes: object) -> argparse.Namespace:
     return settings
 
 
-def test_lists_split_the_cases_that_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SOURCES, "get", lambda _: BallSource)
+def test_lists_split_the_cases_that_are_used(tmp_path: Path) -> None:
     settings = make_settings(tmp_path, dataset_name="ball", dataset_path=tmp_path, num_classes=None, cases=5, pool=4)
-    train, test = compare.write_lists(settings)
+    train, test = compare.write_lists(settings, BallSource())
     assert train.read_text(encoding="utf-8").split() == ["ball00", "ball01", "ball02", "ball03"]
     assert test.read_text(encoding="utf-8").split() == ["ball04"]
     with pytest.raises(ValueError, match="--pool 5"):
-        compare.write_lists(make_settings(tmp_path, **(vars(settings) | {"pool": 5})))
+        compare.write_lists(make_settings(tmp_path, **(vars(settings) | {"pool": 5})), BallSource())
     with pytest.raises(ValueError, match="--labelnum 9"):
-        compare.write_lists(make_settings(tmp_path, **(vars(settings) | {"labelnum": [9]})))
+        compare.write_lists(make_settings(tmp_path, **(vars(settings) | {"labelnum": [9]})), BallSource())
 
 
-def test_four_fifths_are_the_pool_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SOURCES, "get", lambda _: BallSource)
+def test_four_fifths_are_the_pool_unless_told_otherwise(tmp_path: Path) -> None:
     settings = make_settings(tmp_path, dataset_name="ball", dataset_path=None, num_classes=None, cases=6, pool=None)
-    train, test = compare.write_lists(settings)
+    train, test = compare.write_lists(settings, BallSource())
     assert settings.pool == 4
     assert [len(path.read_text(encoding="utf-8").split()) for path in (train, test)] == [4, 2]
 
 
-def test_a_test_list_of_the_data_is_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_test_list_of_the_data_is_the_test(tmp_path: Path) -> None:
     class Listed(BallSource):
         def official_train(self) -> tuple[str, ...]:
             return ("ball03", "ball01")
@@ -60,11 +58,10 @@ def test_a_test_list_of_the_data_is_the_test(tmp_path: Path, monkeypatch: pytest
         def official_test(self) -> tuple[str, ...]:
             return ("ball02",)
 
-    monkeypatch.setattr(SOURCES, "get", lambda _: Listed)
     more = {"dataset_name": "ball", "dataset_path": None, "num_classes": None, "pool": None, "labelnum": [1]}
-    train, test = compare.write_lists(make_settings(tmp_path / "all", cases=None, **more))
+    train, test = compare.write_lists(make_settings(tmp_path / "all", cases=None, **more), Listed())
     assert (train.read_text(encoding="utf-8"), test.read_text(encoding="utf-8")) == ("ball03\nball01\n", "ball02\n")
-    developed = compare.write_lists(make_settings(tmp_path / "few", cases=2, **more))  # never shows the test cases
+    developed = compare.write_lists(make_settings(tmp_path / "few", cases=2, **more), Listed())  # no test case in it
     assert [path.read_text(encoding="utf-8") for path in developed] == ["ball03\n", "ball01\n"]
 
 
@@ -75,15 +72,14 @@ def test_only_data_labels_and_steps_must_be_named(monkeypatch: pytest.MonkeyPatc
     assert settings.output_dir == Path("runs/compare_ball")
 
 
-def test_lists_of_trained_runs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SOURCES, "get", lambda _: BallSource)
+def test_lists_of_trained_runs_are_kept(tmp_path: Path) -> None:
     settings = make_settings(tmp_path, dataset_name="ball", dataset_path=tmp_path, num_classes=None, cases=6, pool=4)
-    lists = compare.write_lists(settings)
+    lists = compare.write_lists(settings, BallSource())
     (tmp_path / "supervised_4labels_seed0.plan.json").touch()
-    assert compare.write_lists(settings) == lists
+    assert compare.write_lists(settings, BallSource()) == lists
     before = lists[1].read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="use another --output_dir"):
-        compare.write_lists(make_settings(tmp_path, **(vars(settings) | {"cases": 5})))
+        compare.write_lists(make_settings(tmp_path, **(vars(settings) | {"cases": 5})), BallSource())
     assert lists[1].read_text(encoding="utf-8") == before
 
 
@@ -100,17 +96,17 @@ def test_rows_are_mirrored_at_test_time_all_or_none(
     assert all([flag for flag in flags if "tta_flips" in flag][-1] == last for flags in seen)
 
 
-def test_what_is_fitted_to_cases_is_the_same_for_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_fitted_to_cases_is_the_same_for_all_rows(tmp_path: Path) -> None:
     class Open(BallSource):
         defaults = TrainingDefaults()
 
-    source = Open()
-    monkeypatch.setattr(compare, "build_source", lambda _: source)
-    (tmp_path / "train.txt").write_text("ball03\nball00\nball01\n", encoding="utf-8")
+    source, lists = Open(), tmp_path / "train.txt"
+    lists.write_text("ball03\nball00\nball01\n", encoding="utf-8")
     more = {"dataset_name": "nifti", "dataset_path": tmp_path, "num_classes": None}
 
     def flags(*asked: str) -> list[str]:
-        return compare.fitted_flags(make_settings(tmp_path, flags=list(asked), **more), tmp_path / "train.txt")
+        settings = make_settings(tmp_path, flags=list(asked), **more)
+        return compare.fitted_flags(settings, compare.asked_config(settings), source, lists)
 
     assert flags() == ["--patch_size", "16", "16", "16"]
     assert source.label_reads == ["ball03", "ball00"]  # the fewest labelled cases of all tables
