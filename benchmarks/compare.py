@@ -166,9 +166,10 @@ def fitted_flags(settings: argparse.Namespace, config: RunConfig, source: CaseSo
     labeled = read_case_list(train_list)[: min(settings.labelnum)]
     fitted = fit_to_cases(resolve_config(config, source), source, labeled)
     flags = []
-    for name in ("patch_size", "ct_range"):
-        if getattr(config, name) is None and getattr(fitted, name) is not None:
-            flags += [f"--{name}", *map(str, getattr(fitted, name))]
+    for name in ("orientation", "patch_size", "ct_range"):
+        value = getattr(fitted, name)
+        if getattr(config, name) is None and value is not None:
+            flags += [f"--{name}", *([value] if isinstance(value, str) else map(str, value))]
     return flags
 
 

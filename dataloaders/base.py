@@ -108,6 +108,10 @@ class CaseSource(ABC):
             ValueError: If image and label disagree in shape, or a class id is beyond ``num_classes``.
         """
 
+    def affine(self, case_id: str) -> np.ndarray:
+        """Affine (4, 4) of a case's image; formats that have it in a header read no more than that."""
+        return self.load(case_id, with_label=False).affine
+
     def case_files(self, case_id: str, *, with_label: bool) -> tuple[Path, ...]:
         """The files that ``load`` reads, for a cache that must notice a change; empty where there are none to watch."""
         return ()

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import nibabel as nib
+import numpy as np
 
 from dataloaders.base import SOURCES, CaseSource, SourceOptions, TrainingDefaults, Volume
 from dataloaders.demo_cohort import CohortSettings, CohortSimulator
@@ -81,6 +82,10 @@ class DemoCohort(CaseSource):
     def load(self, case_id: str, *, with_label: bool) -> Volume:
         """Read one case from the cache."""
         return self._files.load(case_id, with_label=with_label)
+
+    def affine(self, case_id: str) -> np.ndarray:
+        """From the header."""
+        return self._files.affine(case_id)
 
     def official_train(self) -> tuple[str, ...]:
         """The training cases."""

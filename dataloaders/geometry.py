@@ -51,8 +51,7 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
         voxels = image.get_fdata(dtype=np.float32, caching="unchanged")
     except (*READ_ERRORS, TypeError) as error:
         raise ValueError(f"{path}: the voxels cannot be read ({error}); the file is damaged, copy it again") from error
-    affine = np.asarray(image.affine, dtype=np.float64).copy()
-    affine[:3] *= MILLIMETRES.get(image.header.get_xyzt_units()[0], 1.0)
+    affine = _affine_mm(image)
     return _channels_first(voxels, path), affine, affine_spacing(affine, str(path))
 
 
@@ -79,6 +78,19 @@ def nifti_channels(path: Path) -> int:
     """Number of channels C of a NIfTI file, from its header alone; errors as in ``read_nifti``."""
     shape = _open_nifti(path).shape
     return 1 if len(shape) == 3 else int(shape[-1])
+
+
+def nifti_affine(path: Path) -> np.ndarray:
+    """Affine (4, 4) to RAS+ mm of a NIfTI file, from its header alone; errors as in ``read_nifti``."""
+    affine = _affine_mm(_open_nifti(path))
+    affine_spacing(affine, str(path))
+    return affine
+
+
+def _affine_mm(image: nib.Nifti1Image) -> np.ndarray:
+    affine = np.asarray(image.affine, dtype=np.float64).copy()
+    affine[:3] *= MILLIMETRES.get(image.header.get_xyzt_units()[0], 1.0)
+    return affine
 
 
 def _open_nifti(path: Path) -> nib.Nifti1Image:

@@ -115,8 +115,11 @@ class LeftAtriumH5(CaseSource):
             raise ValueError(f"{path}: image has shape {image.shape}; expected (X, Y, Z)")
         if label is not None:
             label = check_label(label, image.shape, self.num_classes, case_id)
-        affine = np.diag([*self.spacing, 1.0])
-        return Volume(case_id, image[None], label, affine, self.spacing)  # image (1, X, Y, Z)
+        return Volume(case_id, image[None], label, self.affine(case_id), self.spacing)  # image (1, X, Y, Z)
+
+    def affine(self, case_id: str) -> np.ndarray:
+        """The diagonal of the voxel size: the files store neither orientation nor place."""
+        return np.diag([*self.spacing, 1.0])
 
     def case_files(self, case_id: str, *, with_label: bool) -> tuple[Path, ...]:
         """The case's one file."""

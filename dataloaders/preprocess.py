@@ -1,4 +1,4 @@
-"""Preprocessing that training, evaluation and prediction share: intensity normalisation and optional resampling."""
+"""Preprocessing that training, evaluation and prediction share: axes, intensities and optional resampling."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from scipy import ndimage
 
 from dataloaders.base import Volume
 from dataloaders.class_names import MODALITIES
+from dataloaders.orientation import ORIENTATIONS, Turn, turned
 
 SplineOrder = Literal[0, 1, 3]
 SPLINE_ORDER: dict[str, SplineOrder] = {"linear": 1, "cubic": 3}
@@ -19,19 +20,20 @@ CT_PERCENTILES = (0.5, 99.5)
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Normalise intensities and, where ``spacing`` is set, resample.
+    """Turn the axes to RAS+ where asked for, normalise intensities and, where ``spacing`` is set, resample.
 
-    The resampled grid has exactly ``spacing``, the axes of the original and the same centre; its affine says so.
+    The resampled grid has exactly ``spacing``, the axes of the turned image and its centre; its affine says so.
 
     Note:
         There is no low-pass filter before the image is sampled down, as in nnU-Net (doi:10.1038/s41592-020-01008-z).
 
     Args:
         modality: "mr" (z-score) or "ct" (clip, then scale).
-        spacing: Voxel size in mm to work at; None to keep each image's own.
+        spacing: Voxel size in mm to work at, along the turned axes; None to keep each image's own.
         interpolation: "linear" or "cubic", for the image; labels take the nearest voxel.
         ct_range: Values that CT is clipped to and that become -2 and 2, in every case alike: Hounsfield units mean the
             same everywhere. None to clip each case to percentiles of its own and take the z-score.
+        orientation: "ras" for axes that run right, forward and up, as closely as they go; "stored" for the file's.
 
     Raises:
         ValueError: If a value is none of these.
@@ -41,19 +43,22 @@ class Preprocess:
     spacing: tuple[float, float, float] | None = None
     interpolation: str = "linear"
     ct_range: tuple[float, float] | None = None
+    orientation: str = "stored"
 
     def __post_init__(self) -> None:
         if self.modality not in MODALITIES:
             raise ValueError(f"modality {self.modality!r}: pass one of {', '.join(MODALITIES)}")
         if self.interpolation not in SPLINE_ORDER:
             raise ValueError(f"interpolation {self.interpolation!r}: pass one of {', '.join(SPLINE_ORDER)}")
+        if self.orientation not in ORIENTATIONS:
+            raise ValueError(f"orientation {self.orientation!r}: pass one of {', '.join(ORIENTATIONS)}")
         if self.spacing is None:
             return
         if len(self.spacing) != 3 or not all(math.isfinite(size) and size > 0 for size in self.spacing):
             raise ValueError(f"--spacing {self.spacing}: pass three positive numbers in mm")
 
     def __call__(self, volume: Volume) -> Volume:
-        """Normalised float32 image, label on the same grid, and the new affine and spacing.
+        """Normalised float32 image (C, X', Y', Z'), label on the same grid, and the new affine and spacing.
 
         Raises:
             ValueError: If the image has non-finite voxels.
@@ -61,6 +66,7 @@ class Preprocess:
         bad = volume.image.size - int(np.isfinite(volume.image).sum())
         if bad:
             raise ValueError(f"case {volume.case_id}: {bad} voxels are NaN or infinite; repair or leave out this case")
+        volume = self._turned(volume)
         image = np.stack([self._normalize(channel) for channel in volume.image])  # (C, X, Y, Z)
         if self.spacing is None:
             return replace(volume, image=image)
@@ -88,19 +94,27 @@ class Preprocess:
         Raises:
             ValueError: If the shape is not the one that ``__call__`` gives for this case.
         """
-        shape = original.image.shape[1:]
-        expected = shape if self.spacing is None else self._working_shape(original)
+        shape, working = original.image.shape[1:], self._turned(original)
+        expected = working.image.shape[1:] if self.spacing is None else self._working_shape(working)
         if probabilities.ndim != 4 or probabilities.shape[1:] != tuple(expected):
             raise ValueError(
                 f"case {original.case_id}: probabilities have shape {probabilities.shape}; "
                 f"expected (K, {', '.join(map(str, expected))})"
             )
         probabilities = probabilities.astype(np.float32, copy=False)
-        rows = rows or slice(0, shape[0])
+        rows, turn = rows or slice(0, shape[0]), self.turn_of(original)
+        probabilities = turn.back(probabilities)
         if self.spacing is None:
-            return probabilities[:, rows]
-        inverse = tuple(1 / ratio for ratio in self._ratio(original))
+            return np.ascontiguousarray(probabilities[:, rows])
+        inverse = turn.values_back([1 / ratio for ratio in self._ratio(working)])
         return np.stack([resample(p, shape, inverse, order=1, rows=rows) for p in probabilities])  # (K, X, Y, Z)
+
+    def turn_of(self, volume: Volume) -> Turn:
+        """How ``__call__`` turns a case."""
+        return Turn.to_ras(volume.affine) if self.orientation == "ras" else Turn()
+
+    def _turned(self, volume: Volume) -> Volume:
+        return turned(volume) if self.orientation == "ras" else volume
 
     def _ratio(self, volume: Volume) -> tuple[float, ...]:
         """Working voxel size over the volume's, per axis."""

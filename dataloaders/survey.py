@@ -10,6 +10,7 @@ import numpy as np
 
 from dataloaders.base import CaseSource
 from dataloaders.geometry import Spacing
+from dataloaders.orientation import turned
 
 _PATCH_VOXELS = 64**3
 _PATCH_STEP, _LEAST_PATCH = 8, 16  # networks divide each axis by 8 or 16
@@ -22,8 +23,8 @@ class Survey:
     """Facts of some labelled cases.
 
     Attributes:
-        extent: Median extent in mm along each array axis.
-        spacing: Median voxel size in mm along each array axis.
+        extent: Median extent in mm along each axis.
+        spacing: Median voxel size in mm along each axis.
         structure_range: 0.5 and 99.5 percentile of the intensities inside the labelled structures, all cases and
             channels together; None where nothing is labelled, or all values are one.
     """
@@ -33,11 +34,12 @@ class Survey:
     structure_range: tuple[float, float] | None
 
 
-def survey_cases(source: CaseSource, case_ids: Sequence[str]) -> Survey:
-    """Read labelled cases one after the other; errors as in ``CaseSource.load``."""
+def survey_cases(source: CaseSource, case_ids: Sequence[str], orientation: str = "stored") -> Survey:
+    """Read labelled cases one after the other, with the axes that they are worked on; errors as ``CaseSource.load``."""
     spacings, extents, found = [], [], [np.empty(0, np.float32)]
     for case_id in case_ids:
         volume = source.load(case_id, with_label=True)
+        volume = turned(volume) if orientation == "ras" else volume
         spacings.append(volume.spacing)
         extents.append([size * step for size, step in zip(volume.image.shape[1:], volume.spacing, strict=True)])
         inside = volume.image[:, volume.label > 0].ravel()  # type: ignore[operator, index]

@@ -7,10 +7,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dataloaders.base import SOURCES, CaseSource
 from dataloaders.case_cache import CaseCache, CaseStore
+from dataloaders.orientation import LARGEST_TILT, axis_names, tilt
 from dataloaders.preprocess import Preprocess
 from dataloaders.survey import fitting_patch, survey_cases
 from dataloaders.transforms import AugmentOptions
@@ -125,15 +127,18 @@ def _with_method_defaults(
 
 
 def fit_to_cases(config: RunConfig, source: CaseSource, labeled: Sequence[str]) -> RunConfig:
-    """Fill what the labelled cases decide, the patch and the range of a CT; they are read if one of these is open.
+    """Fill what the labelled cases decide: axes, by their headers, patch and range of a CT, by reading them.
 
     Raises:
         FileNotFoundError, ValueError: If a case cannot be read.
     """
+    if config.orientation is None:
+        affines = [source.affine(case_id) for case_id in labeled]
+        config = dataclasses.replace(config, orientation=_fitting_orientation(affines))
     wants_range = config.modality == "ct" and config.ct_range is None
     if config.patch_size is not None and not wants_range:
         return config
-    survey = survey_cases(source, labeled)
+    survey = survey_cases(source, labeled, required(config.orientation, "orientation"))
     patch = config.patch_size or fitting_patch(survey, config.spacing, source.defaults.patch_size)
     ct_range = survey.structure_range if wants_range else config.ct_range
     if wants_range and ct_range is None:
@@ -141,9 +146,26 @@ def fit_to_cases(config: RunConfig, source: CaseSource, labeled: Sequence[str]) 
     return dataclasses.replace(config, patch_size=patch, ct_range=ct_range)
 
 
+def _fitting_orientation(affines: Sequence[np.ndarray]) -> str:
+    """Axes of the body, unless some case lies so oblique that its axes might be other ones than the next case's."""
+    most, names = max(map(tilt, affines)), axis_names(affines)
+    if most <= LARGEST_TILT:
+        if names != "RAS":
+            logger.info("images are turned to RAS axes (the labelled ones are stored as %s)", names)
+        return "ras"
+    logger.warning(
+        "the labelled images lie oblique, by up to %.0f degrees: axes stay as stored (%s), which must mean the same "
+        "in all scans, those to predict included; else pass --orientation ras",
+        most,
+        names,
+    )
+    return "stored"
+
+
 def build_preprocess(config: RunConfig) -> Preprocess:
-    """Intensity normalisation and resampling of a resolved configuration."""
-    return Preprocess(required(config.modality, "modality"), config.spacing, config.interpolation, config.ct_range)
+    """Axes, intensity normalisation and resampling of a resolved configuration; runs of before had axes as stored."""
+    modality, orientation = required(config.modality, "modality"), config.orientation or "stored"
+    return Preprocess(modality, config.spacing, config.interpolation, config.ct_range, orientation)
 
 
 def build_cache(config: RunConfig, source: CaseSource) -> CaseCache:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dataloaders.base import SourceOptions
+from dataloaders.orientation import ORIENTATIONS
 from dataloaders.splits import SplitRequest
 from myutils.config_checks import check_settings
 from myutils.flags import option
@@ -55,6 +56,12 @@ class RunConfig:
     )
     voxel_size: Spacing | None = option(None, help="voxel size in mm for LA, which stores none; else 0.625", group=DATA)
     spacing: Spacing | None = option(None, help="resample images to this voxel size in mm; else none", group=DATA)
+    orientation: str | None = option(
+        None,
+        help="axes of the arrays: right, forward, up, or as in the files; else ras, unless labelled cases lie oblique",
+        group=DATA,
+        choices=ORIENTATIONS,
+    )
     interpolation: str = option("linear", help="of images, for --spacing", group=DATA, choices=("linear", "cubic"))
 
     method: str = option(

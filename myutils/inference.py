@@ -261,13 +261,15 @@ def predict_label_map(
     keep_largest: bool = False,
 ) -> np.ndarray:
     """Class ids (X, Y, Z), uint8, of a raw case on its own grid."""
-    label_map = np.empty(volume.image.shape[1:], dtype=np.uint8)
     prepared = preprocess(volume)
     arguments = (network, torch.from_numpy(prepared.image), options, device, prepared.spacing)
     if preprocess.spacing is None:
+        label_map = np.empty(prepared.image.shape[1:], dtype=np.uint8)
         for rows, probs in _probability_rows(*arguments):
             label_map[rows] = most_probable(probs, 0).to(torch.uint8).cpu().numpy()  # of K maps one leaves the device
+        label_map = np.ascontiguousarray(preprocess.turn_of(volume).back(label_map))
     else:
+        label_map = np.empty(volume.image.shape[1:], dtype=np.uint8)
         whole = sliding_window_probabilities(*arguments).numpy()
         for rows in _slabs(len(label_map)):
             label_map[rows] = label_map_from(preprocess.restore(whole, volume, rows))

@@ -178,6 +178,22 @@ def test_dicom_series_and_folders_of_series(checkpoint: Path, tmp_path: Path) ->
     np.testing.assert_array_equal(one, many)
 
 
+def test_a_scan_is_segmented_alike_as_nifti_and_as_dicom(tmp_path: Path) -> None:
+    root = write_cohort(tmp_path / "balls")
+    run = trained_run(root, tmp_path / "run", method="supervised", orientation="ras")
+    voxels = np.random.default_rng(0).integers(0, 400, SHAPE)
+    as_ras = nib.Nifti1Image(voxels.astype(np.int16), np.diag([1.0, 1.0, 2.0, 1.0]))
+    nib.save(as_ras, tmp_path / "a.nii.gz")
+    as_lps = nib.as_closest_canonical(as_ras).as_reoriented(np.array([[0, -1], [1, -1], [2, 1]]))
+    write_dicom(tmp_path / "b", np.asarray(as_lps.dataobj), as_lps.affine)
+    assert predict(run, tmp_path / "a.nii.gz", tmp_path / "out") == 0 == predict(run, tmp_path / "b", tmp_path / "out")
+    first, second = (nib.load(tmp_path / "out" / f"{name}.nii.gz") for name in "ab")
+    assert nib.aff2axcodes(second.affine) == ("L", "P", "S")
+    found = np.asarray(nib.as_closest_canonical(second).dataobj)
+    assert np.unique(found).size > 1
+    np.testing.assert_array_equal(found, np.asarray(first.dataobj))
+
+
 def test_inputs_are_never_overwritten(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = scan(tmp_path / "a.nii.gz")
     before = path.read_bytes()

@@ -28,6 +28,9 @@ class ScanSource(BallSource):
         self.label_reads.append(case_id)
         return Volume(case_id, ramp[None] + 1000 * number, label, np.diag([*spacing, 1.0]), spacing)
 
+    def affine(self, case_id: str) -> np.ndarray:
+        return np.eye(4)
+
 
 def survey_of(shape: tuple[int, int, int], spacing: tuple[float, float, float]) -> Survey:
     x, y, z = (size * step for size, step in zip(shape, spacing, strict=True))
