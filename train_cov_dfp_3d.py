@@ -34,12 +34,13 @@ from typing import Any
 import torch
 
 from dataloaders.splits import make_test_ids, make_training_split
-from myutils.build import DataFacts, build_source, fit_to_cases, resolve_config
+from myutils.build import DataFacts, build_source, resolve_config
 from myutils.checkpoint import RunState, read_checkpoint
 from myutils.config import RunConfig
 from myutils.distributed import RankInfo, any_rank, barrier, broadcast_object, start_process_group, stop_process_group
 from myutils.evaluation import format_table
 from myutils.finite_watch import NonFiniteLossError
+from myutils.fitting import fit_to_cases
 from myutils.flags import SuggestingParser, add_flags, given_flags
 from myutils.registry import closest_hint
 from myutils.report import draw_run, evaluate_run, result_checkpoint

@@ -41,8 +41,9 @@ from typing import Any
 from benchmarks.comparison_tables import Row, draw_rows, draw_sweep, format_rows
 from dataloaders.base import CaseSource
 from dataloaders.case_lists import read_case_list
-from myutils.build import build_source, fit_to_cases, resolve_config
+from myutils.build import build_source, resolve_config
 from myutils.config import RunConfig
+from myutils.fitting import fit_to_cases
 from myutils.flags import SuggestingParser, add_flags, given_flags
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,7 +167,7 @@ def fitted_flags(settings: argparse.Namespace, config: RunConfig, source: CaseSo
     labeled = read_case_list(train_list)[: min(settings.labelnum)]
     fitted = fit_to_cases(resolve_config(config, source), source, labeled)
     flags = []
-    for name in ("orientation", "patch_size", "ct_range"):
+    for name in ("orientation", "flat_levels", "patch_size", "ct_range"):
         value = getattr(fitted, name)
         if getattr(config, name) is None and value is not None:
             flags += [f"--{name}", *([value] if isinstance(value, str) else map(str, value))]

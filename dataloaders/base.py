@@ -12,6 +12,8 @@ import numpy as np
 
 from myutils.registry import Registry
 
+Triple = tuple[int, int, int]
+
 
 @dataclass(frozen=True)
 class Volume:

@@ -1,4 +1,4 @@
-"""What the labelled cases say about settings that nobody gave: a patch of a fitting shape, and the range of a CT."""
+"""What the labelled cases say about settings that nobody gave: flat levels, a fitting patch, the range of a CT."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dataloaders.base import CaseSource
+from dataloaders.base import CaseSource, Triple
 from dataloaders.geometry import Spacing
 from dataloaders.orientation import turned
 
 _PATCH_VOXELS = 64**3
-_PATCH_STEP, _LEAST_PATCH = 8, 16  # networks divide each axis by 8 or 16
+_PATCH_STEP = 8  # networks divide each axis by 8 or 16, by less where levels are flat
+_MOST_FLAT_LEVELS = 3
 _PERCENTILES = (0.5, 99.5)
 _VOXELS_PER_CASE = 100_000
 
@@ -55,9 +56,20 @@ def _median(rows: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     return x, y, z
 
 
+def fitting_flat_levels(spacing: Spacing) -> Triple:
+    """How many first levels of a network shall neither look nor halve along each axis, for voxels of this size in mm.
+
+    An axis joins in where its voxels are less than twice as long as the shortest axis's at that level (nnU-Net, Isensee
+    et al. 2021, doi:10.1038/s41592-020-01008-z): before, the next slice shows other anatomy.
+    """
+    shortest = min(spacing)
+    x, y, z = (min(_MOST_FLAT_LEVELS, int(math.log2(step / shortest + 1e-6))) for step in spacing)
+    return x, y, z
+
+
 def fitting_patch(
-    survey: Survey, spacing: Spacing | None, usual: tuple[int, int, int] | None = None
-) -> tuple[int, int, int]:
+    survey: Survey, spacing: Spacing | None, usual: Triple | None = None, flat_levels: Triple = (0, 0, 0)
+) -> Triple:
     """Size of a training patch that fits the cases, as they are or resampled.
 
     A patch that is larger than the cases is padding for the most part, and one whose sides differ much in mm sees far
@@ -68,15 +80,17 @@ def fitting_patch(
         survey: Of the labelled cases.
         spacing: Voxel size in mm that they are resampled to; None for their own.
         usual: The data set's customary patch; it is cut down to the median case alone.
+        flat_levels: Of the network, per axis: each halves what the axis must be a multiple of.
     """
     steps = spacing or survey.spacing
     sizes = [round(extent / step, 3) for extent, step in zip(survey.extent, steps, strict=True)]
+    parts = [_PATCH_STEP >> flat for flat in flat_levels]
     if usual is not None:
-        held = [math.ceil(size / _PATCH_STEP) * _PATCH_STEP for size in sizes]
-        x, y, z = (min(side, max(_LEAST_PATCH, limit)) for side, limit in zip(usual, held, strict=True))
+        held = [math.ceil(size / part) * part for size, part in zip(sizes, parts, strict=True)]
+        x, y, z = (min(side, max(2 * part, limit)) for side, limit, part in zip(usual, held, parts, strict=True))
         return x, y, z
-    patch = [max(_LEAST_PATCH, int(size) // _PATCH_STEP * _PATCH_STEP) for size in sizes]
+    patch = [max(2 * part, int(size) // part * part) for size, part in zip(sizes, parts, strict=True)]
     while math.prod(patch) > _PATCH_VOXELS:
-        longest = max((i for i in range(3) if patch[i] > _LEAST_PATCH), key=lambda i: patch[i] * steps[i])
-        patch[longest] -= _PATCH_STEP
+        longest = max((i for i in range(3) if patch[i] > 2 * parts[i]), key=lambda i: patch[i] * steps[i])
+        patch[longest] -= parts[longest]
     return patch[0], patch[1], patch[2]

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from dataloaders.base import SOURCES, CaseSource
 from dataloaders.case_cache import CaseCache, CaseStore
-from dataloaders.orientation import LARGEST_TILT, axis_names, tilt
 from dataloaders.preprocess import Preprocess
-from dataloaders.survey import fitting_patch, survey_cases
 from dataloaders.transforms import AugmentOptions
 from myutils.config import RunConfig, required
 from myutils.inference import InferenceOptions
 from myutils.methods.base import COMMON_DEFAULTS, METHODS, Method
 from myutils.muon import Muon, split_kernels
-from networks.base import NETWORKS, SegmentationNetwork
+from networks.base import NETWORKS, SegmentationNetwork, make_network
 from networks.checkpointing import checkpoint_blocks
 from networks.layers import mend_layers
 
@@ -126,42 +122,6 @@ def _with_method_defaults(
     return dataclasses.replace(config, **{name: v for name, v in wanted.items() if getattr(config, name) is None})
 
 
-def fit_to_cases(config: RunConfig, source: CaseSource, labeled: Sequence[str]) -> RunConfig:
-    """Fill what the labelled cases decide: axes, by their headers, patch and range of a CT, by reading them.
-
-    Raises:
-        FileNotFoundError, ValueError: If a case cannot be read.
-    """
-    if config.orientation is None:
-        affines = [source.affine(case_id) for case_id in labeled]
-        config = dataclasses.replace(config, orientation=_fitting_orientation(affines))
-    wants_range = config.modality == "ct" and config.ct_range is None
-    if config.patch_size is not None and not wants_range:
-        return config
-    survey = survey_cases(source, labeled, required(config.orientation, "orientation"))
-    patch = config.patch_size or fitting_patch(survey, config.spacing, source.defaults.patch_size)
-    ct_range = survey.structure_range if wants_range else config.ct_range
-    if wants_range and ct_range is None:
-        logger.warning("CT: no structure in the labelled cases to take a range from; each case is clipped to its own")
-    return dataclasses.replace(config, patch_size=patch, ct_range=ct_range)
-
-
-def _fitting_orientation(affines: Sequence[np.ndarray]) -> str:
-    """Axes of the body, unless some case lies so oblique that its axes might be other ones than the next case's."""
-    most, names = max(map(tilt, affines)), axis_names(affines)
-    if most <= LARGEST_TILT:
-        if names != "RAS":
-            logger.info("images are turned to RAS axes (the labelled ones are stored as %s)", names)
-        return "ras"
-    logger.warning(
-        "the labelled images lie oblique, by up to %.0f degrees: axes stay as stored (%s), which must mean the same "
-        "in all scans, those to predict included; else pass --orientation ras",
-        most,
-        names,
-    )
-    return "stored"
-
-
 def build_preprocess(config: RunConfig) -> Preprocess:
     """Axes, intensity normalisation and resampling of a resolved configuration; runs of before had axes as stored."""
     modality, orientation = required(config.modality, "modality"), config.orientation or "stored"
@@ -206,13 +166,12 @@ def build_inference(config: RunConfig, amp: str) -> InferenceOptions:
 
 def build_network(config: RunConfig, facts: DataFacts) -> SegmentationNetwork:
     """The network, freshly initialised from torch's global generator."""
-    network = NETWORKS.get(config.model)(facts.in_channels, facts.num_classes)
+    kind = NETWORKS.get(config.model)
+    network = make_network(kind, facts.in_channels, facts.num_classes, config.flat_levels or (0, 0, 0))
     patch = required(config.patch_size, "patch_size")
     if any(size < step for size, step in zip(patch, network.stride, strict=True)):
-        raise ValueError(
-            f"--patch_size {' '.join(map(str, patch))}: {config.model} divides each axis by "
-            f"{network.stride[0]}; every value must be at least that"
-        )
+        given, least = (" ".join(map(str, sizes)) for sizes in (patch, network.stride))
+        raise ValueError(f"--patch_size {given}: {config.model} divides the axes by {least}; pass at least these")
     mend_layers(network)
     if config.checkpoint_activations:
         checkpoint_blocks(network)

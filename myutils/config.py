@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataloaders.base import SourceOptions
+from dataloaders.base import SourceOptions, Triple
+from dataloaders.geometry import Spacing
 from dataloaders.orientation import ORIENTATIONS
 from dataloaders.splits import SplitRequest
 from myutils.config_checks import check_settings
@@ -16,9 +17,6 @@ from myutils.flags import option
 
 DATA, METHOD, PROTOTYPES, DFP = "data", "method", "prototypes", "covariance feature pools (cov_dfp)"
 OPTIMISATION, AUGMENTATION, RUN, EVALUATION = "optimisation", "augmentation", "run", "evaluation"
-
-Triple = tuple[int, int, int]
-Spacing = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,11 @@ class RunConfig:
         group=METHOD,
     )
     model: str = option("unet_3d", help="network: unet_3d, vnet, dynunet, segresnet", group=METHOD)
+    flat_levels: Triple | None = option(
+        None,
+        help="first levels of the network that neither look nor halve along X, Y, Z, >= 0; else by the voxels' shape",
+        group=METHOD,
+    )
     consistency: float | None = option(
         None,
         help="weight of the loss on unlabelled patches after its ramp-up, >= 0; else the method's own",

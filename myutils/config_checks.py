@@ -85,6 +85,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         value = settings[name]
         if value is not None and not all(0 < part < math.inf for part in value):
             raise ValueError(f"--{name} {' '.join(map(str, value))}: every value must be finite and above 0")
+    if settings["flat_levels"] is not None and min(settings["flat_levels"]) < 0:
+        raise ValueError(f"--flat_levels {' '.join(map(str, settings['flat_levels']))}: every value must be at least 0")
     ct_range = settings["ct_range"]
     if ct_range is not None and not -math.inf < ct_range[0] < ct_range[1] < math.inf:
         raise ValueError(

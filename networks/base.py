@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch.nn import functional
 from myutils.registry import Registry
 from networks.checkpointing import checkpoint_blocks, is_checkpointed
 from networks.layers import mend_layers
+
+Triple = tuple[int, int, int]
 
 
 class SegmentationOutput(NamedTuple):
@@ -98,14 +100,17 @@ class SegmentationNetwork(nn.Module, ABC):
         coarse_dims: Widths E_l of the decoder's other levels, the coarsest first.
         stride: The network's total downsampling per axis; inputs are padded to a multiple of it.
         branch: The network's own decoder and classifier.
+        takes_flat_levels: Whether the class can be built with ``flat_levels``: so many first levels, per axis, that
+            neither look nor halve along it. Slices twice as thick as a voxel is wide call for one, four times for two.
     """
 
+    takes_flat_levels: ClassVar[bool] = False
     feature_dim: int
     coarse_dims: tuple[int, ...] = ()
-    stride: tuple[int, int, int]
+    stride: Triple
     branch: Branch
 
-    def __init__(self, in_channels: int, num_classes: int) -> None:
+    def __init__(self, in_channels: int, num_classes: int, flat_levels: Triple = (0, 0, 0)) -> None:
         super().__init__()
         if in_channels < 1 or num_classes < 2:
             raise ValueError(
@@ -114,6 +119,7 @@ class SegmentationNetwork(nn.Module, ABC):
             )
         self.in_channels = in_channels
         self.num_classes = num_classes
+        self.flat_levels = flat_levels
 
     @abstractmethod
     def encode(self, images: Tensor) -> list[Tensor]:
@@ -121,7 +127,7 @@ class SegmentationNetwork(nn.Module, ABC):
 
     def fresh_copy(self) -> SegmentationNetwork:
         """A network of the same kind with weights of its own, drawn from torch's global generator."""
-        copy = type(self)(self.in_channels, self.num_classes)
+        copy = make_network(type(self), self.in_channels, self.num_classes, self.flat_levels)
         mend_layers(copy)
         if is_checkpointed(self):
             checkpoint_blocks(copy)
@@ -175,6 +181,21 @@ class SegmentationNetwork(nn.Module, ABC):
         # Two strides at least: instance normalisation needs more than one voxel at the bottleneck.
         wanted = [max(2 * step, -(-n // step) * step) for n, step in zip(size, self.stride, strict=True)]
         return [target - n for target, n in zip(wanted, size, strict=True)]
+
+
+def make_network(
+    kind: type[SegmentationNetwork], in_channels: int, num_classes: int, flat_levels: Triple = (0, 0, 0)
+) -> SegmentationNetwork:
+    """A network of a class, with flat levels where there are any.
+
+    Raises:
+        ValueError: If the class takes none.
+    """
+    if not any(flat_levels):
+        return kind(in_channels, num_classes)
+    if not kind.takes_flat_levels:
+        raise ValueError(f"--flat_levels {' '.join(map(str, flat_levels))}: {kind.__name__} has none; pass 0 0 0")
+    return kind(in_channels, num_classes, flat_levels=flat_levels)
 
 
 NETWORKS: Registry[type[SegmentationNetwork]] = Registry("model", "networks")

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from monai.networks.nets import DynUNet, SegResNet
 from torch import Tensor, nn
 
-from networks.base import NETWORKS, Branch, Decoder, SegmentationNetwork
+from networks.base import NETWORKS, Branch, Decoder, SegmentationNetwork, Triple
+from networks.blocks import level_kernel, level_step, total_stride
 
 
 class _DynDecoder(Decoder):
@@ -47,18 +48,27 @@ def _chain(blocks: Sequence[nn.Module], images: Tensor) -> list[Tensor]:
 class DynUNet3D(SegmentationNetwork):
     """MONAI DynUNet, the nnU-Net architecture (Isensee et al. 2021, doi:10.1038/s41592-020-01008-z)."""
 
-    def __init__(self, in_channels: int, num_classes: int, filters: tuple[int, ...] = (16, 32, 64, 128)) -> None:
-        super().__init__(in_channels, num_classes)
+    takes_flat_levels = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        filters: tuple[int, ...] = (16, 32, 64, 128),
+        flat_levels: Triple = (0, 0, 0),
+    ) -> None:
+        super().__init__(in_channels, num_classes, flat_levels)
         levels = len(filters)
         self.feature_dim, self.coarse_dims = filters[0], filters[-2:0:-1]
-        self.stride = (2 ** (levels - 1),) * 3
+        self.stride = total_stride(levels, flat_levels)
+        steps = [level_step(level, flat_levels) for level in range(levels - 1)]
         whole = DynUNet(
             spatial_dims=3,
             in_channels=in_channels,
             out_channels=num_classes,
-            kernel_size=[3] * levels,
-            strides=[1] + [2] * (levels - 1),
-            upsample_kernel_size=[2] * (levels - 1),
+            kernel_size=[level_kernel(level, flat_levels) for level in range(levels)],
+            strides=[(1, 1, 1), *steps],
+            upsample_kernel_size=steps,
             filters=list(filters),
             norm_name=("INSTANCE", {"affine": True}),
         )

@@ -7,20 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from networks.base import NETWORKS, Branch, Decoder, SegmentationNetwork
-from networks.blocks import conv_block, kaiming_init
+from networks.base import NETWORKS, Branch, Decoder, SegmentationNetwork, Triple
+from networks.blocks import conv_block, kaiming_init, level_kernel, level_step, total_stride
 
 
 class _Decoder(Decoder):
     """Upsample, join the skip connection, convolve twice, level by level."""
 
-    def __init__(self, widths: Sequence[int]) -> None:
+    def __init__(self, widths: Sequence[int], flat_levels: Triple) -> None:
         super().__init__()
         self.upsample = nn.ModuleList()
         self.blocks = nn.ModuleList()
-        for coarse, fine in zip(widths[:0:-1], widths[-2::-1], strict=True):
-            self.upsample.append(nn.ConvTranspose3d(coarse, fine, kernel_size=2, stride=2))
-            self.blocks.append(nn.Sequential(conv_block(2 * fine, fine), conv_block(fine, fine)))
+        for level in range(len(widths) - 2, -1, -1):
+            fine, kernel, step = widths[level], level_kernel(level, flat_levels), level_step(level, flat_levels)
+            self.upsample.append(nn.ConvTranspose3d(widths[level + 1], fine, kernel_size=step, stride=step))
+            self.blocks.append(nn.Sequential(conv_block(2 * fine, fine, kernel), conv_block(fine, fine, kernel)))
 
     def join(self, level: int, features: Tensor, skip: Tensor) -> Tensor:
         return self.blocks[level](torch.cat([self.upsample[level](features), skip], dim=1))
@@ -35,17 +36,30 @@ class UNet3D(SegmentationNetwork):
         num_classes: Classes K, the background included.
         widths: Feature channels per level, the finest first; the input is padded to multiples of
             ``2 ** (len(widths) - 1)``.
+        flat_levels: First levels that neither look nor halve along X, Y, Z; as many as there are levels make it 2D.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, widths: Sequence[int] = (16, 32, 64, 128)) -> None:
-        super().__init__(in_channels, num_classes)
+    takes_flat_levels = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        widths: Sequence[int] = (16, 32, 64, 128),
+        flat_levels: Triple = (0, 0, 0),
+    ) -> None:
+        super().__init__(in_channels, num_classes, flat_levels)
         self.feature_dim, self.coarse_dims = widths[0], tuple(widths[-2:0:-1])
-        self.stride = (2 ** (len(widths) - 1),) * 3
+        self.stride = total_stride(len(widths), flat_levels)
         self.encoder = nn.ModuleList()
+        before, step = in_channels, (1, 1, 1)
         for level, width in enumerate(widths):
-            first = conv_block(in_channels if level == 0 else widths[level - 1], width, step=1 if level == 0 else 2)
-            self.encoder.append(nn.Sequential(first, conv_block(width, width)))
-        self.branch = Branch(_Decoder(widths), nn.Conv3d(widths[0], num_classes, kernel_size=1))
+            kernel = level_kernel(level, flat_levels)
+            self.encoder.append(
+                nn.Sequential(conv_block(before, width, kernel, step), conv_block(width, width, kernel))
+            )
+            before, step = width, level_step(level, flat_levels)
+        self.branch = Branch(_Decoder(widths, flat_levels), nn.Conv3d(widths[0], num_classes, kernel_size=1))
         self.apply(kaiming_init)
 
     def encode(self, images: Tensor) -> list[Tensor]:

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from networks.base import NETWORKS, Branch, Decoder, SegmentationNetwork
-from networks.blocks import kaiming_init
+from networks.base import NETWORKS, Branch, Decoder, SegmentationNetwork, Triple
+from networks.blocks import kaiming_init, level_kernel, level_step, same_padding, total_stride
 
 _CONVOLUTIONS = (1, 2, 3, 3, 3)  # per level, the finest first
 
 
-def _stage(width_in: int, width: int, count: int) -> nn.Sequential:
+def _stage(width_in: int, width: int, count: int, kernel: Triple) -> nn.Sequential:
     layers: list[nn.Module] = []
     for index in range(count):
         layers += [
-            nn.Conv3d(width_in if index == 0 else width, width, kernel_size=3, padding=1),
+            nn.Conv3d(width_in if index == 0 else width, width, kernel, padding=same_padding(kernel)),
             nn.InstanceNorm3d(width, affine=True),
             nn.ReLU(inplace=True),
         ]
@@ -30,15 +30,15 @@ def _resample(convolution: nn.Module, width: int) -> nn.Sequential:
 class _Decoder(Decoder):
     """Upsample, add the skip connection, convolve, level by level; a dropout on the bottleneck before."""
 
-    def __init__(self, widths: Sequence[int], dropout: float) -> None:
+    def __init__(self, widths: Sequence[int], dropout: float, flat_levels: Triple) -> None:
         super().__init__()
         self.dropout = nn.Dropout3d(dropout)
         self.up = nn.ModuleList()
         self.stages = nn.ModuleList()
         for level in range(len(widths) - 2, -1, -1):
-            width = widths[level]
-            self.up.append(_resample(nn.ConvTranspose3d(2 * width, width, kernel_size=2, stride=2), width))
-            self.stages.append(_stage(width, width, _CONVOLUTIONS[level]))
+            width, step = widths[level], level_step(level, flat_levels)
+            self.up.append(_resample(nn.ConvTranspose3d(2 * width, width, kernel_size=step, stride=step), width))
+            self.stages.append(_stage(width, width, _CONVOLUTIONS[level], level_kernel(level, flat_levels)))
 
     def forward(self, encoded: list[Tensor]) -> list[Tensor]:
         *skips, features = encoded
@@ -57,25 +57,36 @@ class VNet(SegmentationNetwork):
         num_classes: Classes K, the background included.
         filters: Feature channels of the finest level (the field's 16); doubled at each level.
         dropout: Probability of dropping a whole channel at the bottleneck and before the classifier, in training.
+        flat_levels: First levels that neither look nor halve along X, Y, Z; five make it 2D.
 
     Note:
         UA-MT, SS-Net and BCP use batch normalisation. Here it is instance normalisation: batches hold two or four
         patches, labelled ones mixed with unlabelled, and a moving-average teacher has no buffers to synchronise.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, filters: int = 16, dropout: float = 0.5) -> None:
-        super().__init__(in_channels, num_classes)
+    takes_flat_levels = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        filters: int = 16,
+        dropout: float = 0.5,
+        flat_levels: Triple = (0, 0, 0),
+    ) -> None:
+        super().__init__(in_channels, num_classes, flat_levels)
         widths = [filters * 2**level for level in range(len(_CONVOLUTIONS))]
         self.feature_dim, self.coarse_dims = filters, tuple(widths[-2:0:-1])
-        self.stride = (2 ** (len(widths) - 1),) * 3
+        self.stride = total_stride(len(widths), flat_levels)
         self.encoder = nn.ModuleList()
         self.down = nn.ModuleList()
         for level, (width, count) in enumerate(zip(widths, _CONVOLUTIONS, strict=True)):
-            self.encoder.append(_stage(in_channels if level == 0 else width, width, count))
+            kernel, step = level_kernel(level, flat_levels), level_step(level, flat_levels)
+            self.encoder.append(_stage(in_channels if level == 0 else width, width, count, kernel))
             if level + 1 < len(widths):
-                self.down.append(_resample(nn.Conv3d(width, 2 * width, kernel_size=2, stride=2), 2 * width))
+                self.down.append(_resample(nn.Conv3d(width, 2 * width, kernel_size=step, stride=step), 2 * width))
         classifier = nn.Sequential(nn.Dropout3d(dropout), nn.Conv3d(filters, num_classes, kernel_size=1))
-        self.branch = Branch(_Decoder(widths, dropout), classifier)
+        self.branch = Branch(_Decoder(widths, dropout, flat_levels), classifier)
         self.apply(kaiming_init)
 
     def encode(self, images: Tensor) -> list[Tensor]:

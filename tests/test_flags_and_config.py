@@ -11,8 +11,9 @@ from conftest import BallSource
 from helpers_runs import small_config
 
 from dataloaders.transforms import AugmentOptions
-from myutils.build import DataFacts, build_augmentation, build_network, fit_to_cases, resolve_config
+from myutils.build import DataFacts, build_augmentation, build_network, resolve_config
 from myutils.config import RunConfig
+from myutils.fitting import fit_to_cases
 from myutils.flags import SuggestingParser, add_flags, given_flags
 
 PROMISED = """dataset_name dataset_path exp model method max_iteration batch_size labeled_bs base_lr labelnum seed gpu
@@ -118,7 +119,9 @@ def test_unknown_method_gets_a_hint() -> None:
 def test_patch_below_the_networks_stride_is_refused() -> None:
     source = BallSource()
     config = small_config(source, patch_size=(4, 16, 16))
-    with pytest.raises(ValueError, match="--patch_size 4 16 16: unet_3d divides each axis by 8"):
+    with pytest.raises(
+        ValueError, match="--patch_size 4 16 16: unet_3d divides the axes by 8 8 8; pass at least these"
+    ):
         build_network(config, DataFacts.of(source))
 
 

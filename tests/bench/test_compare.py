@@ -108,9 +108,9 @@ def test_what_is_fitted_to_cases_is_the_same_for_all_rows(tmp_path: Path) -> Non
         settings = make_settings(tmp_path, flags=list(asked), **more)
         return compare.fitted_flags(settings, compare.asked_config(settings), source, lists)
 
-    assert flags() == ["--orientation", "ras", "--patch_size", "16", "16", "16"]
+    assert flags() == ["--orientation", "ras", "--flat_levels", "0", "1", "0", "--patch_size", "16", "16", "16"]
     assert source.label_reads == ["ball03", "ball00"]  # the fewest labelled cases of all tables
-    given = ("--orientation", "stored", "--patch_size", "8", "8", "8")
+    given = ("--orientation", "stored", "--flat_levels", "0", "0", "0", "--patch_size", "8", "8", "8")
     assert flags(*given) == []
     low, high = map(float, flags(*given, "--modality", "ct")[1:])
     assert 0 < low < 1 < 2 < high < 3

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import nibabel as nib
+import numpy as np
 import pytest
 from conftest import BallSource
 from helpers_runs import small_trainer
@@ -19,8 +20,10 @@ from benchmarks import (
     metrics_speed,
     scaling,
     step_cost,
+    thick_slices,
     window_weights,
 )
+from dataloaders.nifti_folder import NiftiFolder
 
 
 def test_step_cost_prints_every_side_and_its_ratios(
@@ -131,3 +134,16 @@ def test_window_weights_scores_cases_whose_label_no_training_read(
     assert list(figures) == ["sigma 0.25", "sigma 100", "monai gaussian", "monai constant"]
     assert title == f"{checkpoint}, {1 if held_out else 2} cases" and rows[-1].endswith("+0.00 +- 0.00")
     assert figures["sigma 100"] == pytest.approx(figures["monai constant"], abs=0.5)
+
+
+def test_thick_slices_are_means_of_thin_ones_in_the_same_place(tmp_path: Path) -> None:
+    source = BallSource(cases=2, labeled=1)
+    thick_slices.write_folder(source, 3, tmp_path)
+    thin = source.load("ball00", with_label=True)
+    image, label = (nib.load(tmp_path / kind / "000_ball00.nii.gz") for kind in ("images", "labels"))
+    assert image.shape == label.shape == (20, 18, 5)  # 16 slices: the last is left out
+    np.testing.assert_allclose(image.get_fdata()[..., 1], thin.image[0, ..., 3:6].mean(-1), atol=1e-6)
+    assert (image.affine @ [2, 1, 1, 1]).tolist() == (thin.affine @ [2, 1, 4, 1]).tolist()
+    assert thin.label is not None
+    np.testing.assert_array_equal(label.get_fdata()[..., 1] > 0, np.median(thin.label[..., 3:6] > 0, axis=-1) > 0)
+    assert NiftiFolder(tmp_path).case_ids() == ["000_ball00"]

@@ -16,8 +16,9 @@ from dataloaders.base import Volume
 from dataloaders.orientation import Turn, tilt, turned
 from dataloaders.preprocess import Preprocess
 from dataloaders.survey import survey_cases
-from myutils.build import build_preprocess, fit_to_cases
+from myutils.build import build_preprocess
 from myutils.config import RunConfig
+from myutils.fitting import fit_to_cases
 from myutils.inference import InferenceOptions, predict_label_map, predict_probabilities
 from networks.base import NETWORKS
 

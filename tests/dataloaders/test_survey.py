@@ -11,8 +11,9 @@ from helpers_runs import small_config
 
 from dataloaders.base import SourceOptions, TrainingDefaults, Volume
 from dataloaders.survey import Survey, fitting_patch, survey_cases
-from myutils.build import fit_to_cases, resolve_config
+from myutils.build import resolve_config
 from myutils.config import RunConfig
+from myutils.fitting import fit_to_cases
 
 
 class ScanSource(BallSource):
