@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dataloaders.geometry import READ_ERRORS, reason_of
+from dataloaders.geometry import READ_ERRORS, reason_of, states_orientation
 from myutils.checkpoint import InferenceBundle, load_for_inference
 from myutils.distributed import is_main_rank, join_shares, own_share, start_process_group, stop_process_group
 from myutils.flags import option
@@ -145,6 +145,8 @@ def segment(scan: Scan, job: Job) -> None:
     else:
         arrays = [predict_label_map(*arguments, keep_largest=job.keep_largest)]
     header = scan.header()
+    if job.bundle.preprocess.orientation == "ras" and header is not None and not states_orientation(header):
+        logger.warning("%s does not say how it lies in the body, and may be mirrored to the network", scan.path)
     for path, array in zip(job.outputs(scan), arrays, strict=True):
         if header is None:
             save_volume(path, array, volume.affine)

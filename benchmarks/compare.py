@@ -8,7 +8,8 @@ data's own training and test list, or four fifths and the rest. The first ``--la
 labelled. ``supervised`` sees only these, and every patch of its batch is a labelled one, so that all rows
 see equally many patches; ``--full`` adds supervised training with all labels of the pool, the ceiling. The last
 checkpoint counts, no test case chooses anything: to choose settings, ``--cases`` leaves out the last cases of the data.
-A patch or a range of CT that no flag names is fitted to the fewest labelled cases, and the same for all rows.
+Orientation, flat levels, patch and range of CT that no flag names are fitted to the fewest labelled cases, and the same
+for all rows; but a row of its own ``--model``, ``--spacing`` or ``--orientation`` has its own flat levels.
 All rows are scored alike: none is mirrored at test time, whatever its method's default (``-- --tta_flips``: all are).
 Several numbers of labels (``--labelnum 2,4,8,16,all``) give a table each and a plot of Dice against labels; ``all`` is
 ``--full``.
@@ -25,6 +26,7 @@ log and ``.plan.json`` per run.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -32,7 +34,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +50,7 @@ from myutils.flags import SuggestingParser, add_flags, given_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("dataloaders", "myutils", "networks")
+DECIDES_FLAT_LEVELS = {"--model", "--spacing", "--orientation"}
 SUPERVISED, FULL = "supervised", "supervised, all labels"
 
 
@@ -72,8 +75,8 @@ def main() -> None:
         config = asked_config(settings)
         source = build_source(config)
         lists = write_lists(settings, source)
-        settings.flags = [*fitted_flags(settings, config, source, lists[0]), *settings.flags]
-        plans = make_plans(settings)
+        fitted = fitted_flags(settings, config, source, lists[0])
+        plans = make_plans(settings, fitted)
         rows = train_all(settings, plans, lists)
         report(settings, rows)
     except (ValueError, OSError, RuntimeError) as error:
@@ -162,20 +165,25 @@ def write_lists(settings: argparse.Namespace, source: CaseSource) -> tuple[Path,
     return paths
 
 
-def fitted_flags(settings: argparse.Namespace, config: RunConfig, source: CaseSource, train_list: Path) -> list[str]:
-    """What a training would fit to its own labelled cases: fitted once, to those that all rows have, for all alike."""
+def fitted_flags(
+    settings: argparse.Namespace, config: RunConfig, source: CaseSource, train_list: Path
+) -> dict[str, tuple[str, ...]]:
+    """What a training would fit to its own labelled cases, by setting: fitted once, to those that all rows have."""
     labeled = read_case_list(train_list)[: min(settings.labelnum)]
     fitted = fit_to_cases(resolve_config(config, source), source, labeled)
-    flags = []
+    flags = {}
     for name in ("orientation", "flat_levels", "patch_size", "ct_range"):
         value = getattr(fitted, name)
         if getattr(config, name) is None and value is not None:
-            flags += [f"--{name}", *([value] if isinstance(value, str) else map(str, value))]
+            flags[name] = (f"--{name}", *([value] if isinstance(value, str) else map(str, value)))
     return flags
 
 
-def make_plans(settings: argparse.Namespace) -> list[Plan]:
-    """All rows of all tables, the baseline and the ceiling first."""
+def make_plans(settings: argparse.Namespace, fitted: Mapping[str, tuple[str, ...]]) -> list[Plan]:
+    """All rows of all tables, the baseline and the ceiling first, with the settings that were fitted for all.
+
+    A row of another network, or one that sees other voxels, fits the network's flat levels to these itself.
+    """
     asked: dict[str, tuple[str, ...]] = {name: ("--method", name) for name in settings.methods}
     for row in settings.row:
         name, equals, flags = row.partition("=")
@@ -189,7 +197,12 @@ def make_plans(settings: argparse.Namespace) -> list[Plan]:
     plans = [Plan(name, count, flags) for count in settings.labelnum for name, flags in asked.items()]
     if settings.full:
         plans.insert(0, Plan(FULL, settings.pool, ("--method", SUPERVISED)))
-    return plans
+    return [dataclasses.replace(plan, flags=(*_common_flags(fitted, plan), *plan.flags)) for plan in plans]
+
+
+def _common_flags(fitted: Mapping[str, tuple[str, ...]], plan: Plan) -> list[str]:
+    own = DECIDES_FLAT_LEVELS & set(plan.flags)
+    return [flag for name, flags in fitted.items() if not (own and name == "flat_levels") for flag in flags]
 
 
 def train_all(settings: argparse.Namespace, plans: list[Plan], lists: tuple[Path, Path]) -> dict[Plan, Row]:

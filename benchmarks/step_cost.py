@@ -157,7 +157,7 @@ def wait_for(device: torch.device) -> None:
 def peak_of(name: str) -> float:
     """Peak memory in MB of one side above the loaded libraries: the median of processes that run it alone."""
     command = [sys.executable, "-m", "benchmarks.step_cost", *sys.argv[1:], "--only", name, "--rounds", "1"]
-    runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(_MEMORY_RUNS)]
+    runs = [subprocess.run(command, check=True, capture_output=True, encoding="utf-8") for _ in range(_MEMORY_RUNS)]
     return statistics.median(float(run.stdout.split()[-1]) for run in runs)
 
 

@@ -1,6 +1,7 @@
 """A data set of thick slices from one of thin ones: what networks do with them is asked of ``benchmarks.compare``.
 
-Each slice is the mean of ``--factor`` slices along the third axis, each label the class of most of their voxels::
+Each slice is the mean of ``--factor`` slices along the third axis, each label the class of most of
+their voxels, the lower one where two have as many::
 
     python -m benchmarks.thick_slices --dataset_path LA_1.25mm --num_classes 2 --factor 4 --output_dir runs/thick
     python -m benchmarks.compare --dataset_name nifti --dataset_path runs/thick --cases 64 --pool 40 --labelnum 8 \\
@@ -54,8 +55,7 @@ def with_thick_slices(volume: Volume, factor: int, num_classes: int) -> Volume:
     """The case with slices along Z put together; the last ones, if too few for one, are left out."""
     depth = volume.image.shape[-1] // factor * factor
     image = volume.image[..., :depth].reshape(*volume.image.shape[:-1], -1, factor).mean(-1)  # (C, X, Y, Z')
-    label = np.zeros(0) if volume.label is None else volume.label[..., :depth]
-    slices = label.reshape(*label.shape[:-1], -1, factor)
+    slices = volume.label[..., :depth].reshape(*image.shape[1:], factor)  # type: ignore[index]
     votes = np.stack([(slices == class_id).sum(-1) for class_id in range(num_classes)])  # (K, X, Y, Z')
     merge = np.diag([1.0, 1.0, factor, 1.0])
     merge[2, 3] = (factor - 1) / 2

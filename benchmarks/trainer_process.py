@@ -17,6 +17,6 @@ def run_to_end(who: str, command: Sequence[str], variables: Mapping[str, str] | 
         SystemExit: If it fails: ``who`` ended, its exit code and the end of what it wrote to its error stream.
     """
     environment = os.environ | dict(variables or {})
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
     if done.returncode != 0:
         raise SystemExit(f"{who} ended with exit code {done.returncode}\n{done.stderr[-2000:]}")

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,20 @@ class Volume:
     label: np.ndarray | None
     affine: np.ndarray
     spacing: tuple[float, float, float]
+
+
+class Grid(NamedTuple):
+    """Where the voxels of a case lie.
+
+    Attributes:
+        shape: Voxels along X, Y, Z, as stored.
+        affine: As that of a ``Volume``.
+        oriented: Whether the data say how the voxels lie in the body; else the affine's directions mean nothing.
+    """
+
+    shape: Triple
+    affine: np.ndarray
+    oriented: bool = True
 
 
 @dataclass(frozen=True)
@@ -110,9 +124,11 @@ class CaseSource(ABC):
             ValueError: If image and label disagree in shape, or a class id is beyond ``num_classes``.
         """
 
-    def affine(self, case_id: str) -> np.ndarray:
-        """Affine (4, 4) of a case's image; formats that have it in a header read no more than that."""
-        return self.load(case_id, with_label=False).affine
+    def grid(self, case_id: str) -> Grid:
+        """Where a case's voxels lie; formats that have it in a header read no more than that."""
+        volume = self.load(case_id, with_label=False)
+        x, y, z = volume.image.shape[1:]
+        return Grid((x, y, z), volume.affine)
 
     def case_files(self, case_id: str, *, with_label: bool) -> tuple[Path, ...]:
         """The files that ``load`` reads, for a cache that must notice a change; empty where there are none to watch."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dataloaders.base import SOURCES, lookup_case
+from dataloaders.base import SOURCES, Grid, lookup_case
 from dataloaders.case_lists import CHANNEL_SUFFIX, NIFTI_SUFFIXES, strip_nifti_suffix
 from dataloaders.class_names import (
     choose_modality,
@@ -20,7 +20,7 @@ from dataloaders.class_names import (
     stated_modality,
 )
 from dataloaders.file_source import FileSource
-from dataloaders.geometry import Spacing, nifti_affine, nifti_channels, read_nifti_channels
+from dataloaders.geometry import Spacing, nifti_channels, nifti_grid, read_nifti_channels
 
 CaseTable = dict[str, tuple[tuple[Path, ...], Path | None]]  # id -> (channel files, label file)
 
@@ -60,9 +60,9 @@ class DecathlonFolder(FileSource):
         """Read one image, or the files of its channels, which must share a grid."""
         return read_nifti_channels(self.images[case_id], case_id)
 
-    def affine(self, case_id: str) -> np.ndarray:
+    def grid(self, case_id: str) -> Grid:
         """From the header of the first channel."""
-        return nifti_affine(lookup_case(case_id, self.images, self.root)[0])
+        return nifti_grid(lookup_case(case_id, self.images, self.root)[0])
 
 
 def training_cases(root: Path, content: dict[str, Any]) -> CaseTable:

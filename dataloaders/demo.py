@@ -18,9 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import nibabel as nib
-import numpy as np
 
-from dataloaders.base import SOURCES, CaseSource, SourceOptions, TrainingDefaults, Volume
+from dataloaders.base import SOURCES, CaseSource, Grid, SourceOptions, TrainingDefaults, Volume
 from dataloaders.demo_cohort import CohortSettings, CohortSimulator
 from dataloaders.demo_template import CLASS_NAMES, build_template
 from dataloaders.nifti_folder import NiftiFolder
@@ -83,9 +82,9 @@ class DemoCohort(CaseSource):
         """Read one case from the cache."""
         return self._files.load(case_id, with_label=with_label)
 
-    def affine(self, case_id: str) -> np.ndarray:
+    def grid(self, case_id: str) -> Grid:
         """From the header."""
-        return self._files.affine(case_id)
+        return self._files.grid(case_id)
 
     def official_train(self) -> tuple[str, ...]:
         """The training cases."""

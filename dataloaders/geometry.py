@@ -14,7 +14,7 @@ from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from dataloaders.base import check_label
+from dataloaders.base import Grid, check_label
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +80,25 @@ def nifti_channels(path: Path) -> int:
     return 1 if len(shape) == 3 else int(shape[-1])
 
 
-def nifti_affine(path: Path) -> np.ndarray:
-    """Affine (4, 4) to RAS+ mm of a NIfTI file, from its header alone; errors as in ``read_nifti``."""
-    affine = _affine_mm(_open_nifti(path))
+def nifti_grid(path: Path) -> Grid:
+    """Where the voxels of a NIfTI file lie, from its header alone.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a NIfTI image, has no three axes, or its affine is not invertible.
+    """
+    image = _open_nifti(path)
+    affine = _affine_mm(image)
     affine_spacing(affine, str(path))
-    return affine
+    if len(image.shape) < 3:
+        raise ValueError(f"{path}: shape {image.shape}; an image has 3 axes, or 4 with channels last")
+    x, y, z = image.shape[:3]
+    return Grid((x, y, z), affine, states_orientation(image.header))
+
+
+def states_orientation(header: nib.Nifti1Header) -> bool:
+    """Whether a header has a qform or an sform; without, nibabel makes an affine up."""
+    return bool(header["qform_code"] or header["sform_code"])
 
 
 def _affine_mm(image: nib.Nifti1Image) -> np.ndarray:

@@ -6,6 +6,8 @@ Source: Xiong et al. 2021, Medical Image Analysis 67, 101832; crops by Yu et al.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -14,6 +16,7 @@ import numpy as np
 from dataloaders.base import (
     SOURCES,
     CaseSource,
+    Grid,
     SourceOptions,
     TrainingDefaults,
     Volume,
@@ -36,7 +39,8 @@ class LeftAtriumH5(CaseSource):
     """Cases ``2018LA_Seg_Training Set/<id>/mri_norm2.h5`` with ``image`` and ``label`` (X, Y, Z).
 
     ``train.list`` and ``test.list`` may each be missing; each is read by the job that asks for it. The files store
-    no voxel size: ``--voxel_size`` gives it, and the affine is the diagonal of it.
+    neither voxel size nor orientation: ``--voxel_size`` gives the one, and the affine is the diagonal of it. (By the
+    anatomy the axes of the release run left, backward and up: LPS, as in DICOM.)
 
     Args:
         root: Folder with the lists and the case folder.
@@ -102,23 +106,20 @@ class LeftAtriumH5(CaseSource):
 
     def load(self, case_id: str, *, with_label: bool) -> Volume:
         """Read one case; ``label`` is not read unless asked for."""
-        path = lookup_case(case_id, self._files, self.root)
-        try:
-            with h5py.File(path, "r") as file:
-                image = np.asarray(_dataset(file, "image", path)[()], dtype=np.float32)
-                label = np.asarray(_dataset(file, "label", path)[()]) if with_label else None
-        except FileNotFoundError:  # is an OSError too, but says itself what is missing
-            raise
-        except OSError as error:
-            raise ValueError(f"{path} is not a readable HDF5 file ({error}); copy it again") from error
-        if image.ndim != 3:
-            raise ValueError(f"{path}: image has shape {image.shape}; expected (X, Y, Z)")
+        with self._open(case_id) as file:
+            image = np.asarray(_image(file)[()], dtype=np.float32)
+            label = np.asarray(_dataset(file, "label")[()]) if with_label else None
         if label is not None:
             label = check_label(label, image.shape, self.num_classes, case_id)
-        return Volume(case_id, image[None], label, self.affine(case_id), self.spacing)  # image (1, X, Y, Z)
+        return Volume(case_id, image[None], label, self._affine(), self.spacing)  # image (1, X, Y, Z)
 
-    def affine(self, case_id: str) -> np.ndarray:
-        """The diagonal of the voxel size: the files store neither orientation nor place."""
+    def grid(self, case_id: str) -> Grid:
+        """The shape by the file's table of contents; the files store neither orientation nor place."""
+        with self._open(case_id) as file:
+            x, y, z = _image(file).shape
+        return Grid((x, y, z), self._affine(), oriented=False)
+
+    def _affine(self) -> np.ndarray:
         return np.diag([*self.spacing, 1.0])
 
     def case_files(self, case_id: str, *, with_label: bool) -> tuple[Path, ...]:
@@ -130,18 +131,34 @@ class LeftAtriumH5(CaseSource):
         return read_case_list(path) if path.is_file() else None
 
     def _has_label(self, case_id: str) -> bool:
+        with self._open(case_id) as file:
+            return "label" in file
+
+    @contextmanager
+    def _open(self, case_id: str) -> Iterator[h5py.File]:
+        path = lookup_case(case_id, self._files, self.root)
         try:
-            with h5py.File(self._files[case_id], "r") as file:
-                return "label" in file
+            with h5py.File(path, "r") as file:
+                yield file
+        except FileNotFoundError:  # is an OSError too, but says itself what is missing
+            raise
         except OSError as error:
-            raise ValueError(f"{self._files[case_id]} is not a readable HDF5 file ({error}); copy it again") from error
+            raise ValueError(f"{path} is not a readable HDF5 file ({error}); copy it again") from error
 
 
-def _dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
+def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
     """The named dataset, or a FileNotFoundError that lists what the file has."""
     if name not in file:
-        raise FileNotFoundError(f"{path} has no dataset {name!r} (it has: {', '.join(file) or 'nothing'})")
+        raise FileNotFoundError(f"{file.filename} has no dataset {name!r} (it has: {', '.join(file) or 'nothing'})")
     return file[name]
+
+
+def _image(file: h5py.File) -> h5py.Dataset:
+    """The dataset of the image, with three axes."""
+    image = _dataset(file, "image")
+    if image.ndim != 3:
+        raise ValueError(f"{file.filename}: image has shape {image.shape}; expected (X, Y, Z)")
+    return image
 
 
 def _voxel_size(voxel_size: tuple[float, float, float] | None, root: Path) -> tuple[float, float, float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataloaders.base import SOURCES, lookup_case
+from dataloaders.base import SOURCES, Grid, lookup_case
 from dataloaders.case_lists import NIFTI_SUFFIXES, some, strip_nifti_suffix
 from dataloaders.class_names import (
     choose_modality,
@@ -17,7 +17,7 @@ from dataloaders.class_names import (
     stated_modality,
 )
 from dataloaders.file_source import FileSource
-from dataloaders.geometry import Spacing, nifti_affine, nifti_channels, read_nifti
+from dataloaders.geometry import Spacing, nifti_channels, nifti_grid, read_nifti
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,6 @@ class NiftiFolder(FileSource):
         """Read one image file."""
         return read_nifti(self.images[case_id])
 
-    def affine(self, case_id: str) -> np.ndarray:
+    def grid(self, case_id: str) -> Grid:
         """From the header."""
-        return nifti_affine(lookup_case(case_id, self.images, self.root))
+        return nifti_grid(lookup_case(case_id, self.images, self.root))

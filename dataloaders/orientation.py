@@ -5,66 +5,85 @@ Contract: a turn permutes and mirrors axes; no voxel's value or place in space c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TypeVar
 
 import numpy as np
-from nibabel.orientations import aff2axcodes, inv_ornt_aff, io_orientation
+from nibabel.orientations import aff2axcodes, io_orientation
 
-from dataloaders.base import Volume
+from dataloaders.base import Triple, Volume
+
+logger = logging.getLogger(__name__)
 
 ORIENTATIONS = ("ras", "stored")
-LARGEST_TILT = 30.0  # degrees; at 45 an axis is as close to one direction of the body as to another
+LARGEST_TILT = 40.0  # degrees; at 45 an axis is as close to one direction of the body as to another
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """How an image's axes become those of RAS+: right, anterior and superior, as closely as they go.
+    """How the axes of an image become others; as it is made without values, they stay.
 
     Attributes:
         order: The stored axis that becomes each of X, Y, Z.
         mirrored: Stored axes that run the other way.
     """
 
-    order: tuple[int, ...] = (0, 1, 2)
+    order: Triple = (0, 1, 2)
     mirrored: tuple[int, ...] = ()
 
     @classmethod
-    def to_ras(cls, affine: np.ndarray) -> Turn:
-        """For an image with this affine (4, 4) to RAS+ mm."""
+    def of(cls, affine: np.ndarray, orientation: str) -> Turn:
+        """For an image with this affine (4, 4) to RAS+ mm: to axes of RAS+ for "ras", none for "stored"."""
+        if orientation != "ras":
+            return cls()
         found = io_orientation(affine)  # per stored axis: the axis of the body, and 1 or -1
-        return cls(tuple(np.argsort(found[:, 0]).tolist()), tuple(np.flatnonzero(found[:, 1] < 0).tolist()))
+        x, y, z = np.argsort(found[:, 0]).tolist()
+        return cls((x, y, z), tuple(np.flatnonzero(found[:, 1] < 0).tolist()))
 
     def forth(self, array: np.ndarray) -> np.ndarray:
-        """A view of an array (..., X, Y, Z), stored axes, with axes of RAS+."""
+        """A view of an array (..., X, Y, Z), stored axes, with the new ones."""
         mirrored = np.flip(array, tuple(axis - 3 for axis in self.mirrored))
         return np.moveaxis(mirrored, [axis - 3 for axis in self.order], (-3, -2, -1))
 
     def back(self, array: np.ndarray) -> np.ndarray:
-        """A view of an array (..., X, Y, Z), axes of RAS+, with stored axes."""
+        """A view of an array (..., X, Y, Z), new axes, with the stored ones."""
         ordered = np.moveaxis(array, (-3, -2, -1), [axis - 3 for axis in self.order])
         return np.flip(ordered, tuple(axis - 3 for axis in self.mirrored))
 
-    def values_back(self, values: Sequence[T]) -> tuple[T, ...]:
-        """One value per stored axis, from one per axis of RAS+."""
-        return tuple(values[self.order.index(axis)] for axis in range(3))
+    def values_forth(self, values: Sequence[T]) -> tuple[T, T, T]:
+        """One value per new axis, from one per stored axis."""
+        x, y, z = (values[axis] for axis in self.order)
+        return x, y, z
+
+    def values_back(self, values: Sequence[T]) -> tuple[T, T, T]:
+        """One value per stored axis, from one per new axis."""
+        x, y, z = (values[self.order.index(axis)] for axis in range(3))
+        return x, y, z
+
+    def affine_forth(self, affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+        """Affine (4, 4) of the image with new axes, from that with stored ones and its ``shape``."""
+        index = np.eye(4)[:, [*self.order, 3]]  # from new voxel indices to stored ones
+        for axis in self.mirrored:
+            index[axis] *= -1
+            index[axis, 3] = shape[axis] - 1
+        return affine @ index
 
 
-def turned(volume: Volume) -> Volume:
-    """A case with axes of RAS+; the case itself where they are so already, else its image is a view."""
-    turn = Turn.to_ras(volume.affine)
+def turned(volume: Volume, turn: Turn) -> Volume:
+    """A case with other axes, its image a view; the case itself where nothing is turned."""
     if turn == Turn():
         return volume
-    x, y, z = (volume.spacing[axis] for axis in turn.order)
     return replace(
         volume,
         image=turn.forth(volume.image),
         label=None if volume.label is None else np.ascontiguousarray(turn.forth(volume.label)),
-        affine=volume.affine @ inv_ornt_aff(io_orientation(volume.affine), volume.image.shape[1:]),
-        spacing=(x, y, z),
+        affine=turn.affine_forth(volume.affine, volume.image.shape[1:]),
+        spacing=turn.values_forth(volume.spacing),
     )
 
 
@@ -76,6 +95,17 @@ def tilt(affine: np.ndarray) -> float:
     return float(np.degrees(np.arccos(np.clip(cosines, 0, 1))).max())
 
 
-def axis_names(affines: Sequence[np.ndarray]) -> str:
+def axis_names(affines: Iterable[np.ndarray]) -> str:
     """The orientations that occur, such as "LPS, RAS"."""
     return ", ".join(sorted({"".join(aff2axcodes(affine)) for affine in affines}))
+
+
+@cache
+def warn_of_tilt(case_id: str, degrees: int) -> None:
+    """Say once per case that its closest axes may be others than they should."""
+    logger.warning(
+        "case %s lies %d degrees off the axes of the body: it is turned to the closest, which may be others than in "
+        "the other scans; look at its prediction, or train with --orientation stored",
+        case_id,
+        degrees,
+    )

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from dataloaders.base import Volume
 from dataloaders.class_names import MODALITIES
-from dataloaders.orientation import ORIENTATIONS, Turn, turned
+from dataloaders.orientation import LARGEST_TILT, ORIENTATIONS, Turn, tilt, turned, warn_of_tilt
 
 SplineOrder = Literal[0, 1, 3]
 SPLINE_ORDER: dict[str, SplineOrder] = {"linear": 1, "cubic": 3}
@@ -66,18 +66,20 @@ class Preprocess:
         bad = volume.image.size - int(np.isfinite(volume.image).sum())
         if bad:
             raise ValueError(f"case {volume.case_id}: {bad} voxels are NaN or infinite; repair or leave out this case")
-        volume = self._turned(volume)
-        image = np.stack([self._normalize(channel) for channel in volume.image])  # (C, X, Y, Z)
+        degrees = tilt(volume.affine) if self.orientation == "ras" else 0.0
+        if degrees > LARGEST_TILT:
+            warn_of_tilt(volume.case_id, round(degrees))
+        volume = turned(volume, self.turn_of(volume))
+        image = np.stack([np.ascontiguousarray(self._normalize(channel)) for channel in volume.image])  # (C, X, Y, Z)
         if self.spacing is None:
             return replace(volume, image=image)
-        shape = image.shape[1:]
-        size = self._working_shape(volume)
-        order = SPLINE_ORDER[self.interpolation]
-        image = np.stack([resample(channel, size, self._ratio(volume), order=order) for channel in image])
+        shape, ratio = image.shape[1:], self._ratio(volume.spacing)
+        size, order = self._working_shape(shape, ratio), SPLINE_ORDER[self.interpolation]
+        image = np.stack([resample(channel, size, ratio, order=order) for channel in image])
         label = volume.label
         if label is not None:
-            label = resample(label, size, self._ratio(volume), order=0)
-        affine = resampled_affine(volume.affine, shape, size, self._ratio(volume))
+            label = resample(label, size, ratio, order=0)
+        affine = resampled_affine(volume.affine, shape, size, ratio)
         return Volume(volume.case_id, image, label, affine, self.spacing)
 
     def restore(self, probabilities: np.ndarray, original: Volume, rows: slice | None = None) -> np.ndarray:
@@ -94,36 +96,31 @@ class Preprocess:
         Raises:
             ValueError: If the shape is not the one that ``__call__`` gives for this case.
         """
-        shape, working = original.image.shape[1:], self._turned(original)
-        expected = working.image.shape[1:] if self.spacing is None else self._working_shape(working)
+        shape, turn = original.image.shape[1:], self.turn_of(original)
+        ratio = self._ratio(turn.values_forth(original.spacing))
+        expected = self._working_shape(turn.values_forth(shape), ratio)
         if probabilities.ndim != 4 or probabilities.shape[1:] != tuple(expected):
             raise ValueError(
                 f"case {original.case_id}: probabilities have shape {probabilities.shape}; "
                 f"expected (K, {', '.join(map(str, expected))})"
             )
         probabilities = probabilities.astype(np.float32, copy=False)
-        rows, turn = rows or slice(0, shape[0]), self.turn_of(original)
-        probabilities = turn.back(probabilities)
+        probabilities, rows = turn.back(probabilities), rows or slice(0, shape[0])
         if self.spacing is None:
             return np.ascontiguousarray(probabilities[:, rows])
-        inverse = turn.values_back([1 / ratio for ratio in self._ratio(working)])
+        inverse = turn.values_back([1 / step for step in ratio])
         return np.stack([resample(p, shape, inverse, order=1, rows=rows) for p in probabilities])  # (K, X, Y, Z)
 
     def turn_of(self, volume: Volume) -> Turn:
         """How ``__call__`` turns a case."""
-        return Turn.to_ras(volume.affine) if self.orientation == "ras" else Turn()
+        return Turn.of(volume.affine, self.orientation)
 
-    def _turned(self, volume: Volume) -> Volume:
-        return turned(volume) if self.orientation == "ras" else volume
+    def _ratio(self, spacing: tuple[float, float, float]) -> tuple[float, ...]:
+        """Working voxel size over the turned volume's, per axis."""
+        return tuple(new / old for new, old in zip(self.spacing or spacing, spacing, strict=True))
 
-    def _ratio(self, volume: Volume) -> tuple[float, ...]:
-        """Working voxel size over the volume's, per axis."""
-        wanted = self.spacing or volume.spacing
-        return tuple(new / old for new, old in zip(wanted, volume.spacing, strict=True))
-
-    def _working_shape(self, volume: Volume) -> tuple[int, ...]:
-        pairs = zip(volume.image.shape[1:], self._ratio(volume), strict=True)
-        return tuple(max(1, round(count / ratio)) for count, ratio in pairs)
+    def _working_shape(self, shape: tuple[int, ...], ratio: tuple[float, ...]) -> tuple[int, ...]:
+        return tuple(max(1, round(count / step)) for count, step in zip(shape, ratio, strict=True))
 
     def _normalize(self, channel: np.ndarray) -> np.ndarray:
         """Normalise one channel (X, Y, Z), by its foreground or by ``ct_range``."""

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from nibabel.affines import voxel_sizes
 
-from dataloaders.base import CaseSource, Triple
+from dataloaders.base import CaseSource, Grid, Triple
 from dataloaders.geometry import Spacing
-from dataloaders.orientation import turned
+from dataloaders.orientation import Turn
 
 _PATCH_VOXELS = 64**3
 _PATCH_STEP = 8  # networks divide each axis by 8 or 16, by less where levels are flat
@@ -21,43 +22,51 @@ _VOXELS_PER_CASE = 100_000
 
 @dataclass(frozen=True)
 class Survey:
-    """Facts of some labelled cases.
+    """The typical case among some.
 
     Attributes:
         extent: Median extent in mm along each axis.
         spacing: Median voxel size in mm along each axis.
-        structure_range: 0.5 and 99.5 percentile of the intensities inside the labelled structures, all cases and
-            channels together; None where nothing is labelled, or all values are one.
     """
 
-    extent: tuple[float, float, float]
+    extent: Spacing
     spacing: Spacing
-    structure_range: tuple[float, float] | None
 
 
-def survey_cases(source: CaseSource, case_ids: Sequence[str], orientation: str = "stored") -> Survey:
-    """Read labelled cases one after the other, with the axes that they are worked on; errors as ``CaseSource.load``."""
-    spacings, extents, found = [], [], [np.empty(0, np.float32)]
+def survey_grids(grids: Sequence[Grid], orientation: str) -> Survey:
+    """The typical case, with the axes that cases are worked on ("ras" or "stored")."""
+    spacings, extents = [], []
+    for grid in grids:
+        turn = Turn.of(grid.affine, orientation)
+        spacings.append(turn.values_forth(voxel_sizes(grid.affine)))
+        extents.append([size * step for size, step in zip(turn.values_forth(grid.shape), spacings[-1], strict=True)])
+    return Survey(_median(extents), _median(spacings))
+
+
+def structure_range(source: CaseSource, case_ids: Sequence[str]) -> tuple[float, float] | None:
+    """0.5 and 99.5 percentile of the intensities inside the labelled structures, all cases and channels together.
+
+    None where nothing is labelled, or all values are one. Cases are read one after the other; errors as in
+    ``CaseSource.load``.
+    """
+    found = [np.empty(0, np.float32)]
     for case_id in case_ids:
         volume = source.load(case_id, with_label=True)
-        volume = turned(volume) if orientation == "ras" else volume
-        spacings.append(volume.spacing)
-        extents.append([size * step for size, step in zip(volume.image.shape[1:], volume.spacing, strict=True)])
         inside = volume.image[:, volume.label > 0].ravel()  # type: ignore[operator, index]
         found.append(inside[:: max(1, len(inside) // _VOXELS_PER_CASE)])
     inside = np.concatenate(found)
     inside = inside[np.isfinite(inside)]
-    limits = np.percentile(inside, _PERCENTILES).round(2).tolist() if len(inside) else (0.0, 0.0)
-    return Survey(_median(extents), _median(spacings), (limits[0], limits[1]) if limits[0] < limits[1] else None)
+    low, high = np.percentile(inside, _PERCENTILES).round(2).tolist() if len(inside) else (0.0, 0.0)
+    return (low, high) if low < high else None
 
 
-def _median(rows: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+def _median(rows: Sequence[Sequence[float]]) -> Spacing:
     x, y, z = np.median(rows, axis=0).tolist()
     return x, y, z
 
 
 def fitting_flat_levels(spacing: Spacing) -> Triple:
-    """How many first levels of a network shall neither look nor halve along each axis, for voxels of this size in mm.
+    """How many first levels of a network shall neither convolve over nor downsample an axis, for voxels of this size.
 
     An axis joins in where its voxels are less than twice as long as the shortest axis's at that level (nnU-Net, Isensee
     et al. 2021, doi:10.1038/s41592-020-01008-z): before, the next slice shows other anatomy.
@@ -80,11 +89,11 @@ def fitting_patch(
         survey: Of the labelled cases.
         spacing: Voxel size in mm that they are resampled to; None for their own.
         usual: The data set's customary patch; it is cut down to the median case alone.
-        flat_levels: Of the network, per axis: each halves what the axis must be a multiple of.
+        flat_levels: Of the network, per axis: each halves the number of voxels that a side is a multiple of.
     """
     steps = spacing or survey.spacing
     sizes = [round(extent / step, 3) for extent, step in zip(survey.extent, steps, strict=True)]
-    parts = [_PATCH_STEP >> flat for flat in flat_levels]
+    parts = [max(1, _PATCH_STEP >> flat) for flat in flat_levels]
     if usual is not None:
         held = [math.ceil(size / part) * part for size, part in zip(sizes, parts, strict=True)]
         x, y, z = (min(side, max(2 * part, limit)) for side, limit, part in zip(usual, held, parts, strict=True))

@@ -27,9 +27,7 @@ class RunConfig:
     dataset_path: Path | None = option(None, help="folder of the data set; else none, for demo", group=DATA)
     cache_dir: Path = option(Path.home() / ".cache" / "cov_dfp_3d", help="folder for data made once", group=DATA)
     cache_gb: float = option(
-        0.0,
-        help="GB in cache_dir for prepared images, uncompressed, shared by processes and runs; 0: memory only",
-        group=DATA,
+        0.0, help="GB in cache_dir for prepared images, shared by processes and runs; 0: memory only", group=DATA
     )
     labelnum: int | None = option(None, help="labelled training cases, >= 1, validation cases included", group=DATA)
     val_num: int = option(
@@ -48,9 +46,7 @@ class RunConfig:
         None, help="decides the intensities: z-score (mr), clip and scale (ct)", group=DATA, choices=("mr", "ct")
     )
     ct_range: tuple[float, float] | None = option(
-        None,
-        help="clip CT to these values, low and high (Hounsfield units); else to those of the labelled structures",
-        group=DATA,
+        None, help="clip CT to these values, low and high (HU); else to those of the labelled structures", group=DATA
     )
     voxel_size: Spacing | None = option(None, help="voxel size in mm for LA, which stores none; else 0.625", group=DATA)
     spacing: Spacing | None = option(None, help="resample images to this voxel size in mm; else none", group=DATA)
@@ -69,14 +65,10 @@ class RunConfig:
     )
     model: str = option("unet_3d", help="network: unet_3d, vnet, dynunet, segresnet", group=METHOD)
     flat_levels: Triple | None = option(
-        None,
-        help="first levels of the network that neither look nor halve along X, Y, Z, >= 0; else by the voxels' shape",
-        group=METHOD,
+        None, help="first levels that neither convolve over nor downsample X, Y, Z; else by the voxels", group=METHOD
     )
     consistency: float | None = option(
-        None,
-        help="weight of the loss on unlabelled patches after its ramp-up, >= 0; else the method's own",
-        group=METHOD,
+        None, help="weight of the loss on unlabelled patches after its ramp-up, >= 0; else the method's", group=METHOD
     )
     consistency_rampup: int | None = option(
         None, help="steps of the sigmoid ramp-up of the unlabelled losses; else 30 % of the training", group=METHOD
@@ -106,9 +98,7 @@ class RunConfig:
         group=METHOD,
     )
     deep_supervision: bool | None = option(
-        None,
-        help="the decoder's coarser levels learn the labels too (not cps, mc_net); else on for best",
-        group=METHOD,
+        None, help="the decoder's coarser levels learn the labels too (not cps, mc_net); else on for best", group=METHOD
     )
     soft_labels: bool = option(
         True, help="mean_teacher: learn the teacher's probabilities, not only its confident classes", group=METHOD
@@ -188,9 +178,7 @@ class RunConfig:
     affine_share: float = option(0.3, help="share of patches that are turned and scaled, 0..1", group=AUGMENTATION)
     affine_angle: float = option(12.0, help="largest turn about each axis in degrees, 0..180", group=AUGMENTATION)
     affine_scale: float = option(
-        0.12,
-        help="largest change of size, as a logarithm (0.12: 11 % smaller to 13 % larger), 0..1",
-        group=AUGMENTATION,
+        0.12, help="largest change of size, as a logarithm (0.12: by 11 to 13 %), 0..1", group=AUGMENTATION
     )
     flip_axes: tuple[int, ...] | None = option(
         None, help="axes (0 1 2) to mirror along; empty: never", group=AUGMENTATION

@@ -101,7 +101,8 @@ class SegmentationNetwork(nn.Module, ABC):
         stride: The network's total downsampling per axis; inputs are padded to a multiple of it.
         branch: The network's own decoder and classifier.
         takes_flat_levels: Whether the class can be built with ``flat_levels``: so many first levels, per axis, that
-            neither look nor halve along it. Slices twice as thick as a voxel is wide call for one, four times for two.
+            neither convolve over nor downsample it. Slices twice as thick as a voxel is wide call for one, four times
+            for two.
     """
 
     takes_flat_levels: ClassVar[bool] = False

@@ -20,7 +20,16 @@ def level_step(level: int, flat_levels: Triple) -> Triple:
 
 
 def total_stride(levels: int, flat_levels: Triple) -> Triple:
-    """Downsampling from the finest of so many levels to the coarsest."""
+    """Downsampling from the finest of so many levels to the coarsest.
+
+    Raises:
+        ValueError: If an axis has more flat levels than there are levels, or all axes are flat on every level.
+    """
+    if max(flat_levels) > levels or min(flat_levels) >= levels:
+        given = " ".join(map(str, flat_levels))
+        raise ValueError(
+            f"--flat_levels {given}: the network has {levels} levels; pass at most {levels}, not for all axes"
+        )
     x, y, z = (2 ** max(0, levels - 1 - flat) for flat in flat_levels)
     return x, y, z
 

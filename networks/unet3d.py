@@ -34,9 +34,8 @@ class UNet3D(SegmentationNetwork):
     Args:
         in_channels: Image channels C.
         num_classes: Classes K, the background included.
-        widths: Feature channels per level, the finest first; the input is padded to multiples of
-            ``2 ** (len(widths) - 1)``.
-        flat_levels: First levels that neither look nor halve along X, Y, Z; as many as there are levels make it 2D.
+        widths: Feature channels per level, the finest first.
+        flat_levels: First levels that neither convolve over nor downsample X, Y, Z; as many as there are make it 2D.
     """
 
     takes_flat_levels = True

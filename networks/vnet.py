@@ -57,7 +57,7 @@ class VNet(SegmentationNetwork):
         num_classes: Classes K, the background included.
         filters: Feature channels of the finest level (the field's 16); doubled at each level.
         dropout: Probability of dropping a whole channel at the bottleneck and before the classifier, in training.
-        flat_levels: First levels that neither look nor halve along X, Y, Z; five make it 2D.
+        flat_levels: First levels that neither convolve over nor downsample X, Y, Z; five make it 2D.
 
     Note:
         UA-MT, SS-Net and BCP use batch normalisation. Here it is instance normalisation: batches hold two or four

@@ -11,7 +11,7 @@ from conftest import BallSource
 from helpers_runs import small_config, small_trainer
 from torch import nn
 
-from dataloaders.base import Volume
+from dataloaders.base import Grid, Volume
 from dataloaders.survey import Survey, fitting_flat_levels, fitting_patch
 from myutils.build import DataFacts, build_network, resolve_config
 from myutils.checkpoint import load_for_inference
@@ -21,10 +21,24 @@ from networks.base import NETWORKS, make_network
 FLAT = [name for name in NETWORKS.names() if NETWORKS.get(name).takes_flat_levels]
 
 
+# Sizes along Z of the kernels with two flat levels, from the finest level to the coarsest and back, without those that
+# halve or mix channels alone. The decoder of MONAI's DynUNet has the kernels of the level below.
+KERNELS = {
+    "unet_3d": [1, 1, 1, 1, 3, 3, 3, 3, 3, 3, 1, 1, 1, 1],
+    "vnet": [1, 1, 1, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 1, 1, 1],
+    "dynunet": [1, 1, 1, 1, 3, 3, 3, 3, 3, 3, 3, 3, 1, 1],
+}
+
+
 def kernels_along(network: nn.Module, axis: int) -> list[int]:
-    """Sizes of the kernels that mix voxels, along one axis, in the order of the modules."""
-    layers = [m for m in network.modules() if isinstance(m, nn.Conv3d) and max(m.kernel_size) == 3]
-    return [layer.kernel_size[axis] for layer in layers]
+    """Sizes of the kernels that mix voxels, along one axis, in the order in which they are used."""
+    sizes: list[int] = []
+    layers = [m for m in network.modules() if type(m) is nn.Conv3d and max(m.kernel_size) == 3]
+    hooks = [layer.register_forward_hook(lambda m, *_: sizes.append(m.kernel_size[axis])) for layer in layers]
+    network(torch.randn(1, network.in_channels, 16, 16, 16))
+    for hook in hooks:
+        hook.remove()
+    return sizes
 
 
 @pytest.mark.parametrize("name", FLAT)
@@ -38,7 +52,7 @@ def test_flat_levels_keep_the_slices_and_look_at_one(name: str) -> None:
     assert sizes[:2] == [(16, 16, depth), (8, 8, depth)]
     assert all(size[2] == depth // 2 ** (level + 1) for level, size in enumerate(sizes[2:]))
     assert set(kernels_along(network, 0)) == {3} == set(kernels_along(usual, 2))
-    assert kernels_along(network, 2)[0] == 1 and 3 in kernels_along(network, 2)
+    assert kernels_along(network, 2) == KERNELS[name]
     assert network(torch.randn(1, 1, 21, 9, 3)).logits.shape == (1, 2, 21, 9, 3)
 
 
@@ -51,9 +65,16 @@ def test_flat_networks_train_every_parameter_and_copy_themselves(name: str) -> N
     assert [value.shape for value in network.fresh_copy().state_dict().values()] == shapes
 
 
-def test_as_many_flat_levels_as_levels_are_a_2d_network() -> None:
-    network = make_network(NETWORKS.get("unet_3d"), 1, 2, (0, 0, 4))
-    assert network.stride == (8, 8, 1) and set(kernels_along(network, 2)) == {1}
+@pytest.mark.parametrize(("name", "levels"), [("unet_3d", 4), ("vnet", 5), ("dynunet", 4)])
+def test_as_many_flat_levels_as_levels_are_a_2d_network(name: str, levels: int) -> None:
+    network = make_network(NETWORKS.get(name), 1, 2, (0, 0, levels))
+    assert network.stride[2] == 1 and set(kernels_along(network, 2)) == {1}
+    for wrong in ((0, 0, levels + 1), (levels, levels, levels)):
+        with pytest.raises(ValueError, match=f"--flat_levels .*the network has {levels} levels; pass at most {levels}"):
+            make_network(NETWORKS.get(name), 1, 2, wrong)
+    survey = Survey((30.0, 40.0, 9.0), (1.0, 1.0, 1.0))
+    assert fitting_patch(survey, None, flat_levels=(0, 0, levels)) == (24, 40, 9)
+    assert fitting_patch(survey, None, (112, 112, 80), (0, 0, levels)) == (32, 40, 9)
 
 
 def test_networks_without_flat_levels_refuse_them_and_are_given_none() -> None:
@@ -81,11 +102,11 @@ def test_fitting_flat_levels_by_hand(spacing: tuple, flat: tuple) -> None:
 
 
 def test_a_patch_of_thick_slices_needs_no_padding() -> None:
-    cine = Survey((324.0, 384.0, 100.0), (1.5, 1.5, 10.0), None)  # 216 x 256 x 10 voxels
+    cine = Survey((324.0, 384.0, 100.0), (1.5, 1.5, 10.0))  # 216 x 256 x 10 voxels
     assert fitting_patch(cine, None, flat_levels=(0, 0, 2)) == (160, 160, 10)
     assert fitting_patch(cine, None) == (128, 128, 16)
     assert fitting_patch(cine, None, (112, 112, 80), (0, 0, 2)) == (112, 112, 10)
-    assert fitting_patch(Survey((9.0, 30.0, 2.0), (1.0, 1.0, 2.0), None), None, flat_levels=(0, 0, 3)) == (16, 24, 2)
+    assert fitting_patch(Survey((9.0, 30.0, 2.0), (1.0, 1.0, 2.0)), None, flat_levels=(0, 0, 3)) == (16, 24, 2)
 
 
 class Thick(BallSource):
@@ -93,10 +114,10 @@ class Thick(BallSource):
 
     def load(self, case_id: str, *, with_label: bool) -> Volume:
         volume = super().load(case_id, with_label=with_label)
-        return Volume(case_id, volume.image, volume.label, self.affine(case_id), (4.0, 1.0, 1.0))
+        return Volume(case_id, volume.image, volume.label, self.grid(case_id).affine, (4.0, 1.0, 1.0))
 
-    def affine(self, case_id: str) -> np.ndarray:
-        return np.array([[0.0, 1, 0, 0], [0, 0, 1, 0], [4, 0, 0, 0], [0, 0, 0, 1]])
+    def grid(self, case_id: str) -> Grid:
+        return Grid((20, 18, 16), np.array([[0.0, 1, 0, 0], [0, 0, 1, 0], [4, 0, 0, 0], [0, 0, 0, 1]]))
 
 
 @pytest.mark.parametrize(

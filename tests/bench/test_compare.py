@@ -91,7 +91,7 @@ def test_rows_are_mirrored_at_test_time_all_or_none(
     monkeypatch.setattr(compare, "train", lambda _, name, flags: (seen.append(flags), tmp_path / name)[1])
     more = {"dataset_name": "ball", "dataset_path": tmp_path, "num_classes": None, "max_iteration": 1, "flags": asked}
     settings = make_settings(tmp_path, methods=["supervised", "best"], row=[], jobs=1, seeds=[0], **more)
-    compare.train_all(settings, compare.make_plans(settings), (tmp_path / "train.txt", tmp_path / "test.txt"))
+    compare.train_all(settings, compare.make_plans(settings, {}), (tmp_path / "train.txt", tmp_path / "test.txt"))
     assert len(seen) == 5
     assert all([flag for flag in flags if "tta_flips" in flag][-1] == last for flags in seen)
 
@@ -106,15 +106,28 @@ def test_what_is_fitted_to_cases_is_the_same_for_all_rows(tmp_path: Path) -> Non
 
     def flags(*asked: str) -> list[str]:
         settings = make_settings(tmp_path, flags=list(asked), **more)
-        return compare.fitted_flags(settings, compare.asked_config(settings), source, lists)
+        fitted = compare.fitted_flags(settings, compare.asked_config(settings), source, lists)
+        plans = compare.make_plans(settings, fitted)
+        common = [flag for found in fitted.values() for flag in found]
+        assert all(list(plan.flags[: len(common)]) == common for plan in plans)
+        return common
 
     assert flags() == ["--orientation", "ras", "--flat_levels", "0", "1", "0", "--patch_size", "16", "16", "16"]
-    assert source.label_reads == ["ball03", "ball00"]  # the fewest labelled cases of all tables
+    assert not source.label_reads
     given = ("--orientation", "stored", "--flat_levels", "0", "0", "0", "--patch_size", "8", "8", "8")
     assert flags(*given) == []
     low, high = map(float, flags(*given, "--modality", "ct")[1:])
     assert 0 < low < 1 < 2 < high < 3
+    assert source.label_reads == ["ball03", "ball00"]  # the fewest labelled cases of all tables
     assert flags(*given, "--modality", "ct", "--ct_range", "-1", "2") == []
+
+
+def test_a_row_of_its_own_voxels_or_network_fits_its_own_flat_levels(tmp_path: Path) -> None:
+    fitted = {"flat_levels": ("--flat_levels", "0", "0", "2"), "patch_size": ("--patch_size", "8", "8", "8")}
+    rows = ["net=--method best --model segresnet", "fine=--method best --spacing 1 1 1", "usual=--method best --seed 3"]
+    plans = compare.make_plans(make_settings(tmp_path, row=rows), fitted)
+    without = {plan.name for plan in plans if "--flat_levels" not in plan.flags}
+    assert without == {"net", "fine"} and all("--patch_size" in plan.flags for plan in plans)
 
 
 def test_ctrl_c_starts_no_further_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +142,7 @@ def test_ctrl_c_starts_no_further_training(tmp_path: Path, monkeypatch: pytest.M
     more = {"dataset_name": "ball", "dataset_path": tmp_path, "num_classes": None, "max_iteration": 1, "flags": []}
     settings = make_settings(tmp_path, jobs=1, seeds=[0, 1], **more)
     with pytest.raises(KeyboardInterrupt):
-        compare.train_all(settings, compare.make_plans(settings), (tmp_path / "train.txt", tmp_path / "test.txt"))
+        compare.train_all(settings, compare.make_plans(settings, {}), (tmp_path / "train.txt", tmp_path / "test.txt"))
     assert len(begun) <= 2  # of 14
 
 
@@ -161,7 +174,7 @@ def test_all_labels_are_the_ceiling(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_plans_hold_every_row_once_and_the_ceiling_first(tmp_path: Path) -> None:
-    plans = compare.make_plans(make_settings(tmp_path))
+    plans = compare.make_plans(make_settings(tmp_path), {})
     assert [(plan.name, plan.labelnum) for plan in plans] == [
         (compare.FULL, 8),
         *((name, count) for count in (2, 4) for name in ("supervised", "mean_teacher", "plain")),
@@ -180,7 +193,7 @@ def test_plans_hold_every_row_once_and_the_ceiling_first(tmp_path: Path) -> None
 )
 def test_impossible_rows_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        compare.make_plans(make_settings(tmp_path, **changes))
+        compare.make_plans(make_settings(tmp_path, **changes), {})
 
 
 def test_finished_runs_are_kept_and_other_flags_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

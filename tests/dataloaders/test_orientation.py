@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -12,10 +14,11 @@ from conftest import BallSource
 from helpers_runs import small_config
 from scipy.spatial.transform import Rotation
 
-from dataloaders.base import Volume
+from dataloaders.base import Grid, Volume
+from dataloaders.geometry import nifti_grid
 from dataloaders.orientation import Turn, tilt, turned
 from dataloaders.preprocess import Preprocess
-from dataloaders.survey import survey_cases
+from dataloaders.survey import survey_grids
 from myutils.build import build_preprocess
 from myutils.config import RunConfig
 from myutils.fitting import fit_to_cases
@@ -63,7 +66,8 @@ def rotated(affine: np.ndarray, degrees: float) -> np.ndarray:
 @pytest.mark.parametrize(("order", "signs"), STORED)
 def test_every_way_to_store_a_scan_gives_the_same_arrays(order: tuple, signs: tuple) -> None:
     volume = scan()
-    found = turned(stored_as(volume, order, signs))
+    stored = stored_as(volume, order, signs)
+    found = turned(stored, Turn.of(stored.affine, "ras"))
     np.testing.assert_array_equal(found.image, volume.image)
     np.testing.assert_array_equal(found.label, volume.label)
     assert found.affine == pytest.approx(volume.affine) and found.spacing == volume.spacing
@@ -74,7 +78,7 @@ def test_lps_by_hand() -> None:
     volume = Volume(
         "dicom", image, None, np.array([[-2.0, 0, 0, 9], [0, -1, 0, 5], [0, 0, 4, 0], [0, 0, 0, 1]]), (2, 1, 4)
     )
-    found = turned(volume)
+    found = turned(volume, Turn.of(volume.affine, "ras"))
     assert found.image[0, :, :, 0].tolist() == [[5, 4], [3, 2], [1, 0]]
     assert found.affine.tolist() == [[2, 0, 0, 5], [0, 1, 0, 4], [0, 0, 4, 0], [0, 0, 0, 1]]
     assert found.label is None
@@ -83,16 +87,18 @@ def test_lps_by_hand() -> None:
 def test_oblique_voxels_stay_where_they_are_in_space() -> None:
     volume = stored_as(scan(), (2, 0, 1), (-1, 1, -1))
     oblique = Volume("case", volume.image, volume.label, rotated(volume.affine, 20.0), volume.spacing)
-    found = turned(oblique)
+    found = turned(oblique, Turn.of(oblique.affine, "ras"))
     stored, now = np.argwhere(oblique.label), np.argwhere(found.label)
     places = [np.sort(v @ a[:3, :3].T + a[:3, 3], axis=0) for v, a in ((stored, oblique.affine), (now, found.affine))]
     assert len(stored) > 50 and places[0] == pytest.approx(places[1])
-    assert Turn.to_ras(found.affine) == Turn()
+    assert Turn.of(found.affine, "ras") == Turn()
 
 
 def test_ras_is_handed_on_as_it_is() -> None:
     volume = scan()
-    assert turned(volume) is volume
+    assert turned(volume, Turn.of(volume.affine, "ras")) is volume
+    stored = stored_as(volume, (2, 0, 1), (-1, 1, 1))
+    assert turned(stored, Turn.of(stored.affine, "stored")) is stored
 
 
 @pytest.mark.parametrize(("order", "signs"), STORED)
@@ -146,13 +152,15 @@ class Stored(BallSource):
     """Balls whose grid is turned in space, in degrees per case number."""
 
     degrees: tuple[float, ...] = (0.0, 0.0, 0.0)
+    size = (20, 18, 16)
+    oriented = True
 
     def load(self, case_id: str, *, with_label: bool) -> Volume:
         volume = super().load(case_id, with_label=with_label)
-        return Volume(case_id, volume.image, volume.label, self.affine(case_id), volume.spacing)
+        return Volume(case_id, volume.image, volume.label, self.grid(case_id).affine, volume.spacing)
 
-    def affine(self, case_id: str) -> np.ndarray:
-        return rotated(np.diag([1.0, 2.0, 1.0, 1.0]), self.degrees[int(case_id[4:])])
+    def grid(self, case_id: str) -> Grid:
+        return Grid(self.size, rotated(np.diag([1.0, 2.0, 1.0, 1.0]), self.degrees[int(case_id[4:])]), self.oriented)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +168,8 @@ class Stored(BallSource):
     [
         ((0.0, 0.0, 0.0), "ras", ""),
         ((10.0, 100.0, 0.0), "ras", "turned to RAS axes (the labelled ones are stored as RAS, RSP)"),
-        ((10.0, 100.0, 35.0), "stored", "oblique, by up to 35 degrees: axes stay as stored (RAS, RSP)"),
+        ((10.0, 100.0, 38.0), "ras", "stored as RAS, RSP"),
+        ((10.0, 100.0, 42.0), "stored", "oblique, by up to 42 degrees: axes stay as stored (RAS, RSP)"),
     ],
 )
 def test_orientation_is_fitted_to_the_labelled_cases(
@@ -176,12 +185,39 @@ def test_orientation_is_fitted_to_the_labelled_cases(
     assert asked.orientation == build_preprocess(asked).orientation == "stored"
 
 
+def test_cases_that_do_not_say_how_they_lie_stay_as_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Stored, "oriented", False)
+    source = Stored()
+    with caplog.at_level(logging.INFO):
+        assert fit_to_cases(small_config(source), source, ["ball00"]).orientation == "stored"
+    assert "do not say how they lie" in caplog.text
+    for name, codes in (("stated", (0, 1)), ("silent", (0, 0))):
+        image = nib.Nifti1Image(np.zeros((3, 4, 5, 2), np.float32), np.diag([2.0, 2, 3, 1]))
+        image.set_sform(image.affine, codes[1])
+        image.set_qform(image.affine, codes[0])
+        nib.save(image, tmp_path / f"{name}.nii")
+    stated, silent = (nifti_grid(tmp_path / f"{name}.nii") for name in ("stated", "silent"))
+    assert stated.oriented and not silent.oriented
+    assert stated.shape == silent.shape == (3, 4, 5) and stated.affine.tolist() == np.diag([2.0, 2, 3, 1]).tolist()
+
+
+def test_an_oblique_case_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    volume = scan()
+    oblique = Volume("askew", volume.image, None, rotated(volume.affine, 44.0), volume.spacing)
+    for orientation in ("stored", "ras", "ras"):
+        Preprocess("mr", orientation=orientation)(oblique)
+    assert [record.message[:48] for record in caplog.records] == ["case askew lies 44 degrees off the axes of the b"]
+
+
 def test_patch_follows_the_turned_axes() -> None:
     source = Stored(size=(20, 18, 40))
-    source.degrees = (90.0,)
-    assert survey_cases(source, ["ball00"], "stored").extent == (20, 36, 40)
-    found = survey_cases(source, ["ball00"], "ras")
-    assert found.extent == (20, 40, 36) and found.spacing == (1.0, 1.0, 2.0)
+    grids = [Grid((20, 18, 40), rotated(np.diag([1.0, 2.0, 1.0, 1.0]), 90.0))]
+    assert survey_grids(grids, "stored").extent == pytest.approx((20, 36, 40))
+    found = survey_grids(grids, "ras")
+    assert found.extent == pytest.approx((20, 40, 36)) and found.spacing == pytest.approx((1.0, 1.0, 2.0))
+    assert fit_to_cases(small_config(source), source, ["ball00"]).patch_size == (16, 16, 16)  # as the data set says
 
 
 def test_a_run_of_before_keeps_the_axes_of_its_files() -> None:

@@ -9,8 +9,8 @@ import pytest
 from conftest import BallSource
 from helpers_runs import small_config
 
-from dataloaders.base import SourceOptions, TrainingDefaults, Volume
-from dataloaders.survey import Survey, fitting_patch, survey_cases
+from dataloaders.base import Grid, SourceOptions, TrainingDefaults, Volume
+from dataloaders.survey import Survey, fitting_patch, structure_range, survey_grids
 from myutils.build import resolve_config
 from myutils.config import RunConfig
 from myutils.fitting import fit_to_cases
@@ -29,25 +29,26 @@ class ScanSource(BallSource):
         self.label_reads.append(case_id)
         return Volume(case_id, ramp[None] + 1000 * number, label, np.diag([*spacing, 1.0]), spacing)
 
-    def affine(self, case_id: str) -> np.ndarray:
-        return np.eye(4)
+    def grid(self, case_id: str) -> Grid:
+        return Grid((1000, 4, 3), np.diag([1.0, 2.0, 3.0 + int(case_id[4:]), 1.0]))
 
 
 def survey_of(shape: tuple[int, int, int], spacing: tuple[float, float, float]) -> Survey:
     x, y, z = (size * step for size, step in zip(shape, spacing, strict=True))
-    return Survey((x, y, z), spacing, None)
+    return Survey((x, y, z), spacing)
 
 
 def test_survey_is_the_median_and_the_percentiles_inside_the_structures() -> None:
-    found = survey_cases(ScanSource(), ["ball00", "ball01", "ball02"])
+    source, cases = ScanSource(), ["ball00", "ball01", "ball02"]
+    found = survey_grids([source.grid(case_id) for case_id in cases], "stored")
     assert found.extent == (1000.0, 8.0, 12.0)
     assert found.spacing == (1.0, 2.0, 4.0)
     values = np.concatenate([np.arange(100, 1000), np.arange(1100, 2000)]).repeat(12)
-    assert found.structure_range == pytest.approx(np.percentile(values, (0.5, 99.5)), abs=0.01)
+    assert structure_range(source, cases) == pytest.approx(np.percentile(values, (0.5, 99.5)), abs=0.01)
 
 
 def test_nothing_labelled_gives_no_range() -> None:
-    assert survey_cases(ScanSource(), ["ball02"]).structure_range is None
+    assert structure_range(ScanSource(), ["ball02"]) is None
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_a_customary_patch_is_cut_down_to_the_cases_alone() -> None:
 def test_only_what_is_open_is_filled() -> None:
     source = ScanSource()
     chosen = fit_to_cases(resolve_config(RunConfig(), source), source, ["ball00"])
-    assert chosen.patch_size == (1000, 16, 16)
+    assert (chosen.flat_levels, chosen.patch_size) == ((0, 1, 1), (1000, 8, 8))
     assert chosen.ct_range == pytest.approx((104.0, 995.0), abs=1)
     given = fit_to_cases(small_config(source, ct_range=(-100.0, 200.0)), source, ["ball00"])
     assert (given.patch_size, given.ct_range) == ((16, 16, 16), (-100.0, 200.0))
