@@ -22,7 +22,7 @@ from benchmarks.step_cost import all_labeled, make_batch
 from myutils.distributed import autocast, start_process_group
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.muon import is_kernel, orthogonal
-from networks.base import NETWORKS
+from networks.base import NETWORKS, make_network
 from networks.layers import mend_layers
 
 CALLS, SHOWN = 3, 4
@@ -33,11 +33,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--patch_size", type=int, nargs=3, default=(32, 32, 16))
     parser.add_argument("--model", default="unet_3d")
+    parser.add_argument("--flat_levels", type=int, nargs=3, default=(0, 0, 0))
     parser.add_argument("--steps", type=int, default=30, help="training steps before the comparison")
     settings = parser.parse_args()
     _, device = start_process_group()
     torch.manual_seed(0)
-    network = NETWORKS.get(settings.model)(1, 2)
+    network = make_network(NETWORKS.get(settings.model), 1, 2, tuple(settings.flat_levels))
     mend_layers(network)
     network.to(device).train()
     batch = all_labeled(make_batch(tuple(settings.patch_size), 2, device))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from networks.base import NETWORKS
+from networks.base import NETWORKS, make_network
 from networks.layers import GroupedInstanceNorm3d, GuardedConv3d, SharedDropout3d, mend_layers
 
 
@@ -18,10 +18,11 @@ def spoil_memory() -> None:
     del blocks
 
 
-@pytest.mark.parametrize("size", [(2, 2, 2), (2, 4, 3), (3, 2, 2), (4, 4, 4)])
-def test_guarded_convolution_has_the_right_gradient_under_autocast(size: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 3, 1), (1, 3, 3)])
+@pytest.mark.parametrize("size", [(2, 2, 2), (2, 4, 3), (3, 2, 2), (4, 4, 4), (8, 8, 1), (1, 8, 8), (8, 2, 2)])
+def test_guarded_convolution_has_the_right_gradient_under_autocast(size: tuple, kernel: tuple) -> None:
     torch.manual_seed(0)
-    convolution = GuardedConv3d(16, 16, 3, padding=1, bias=False)
+    convolution = GuardedConv3d(16, 16, kernel, padding=[side // 2 for side in kernel], bias=False)
     images, upstream = torch.randn(2, 16, *size), torch.randn(2, 16, *size)
     convolution(images).backward(upstream)
     expected = convolution.weight.grad.clone()
@@ -44,15 +45,19 @@ def test_guard_reaches_every_convolution_and_changes_no_weight(name: str) -> Non
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize("name", NETWORKS.names())
-def test_networks_have_finite_bf16_gradients_at_the_smallest_size(name: str) -> None:
-    network = NETWORKS.get(name)(1, 2)
+FLAT = [(name, (0, 0, 2), (16, 16, 4)) for name in NETWORKS.names() if NETWORKS.get(name).takes_flat_levels]
+CUBES = [(name, (0, 0, 0), (16, 16, 16)) for name in NETWORKS.names()]
+
+
+@pytest.mark.parametrize(("name", "flat_levels", "size"), CUBES + FLAT)
+def test_networks_have_finite_bf16_gradients_at_the_smallest_size(name: str, flat_levels: tuple, size: tuple) -> None:
+    network = make_network(NETWORKS.get(name), 1, 2, flat_levels)
     mend_layers(network)
     for _ in range(3):
         spoil_memory()
         network.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            logits = network(torch.randn(1, 1, 16, 16, 16)).logits
+            logits = network(torch.randn(1, 1, *size)).logits
         logits.float().square().mean().backward()
         assert max(parameter.grad.abs().max() for parameter in network.parameters()) < 1e4
 
