@@ -7,7 +7,7 @@ their voxels, the lower one where two have as many::
     python -m benchmarks.compare --dataset_name nifti --dataset_path runs/thick --cases 64 --pool 40 --labelnum 8 \\
         --methods supervised,best --row "supervised, no flat levels=--method supervised --flat_levels 0 0 0" \\
         --row "best, no flat levels=--method best --flat_levels 0 0 0" --seeds 0,1,2 --max_iteration 1000 \\
-        -- --patch_size 48 48 10
+        -- --patch_size 32 32 10
 """
 
 from __future__ import annotations
