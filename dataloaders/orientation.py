@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Turn:
-    """How the axes of an image become others; as it is made without values, they stay.
+    """How the axes of an image become others; ``Turn()`` leaves them as they are.
 
     Attributes:
         order: The stored axis that becomes each of X, Y, Z.
