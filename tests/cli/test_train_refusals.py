@@ -17,7 +17,7 @@ REFUSALS = {
     "no_labels": ({"labelnum": "0"}, "--labelnum 0: must be at least 1"),
     "val_num": ({"val_num": "2"}, "--val_num 2: ", "pass a value in 0..1"),
     "labeled_bs": ({"labeled_bs": "4"}, "--labeled_bs 4: must be below --batch_size 4"),
-    "patch": ({"patch_size": "16 16 4"}, "--patch_size 16 16 4: unet_3d divides each axis by"),
+    "patch": ({"patch_size": "16 16 4"}, "--patch_size 16 16 4: unet_3d divides the axes by 8 4 8"),
     "patch_zero": ({"patch_size": "16 0 16"}, "--patch_size 16 0 16: every value must be finite and above 0"),
     "dataset": ({"dataset_name": "nifty"}, "unknown data set 'nifty'; did you mean 'nifti'?"),
     "model": ({"model": "unet3d"}, "unknown model 'unet3d'; did you mean 'unet_3d'?"),
