@@ -264,7 +264,7 @@ def describe(trainer: Trainer) -> None:
     logger.info("cases: %s (split %s)", cases, split.digest[:12])
     if config.ct_range is not None:
         logger.info("intensities: CT, clipped to %g..%g (--ct_range)", *config.ct_range)
-    levels = config.flat_levels or (0, 0, 0)
+    levels = trainer.method.student.flat_levels
     flat = f", flat levels {' '.join(map(str, levels))}" if any(levels) else ""
     logger.info("method: %s on %s%s%s", config.method, config.model, flat, prototypes)
     if state.step == trainer.max_iteration:

@@ -26,7 +26,6 @@ log and ``.plan.json`` per run.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import os
@@ -36,7 +35,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +51,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("dataloaders", "myutils", "networks")
 DECIDES_FLAT_LEVELS = {"--model", "--spacing", "--orientation"}
 SUPERVISED, FULL = "supervised", "supervised, all labels"
+Flags = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Plan:
 
     name: str
     labelnum: int
-    flags: tuple[str, ...]
+    flags: Flags
 
     def folder_name(self, seed: int) -> str:
         """Name of a run's folder; the number of labels tells full supervision from the rest."""
@@ -165,11 +165,9 @@ def write_lists(settings: argparse.Namespace, source: CaseSource) -> tuple[Path,
     return paths
 
 
-def fitted_flags(
-    settings: argparse.Namespace, config: RunConfig, source: CaseSource, train_list: Path
-) -> dict[str, tuple[str, ...]]:
+def fitted_flags(settings: argparse.Namespace, config: RunConfig, source: CaseSource, pool: Path) -> dict[str, Flags]:
     """What a training would fit to its own labelled cases, by setting: fitted once, to those that all rows have."""
-    labeled = read_case_list(train_list)[: min(settings.labelnum)]
+    labeled = read_case_list(pool)[: min(settings.labelnum)]
     fitted = fit_to_cases(resolve_config(config, source), source, labeled)
     flags = {}
     for name in ("orientation", "flat_levels", "patch_size", "ct_range"):
@@ -179,12 +177,9 @@ def fitted_flags(
     return flags
 
 
-def make_plans(settings: argparse.Namespace, fitted: Mapping[str, tuple[str, ...]]) -> list[Plan]:
-    """All rows of all tables, the baseline and the ceiling first, with the settings that were fitted for all.
-
-    A row of another network, or one that sees other voxels, fits the network's flat levels to these itself.
-    """
-    asked: dict[str, tuple[str, ...]] = {name: ("--method", name) for name in settings.methods}
+def make_plans(settings: argparse.Namespace, fitted: Mapping[str, Flags]) -> list[Plan]:
+    """All rows of all tables, the baseline and the ceiling first, with the settings that were fitted for all."""
+    asked: dict[str, Flags] = {name: ("--method", name) for name in settings.methods}
     for row in settings.row:
         name, equals, flags = row.partition("=")
         if not equals or not name.strip():
@@ -197,10 +192,11 @@ def make_plans(settings: argparse.Namespace, fitted: Mapping[str, tuple[str, ...
     plans = [Plan(name, count, flags) for count in settings.labelnum for name, flags in asked.items()]
     if settings.full:
         plans.insert(0, Plan(FULL, settings.pool, ("--method", SUPERVISED)))
-    return [dataclasses.replace(plan, flags=(*_common_flags(fitted, plan), *plan.flags)) for plan in plans]
+    return [replace(plan, flags=(*_common_flags(fitted, plan), *plan.flags)) for plan in plans]
 
 
-def _common_flags(fitted: Mapping[str, tuple[str, ...]], plan: Plan) -> list[str]:
+def _common_flags(fitted: Mapping[str, Flags], plan: Plan) -> list[str]:
+    """All that was fitted; but a row of another network or other voxels fits the flat levels to these itself."""
     own = DECIDES_FLAT_LEVELS & set(plan.flags)
     return [flag for name, flags in fitted.items() if not (own and name == "flat_levels") for flag in flags]
 

@@ -85,13 +85,12 @@ def nifti_grid(path: Path) -> Grid:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a NIfTI image, has no three axes, or its affine is not invertible.
+        ValueError: If it is not a NIfTI image, not 3D or 4D, or its affine is not invertible.
     """
     image = _open_nifti(path)
     affine = _affine_mm(image)
     affine_spacing(affine, str(path))
-    if len(image.shape) < 3:
-        raise ValueError(f"{path}: shape {image.shape}; an image has 3 axes, or 4 with channels last")
+    _require_axes(image.shape, path)
     x, y, z = image.shape[:3]
     return Grid((x, y, z), affine, states_orientation(image.header))
 
@@ -120,14 +119,19 @@ def _open_nifti(path: Path) -> nib.Nifti1Image:
     return image
 
 
+def _require_axes(shape: tuple[int, ...], path: Path) -> None:
+    """Refuse what is not (X, Y, Z), (X, Y, Z, C) or (X, Y, Z, 1, C)."""
+    if not (len(shape) in (3, 4) or (len(shape) == 5 and shape[3] == 1)) or 0 in shape:
+        raise ValueError(f"{path}: shape {shape}; an image has 3 axes, or 4 with channels last, none empty")
+
+
 def _channels_first(voxels: np.ndarray, path: Path) -> np.ndarray:
     """(X, Y, Z), (X, Y, Z, C) or (X, Y, Z, 1, C) to a contiguous (C, X, Y, Z)."""
-    if voxels.ndim == 5 and voxels.shape[3] == 1:
+    _require_axes(voxels.shape, path)
+    if voxels.ndim == 5:
         voxels = voxels[:, :, :, 0]  # (X, Y, Z, C)
     if voxels.ndim == 3:
         voxels = voxels[..., None]  # (X, Y, Z, 1)
-    if voxels.ndim != 4 or 0 in voxels.shape:
-        raise ValueError(f"{path}: shape {voxels.shape}; an image has 3 axes, or 4 with channels last, none empty")
     return np.ascontiguousarray(np.moveaxis(voxels, -1, 0), dtype=np.float32)  # (C, X, Y, Z)
 
 

@@ -100,9 +100,15 @@ def axis_names(affines: Iterable[np.ndarray]) -> str:
     return ", ".join(sorted({"".join(aff2axcodes(affine)) for affine in affines}))
 
 
-@cache
-def warn_of_tilt(case_id: str, degrees: int) -> None:
+def warn_if_oblique(volume: Volume) -> None:
     """Say once per case that its closest axes may be others than they should."""
+    degrees = tilt(volume.affine)
+    if degrees > LARGEST_TILT:
+        _warn_once(volume.case_id, round(degrees))
+
+
+@cache
+def _warn_once(case_id: str, degrees: int) -> None:
     logger.warning(
         "case %s lies %d degrees off the axes of the body: it is turned to the closest, which may be others than in "
         "the other scans; look at its prediction, or train with --orientation stored",

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from dataloaders.base import Volume
 from dataloaders.class_names import MODALITIES
-from dataloaders.orientation import LARGEST_TILT, ORIENTATIONS, Turn, tilt, turned, warn_of_tilt
+from dataloaders.orientation import ORIENTATIONS, Turn, turned, warn_if_oblique
 
 SplineOrder = Literal[0, 1, 3]
 SPLINE_ORDER: dict[str, SplineOrder] = {"linear": 1, "cubic": 3}
@@ -66,15 +66,14 @@ class Preprocess:
         bad = volume.image.size - int(np.isfinite(volume.image).sum())
         if bad:
             raise ValueError(f"case {volume.case_id}: {bad} voxels are NaN or infinite; repair or leave out this case")
-        degrees = tilt(volume.affine) if self.orientation == "ras" else 0.0
-        if degrees > LARGEST_TILT:
-            warn_of_tilt(volume.case_id, round(degrees))
+        if self.orientation == "ras":
+            warn_if_oblique(volume)
         volume = turned(volume, self.turn_of(volume))
         image = np.stack([np.ascontiguousarray(self._normalize(channel)) for channel in volume.image])  # (C, X, Y, Z)
         if self.spacing is None:
             return replace(volume, image=image)
         shape, ratio = image.shape[1:], self._ratio(volume.spacing)
-        size, order = self._working_shape(shape, ratio), SPLINE_ORDER[self.interpolation]
+        size, order = _working_shape(shape, ratio), SPLINE_ORDER[self.interpolation]
         image = np.stack([resample(channel, size, ratio, order=order) for channel in image])
         label = volume.label
         if label is not None:
@@ -98,8 +97,8 @@ class Preprocess:
         """
         shape, turn = original.image.shape[1:], self.turn_of(original)
         ratio = self._ratio(turn.values_forth(original.spacing))
-        expected = self._working_shape(turn.values_forth(shape), ratio)
-        if probabilities.ndim != 4 or probabilities.shape[1:] != tuple(expected):
+        expected = _working_shape(turn.values_forth(shape), ratio)
+        if probabilities.ndim != 4 or probabilities.shape[1:] != expected:
             raise ValueError(
                 f"case {original.case_id}: probabilities have shape {probabilities.shape}; "
                 f"expected (K, {', '.join(map(str, expected))})"
@@ -118,9 +117,6 @@ class Preprocess:
     def _ratio(self, spacing: tuple[float, float, float]) -> tuple[float, ...]:
         """Working voxel size over the turned volume's, per axis."""
         return tuple(new / old for new, old in zip(self.spacing or spacing, spacing, strict=True))
-
-    def _working_shape(self, shape: tuple[int, ...], ratio: tuple[float, ...]) -> tuple[int, ...]:
-        return tuple(max(1, round(count / step)) for count, step in zip(shape, ratio, strict=True))
 
     def _normalize(self, channel: np.ndarray) -> np.ndarray:
         """Normalise one channel (X, Y, Z), by its foreground or by ``ct_range``."""
@@ -192,6 +188,10 @@ def resampled_affine(
     step = np.diag([*ratio, 1.0])
     step[:3, 3] = _first_voxel(old_size, new_size, ratio)
     return affine @ step
+
+
+def _working_shape(shape: tuple[int, ...], ratio: tuple[float, ...]) -> tuple[int, ...]:
+    return tuple(max(1, round(count / step)) for count, step in zip(shape, ratio, strict=True))
 
 
 def _first_voxel(old_size: tuple[int, ...], new_size: tuple[int, ...], ratio: tuple[float, ...]) -> np.ndarray:
