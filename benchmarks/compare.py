@@ -3,16 +3,15 @@
     python -m benchmarks.compare --dataset_name decathlon --dataset_path Task04_Hippocampus --labelnum 8 \
         --methods supervised,mean_teacher,best --full --seeds 0,1,2 --max_iteration 2000 -- --patch_size 32 40 32
 
-The training pool is the first ``--pool`` cases, the test cases are those after it; without the flag they are the
-data's own training and test list, or four fifths and the rest. The first ``--labelnum`` cases of the pool are
-labelled. ``supervised`` sees only these, and every patch of its batch is a labelled one, so that all rows
-see equally many patches; ``--full`` adds supervised training with all labels of the pool, the ceiling. The last
-checkpoint counts, no test case chooses anything: to choose settings, ``--cases`` leaves out the last cases of the data.
-Orientation, flat levels, patch and range of CT that no flag names are fitted to the fewest labelled cases, and the same
-for all rows; but a row of its own ``--model``, ``--spacing`` or ``--orientation`` has its own flat levels.
-All rows are scored alike: none is mirrored at test time, whatever its method's default (``-- --tta_flips``: all are).
-Several numbers of labels (``--labelnum 2,4,8,16,all``) give a table each and a plot of Dice against labels; ``all`` is
-``--full``.
+The training pool is the first ``--pool`` cases, the test cases are those after it; without the flag they are the data's
+own training and test list, or four fifths and the rest. The first ``--labelnum`` cases of the pool are labelled.
+``supervised`` sees only these, and every patch of its batch is a labelled one, so that all rows see equally many;
+``--full`` adds supervised training with all labels of the pool, the ceiling. The last checkpoint counts, no test case
+chooses anything: to choose settings, ``--cases`` leaves out the last cases of the data. Orientation, flat levels, patch
+and range of CT that no flag names are fitted to the fewest labelled cases, the same for all rows; but a row of its own
+``--model``, ``--spacing`` or ``--orientation`` has its own flat levels. All rows are scored alike: none is mirrored at
+test time, whatever its method's default (``-- --tta_flips``: all are). Several numbers of labels (``--labelnum
+2,4,8,16,all``) give a table each and a plot of Dice against labels; ``all`` is ``--full``.
 
 ``--row "NAME=FLAGS"`` adds a row with any flags, such as ``--row "no prototypes=--method best
 --no-use_contrastive_prototype"``. Everything after ``--`` goes to every training unchanged.
@@ -41,7 +40,8 @@ from typing import Any
 
 from benchmarks.comparison_tables import Row, draw_rows, draw_sweep, format_rows
 from dataloaders.base import CaseSource
-from dataloaders.case_lists import read_case_list
+from dataloaders.case_lists import read_case_list, some
+from dataloaders.splits import of_patients
 from myutils.build import build_source, resolve_config
 from myutils.config import RunConfig
 from myutils.fitting import fit_to_cases
@@ -92,11 +92,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--dataset_path", type=Path, help="folder of the data; none for demo")
     parser.add_argument("--num_classes", type=int, help="for formats that do not store it")
-    parser.add_argument(
-        "--pool",
-        type=int,
-        help="the first cases are trained on, the rest is the test; else the data's own lists, or four fifths",
-    )
+    pool_help = "the first cases are trained on, the rest is the test; else the data's own lists, or four fifths"
+    parser.add_argument("--pool", type=int, help=pool_help)
     parser.add_argument("--cases", type=int, help="use the first cases only, to develop without the test cases")
     parser.add_argument("--methods", type=names, default=[SUPERVISED, "mean_teacher"], help="names, with commas")
     parser.add_argument("--row", action="append", default=[], metavar="NAME=FLAGS", help="one more row; repeatable")
@@ -152,6 +149,9 @@ def write_lists(settings: argparse.Namespace, source: CaseSource) -> tuple[Path,
         raise ValueError(f"--pool {settings.pool}: the data set has {len(ids)} labelled cases; leave some for the test")
     if max(settings.labelnum) > settings.pool:
         raise ValueError(f"--labelnum {max(settings.labelnum)}: the pool has {settings.pool} cases")
+    parted = of_patients(source, ids[settings.pool :], ids[: settings.pool])
+    if parted:
+        raise ValueError(f"--pool {settings.pool}: it and the test share patients, those of {some(parted)}")
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     paths = settings.output_dir / "train.txt", settings.output_dir / "test.txt"
     trained = any(settings.output_dir.glob("*.plan.json"))

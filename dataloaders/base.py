@@ -130,6 +130,10 @@ class CaseSource(ABC):
         x, y, z = volume.image.shape[1:]
         return Grid((x, y, z), volume.affine)
 
+    def patient(self, case_id: str) -> str:
+        """Whom a case shows: cases with the same answer are kept together by the splits. By default the case itself."""
+        return case_id
+
     def case_files(self, case_id: str, *, with_label: bool) -> tuple[Path, ...]:
         """The files that ``load`` reads, for a cache that must notice a change; empty where there are none to watch."""
         return ()

@@ -1,7 +1,8 @@
 """Splits: labelled, unlabelled, validation and test cases, disjoint and a function of the flags alone.
 
 As in the field's protocol the first ``labelnum`` ids of a train list are the labelled ones. Validation cases come out
-of the labelled ones. Training never opens a test list where there is a train list.
+of the labelled ones. Training never opens a test list where there is a train list. A patient with several cases is in
+training, in validation or in the test, never in two of them.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ def make_training_split(source: CaseSource, request: SplitRequest) -> TrainingSp
 
     Raises:
         FileNotFoundError: If a list file does not exist.
-        ValueError: If an id is unknown, comes twice or in two lists, has no label where it needs one, or
-            ``labelnum`` or ``val_num`` does not fit the pool.
+        ValueError: If an id is unknown, comes twice or in two lists, has no label where it needs one, a validation
+            case is of a labelled case's patient, or ``labelnum`` or ``val_num`` does not fit the pool.
     """
     labeled_list = _listed(source, request.labeled_list, needs_label=True)
     val_list = _listed(source, request.val_list, needs_label=True)
@@ -109,6 +110,12 @@ def make_training_split(source: CaseSource, request: SplitRequest) -> TrainingSp
     val = val_list
     if val is None:
         labeled, val = _split_validation(labeled, request.val_num)
+    seen_twice = of_patients(source, val, labeled)
+    if seen_twice:
+        raise ValueError(
+            f"validation cases {some(seen_twice)} show patients that labelled cases show; pass a --val_num, or lists, "
+            "that keep the cases of a patient together"
+        )
     taken = {*labeled, *val}
     return TrainingSplit(tuple(labeled), tuple(case_id for case_id in pool if case_id not in taken), tuple(val))
 
@@ -121,7 +128,8 @@ def make_test_ids(source: CaseSource, request: SplitRequest, training_split: Tra
 
     Raises:
         FileNotFoundError: If the list file does not exist.
-        ValueError: If there is no test case, one has no label, or one belongs to the training split.
+        ValueError: If there is no test case, one has no label, or one, or another case of its patient, belongs to the
+            training split.
     """
     test = _test_list(source, request)
     if test is None:
@@ -140,6 +148,11 @@ def make_test_ids(source: CaseSource, request: SplitRequest, training_split: Tra
     overlap = [case_id for case_id in test if case_id in used]
     if overlap:
         raise ValueError(f"test cases {some(overlap)} are also training cases of this run; pass another --test_list")
+    overlap = of_patients(source, test, sorted(used))
+    if overlap:
+        raise ValueError(
+            f"test cases {some(overlap)} show patients that training cases of this run show; pass another --test_list"
+        )
     _require_labels(source, test, "the test list")
     return test
 
@@ -154,23 +167,37 @@ def _pool(source: CaseSource, request: SplitRequest, reserved: set[str]) -> list
         test = _held_out(source, request)
     else:
         _reject_overlap(test, sorted(reserved), "the test list and another list")
-    return [case_id for case_id in _ordered(source.case_ids(), request.seed) if case_id not in set(test)]
+        shared = of_patients(source, sorted(reserved), test)
+        if shared:
+            raise ValueError(
+                f"the test list and another list name cases of one patient: {some(shared)}; keep them in one of the two"
+            )
+    ids = _ordered(source, source.case_ids(), request.seed)
+    tested = set(of_patients(source, ids, test))
+    return [case_id for case_id in ids if case_id not in tested]
 
 
 def _held_out(source: CaseSource, request: SplitRequest) -> tuple[str, ...]:
-    """One labelled case in five, at least one, of those that no list claims, in the order of the seed."""
-    claimed = {
+    """One labelled case in five, at least one, and the others of their patients, of patients that no list claims."""
+    claimed = (
         *(_listed(source, request.labeled_list, needs_label=True) or ()),
         *(_listed(source, request.val_list, needs_label=True) or ()),
-    }
+    )
     ids = source.labeled_ids()
-    free = [case_id for case_id in _ordered(ids, request.seed) if case_id not in claimed]
-    return tuple(free[: max(1, len(ids) // HELD_OUT_SHARE)])
+    taken = set(of_patients(source, ids, claimed))
+    free = [case_id for case_id in _ordered(source, ids, request.seed) if case_id not in taken]
+    return tuple(of_patients(source, free, free[: max(1, len(ids) // HELD_OUT_SHARE)]))
 
 
-def _ordered(ids: Sequence[str], seed: int) -> list[str]:
-    """The ids in an order that depends on the seed and on each id alone, on any machine and library version."""
-    return sorted(ids, key=lambda case_id: hashlib.sha256(f"{seed}/{case_id}".encode()).digest())
+def _ordered(source: CaseSource, ids: Sequence[str], seed: int) -> list[str]:
+    """The ids in an order that depends on the seed and each patient alone, on any machine; a patient's ids together."""
+    return sorted(ids, key=lambda case_id: hashlib.sha256(f"{seed}/{source.patient(case_id)}".encode()).digest())
+
+
+def of_patients(source: CaseSource, ids: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Those of ``ids`` whose patient is the patient of one of the ``others``."""
+    patients = {source.patient(case_id) for case_id in others}
+    return [case_id for case_id in ids if source.patient(case_id) in patients]
 
 
 def _first_labeled(source: CaseSource, pool: Sequence[str], labelnum: int) -> list[str]:

@@ -43,6 +43,14 @@ def test_lists_split_the_cases_that_are_used(tmp_path: Path) -> None:
         compare.write_lists(make_settings(tmp_path, **(vars(settings) | {"labelnum": [9]})), BallSource())
 
 
+def test_a_pool_that_parts_the_cases_of_a_patient_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BallSource, "patient", lambda self, case_id: str(int(case_id[-1]) // 2))
+    settings = make_settings(tmp_path, dataset_name="ball", dataset_path=None, cases=6, pool=3, labelnum=[2])
+    with pytest.raises(ValueError, match="--pool 3: it and the test share patients, those of 'ball03'"):
+        compare.write_lists(settings, BallSource())
+    compare.write_lists(make_settings(tmp_path, **(vars(settings) | {"pool": 4})), BallSource())
+
+
 def test_four_fifths_are_the_pool_unless_told_otherwise(tmp_path: Path) -> None:
     settings = make_settings(tmp_path, dataset_name="ball", dataset_path=None, num_classes=None, cases=6, pool=None)
     train, test = compare.write_lists(settings, BallSource())

@@ -143,6 +143,53 @@ def test_order_of_the_seed_does_not_depend_on_the_other_cases() -> None:
     assert fewer.labeled == whole.labeled and fewer.unlabeled == whole.unlabeled[1:]
 
 
+class PairsOfCases(ListedCases):
+    """Two cases of each patient: case00 and case01 are of patient 0, and so on; the last one's have no label."""
+
+    def patient(self, case_id: str) -> str:
+        return f"patient{int(case_id[-2:]) // 2}"
+
+
+def patients(ids: Sequence[str]) -> set[str]:
+    return {PairsOfCases().patient(case_id) for case_id in ids}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_cases_of_a_patient_who_is_tested_are_not_trained_on(seed: int, tmp_path: Path) -> None:
+    source = PairsOfCases()
+    for listed in (None, write_list(tmp_path / "test.list", "case05")):
+        request = SplitRequest(labelnum=2, seed=seed, test_list=listed)
+        split = make_training_split(source, request)
+        test = make_test_ids(source, request, split)
+        assert not patients(test) & patients([*split.labeled, *split.unlabeled]) and len(patients(test)) == 1
+        assert len(split.labeled + split.unlabeled) == 8  # the tested patient's other case is in no role
+    whole = make_test_ids(source, SplitRequest(labelnum=2), make_training_split(source, SplitRequest(labelnum=2)))
+    assert len(whole) == 2  # 8 labelled // 5 is one case, and its patient has two
+
+
+def test_patients_that_a_list_claims_are_not_held_out(tmp_path: Path) -> None:
+    listed = write_list(tmp_path / "l.list", "case00", "case02", "case04")
+    request = SplitRequest(labelnum=1, labeled_list=listed)
+    split = make_training_split(PairsOfCases(), request)
+    assert make_test_ids(PairsOfCases(), request, split) == ("case06", "case07")
+
+
+def test_two_roles_that_share_a_patient_are_refused(tmp_path: Path) -> None:
+    source = PairsOfCases(train=IDS[:6])
+    with pytest.raises(ValueError, match=r"'case01' show patients that labelled cases show.*--val_num"):
+        make_training_split(source, SplitRequest(labelnum=3, val_num=2))
+    assert make_training_split(source, SplitRequest(labelnum=4, val_num=2)).val == ("case02", "case03")
+    first, second = write_list(tmp_path / "l.list", "case00"), write_list(tmp_path / "s.list", "case01")
+    with pytest.raises(ValueError, match="'case01' show patients that labelled cases show"):
+        make_training_split(source, SplitRequest(labelnum=1, labeled_list=first, val_list=second))
+    with pytest.raises(ValueError, match="the test list and another list name cases of one patient: 'case00'"):
+        make_training_split(PairsOfCases(), SplitRequest(labelnum=1, labeled_list=first, test_list=second))
+    source = PairsOfCases(train=IDS[:5], test=["case05"])
+    request = SplitRequest(labelnum=2)
+    with pytest.raises(ValueError, match="test cases 'case05' show patients that training cases of this run show"):
+        make_test_ids(source, request, make_training_split(source, request))
+
+
 @pytest.mark.parametrize("labelnum", [0, -1, 7])
 def test_labelnum_outside_the_labeled_training_cases_is_refused(labelnum: int) -> None:
     with pytest.raises(ValueError, match=f"--labelnum {labelnum}: .* has 6 labelled .* in 1..6"):
