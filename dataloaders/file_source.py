@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dataloaders.base import CaseSource, SourceOptions, TrainingDefaults, Volume, lookup_case, require_root
-from dataloaders.geometry import Spacing, read_label
+from dataloaders.base import CaseSource, Grid, SourceOptions, TrainingDefaults, Volume, lookup_case, require_root
+from dataloaders.geometry import Spacing, nifti_grid, read_label, read_nifti
+
+BIDS_SUBJECT = re.compile(r"sub-[A-Za-z0-9]+(?=_)")  # Gorgolewski et al. 2016, doi:10.1038/sdata.2016.44
 
 
 class FileSource(CaseSource):
@@ -29,7 +32,7 @@ class FileSource(CaseSource):
     labels: dict[str, Path]
 
     @classmethod
-    def from_options(cls, options: SourceOptions) -> FileSource:
+    def from_options(cls, options: SourceOptions) -> CaseSource:
         """Build from ``--dataset_path``, ``--num_classes`` and ``--modality``."""
         root = require_root(options.root, cls.format_name)
         return cls(root, num_classes=options.num_classes, modality=options.modality)  # type: ignore[call-arg]
@@ -41,6 +44,11 @@ class FileSource(CaseSource):
     def labeled_ids(self) -> list[str]:
         """Cases whose label file exists."""
         return [case_id for case_id in self.images if case_id in self.labels]
+
+    def patient(self, case_id: str) -> str:
+        """The subject of an id after the naming of BIDS (``sub-01_ses-02_T1w``: ``sub-01``); else the id."""
+        subject = BIDS_SUBJECT.match(case_id)
+        return subject[0] if subject else case_id
 
     def case_files(self, case_id: str, *, with_label: bool) -> tuple[Path, ...]:
         """The image file, those of all channels, or those of the series; and the label file."""
@@ -66,3 +74,17 @@ class FileSource(CaseSource):
             path = self.labels[case_id]
             label = read_label(path, case_id, image=image, affine=affine, num_classes=self.num_classes)
         return Volume(case_id, image, label, affine, spacing)
+
+
+class NiftiFiles(FileSource):
+    """Base of the formats with one NIfTI image per case."""
+
+    images: dict[str, Path]
+
+    def read_image(self, case_id: str) -> tuple[np.ndarray, np.ndarray, Spacing]:
+        """Read one image file."""
+        return read_nifti(self.images[case_id])
+
+    def grid(self, case_id: str) -> Grid:
+        """From the header."""
+        return nifti_grid(lookup_case(case_id, self.images, self.root))

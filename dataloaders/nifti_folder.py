@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import numpy as np
-
-from dataloaders.base import SOURCES, Grid, lookup_case
+from dataloaders.base import SOURCES
 from dataloaders.case_lists import NIFTI_SUFFIXES, some, strip_nifti_suffix
 from dataloaders.class_names import (
     choose_modality,
@@ -16,8 +14,8 @@ from dataloaders.class_names import (
     stated_class_names,
     stated_modality,
 )
-from dataloaders.file_source import FileSource
-from dataloaders.geometry import Spacing, nifti_channels, nifti_grid, read_nifti
+from dataloaders.file_source import NiftiFiles
+from dataloaders.geometry import nifti_channels
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +38,7 @@ def list_nifti(folder: Path) -> dict[str, Path]:
 
 
 @SOURCES.register("nifti")
-class NiftiFolder(FileSource):
+class NiftiFolder(NiftiFiles):
     """Cases ``images/<id>.nii.gz`` (or .nii; 4D is multi-channel) with ``labels/<id>.nii.gz`` where there is one.
 
     The number of classes is never read from labels, since training may not open those of unlabelled cases: it comes
@@ -72,11 +70,3 @@ class NiftiFolder(FileSource):
         stated = stated_modality(read_dataset_json(description)) if description.is_file() else "mr"
         self.modality = choose_modality(modality, stated)
         self.in_channels = nifti_channels(next(iter(self.images.values())))
-
-    def read_image(self, case_id: str) -> tuple[np.ndarray, np.ndarray, Spacing]:
-        """Read one image file."""
-        return read_nifti(self.images[case_id])
-
-    def grid(self, case_id: str) -> Grid:
-        """From the header."""
-        return nifti_grid(lookup_case(case_id, self.images, self.root))

@@ -23,7 +23,7 @@ OPTIMISATION, AUGMENTATION, RUN, EVALUATION = "optimisation", "augmentation", "r
 class RunConfig:
     """All settings of one run. A field that is None takes the data set's own default (``resolved``)."""
 
-    dataset_name: str = option("demo", help="data format: demo, LA, decathlon, nifti, dicom", group=DATA)
+    dataset_name: str = option("demo", help="data format: demo, LA, ACDC, decathlon, nifti, dicom", group=DATA)
     dataset_path: Path | None = option(None, help="folder of the data set; else none, for demo", group=DATA)
     cache_dir: Path = option(Path.home() / ".cache" / "cov_dfp_3d", help="folder for data made once", group=DATA)
     cache_gb: float = option(
@@ -48,7 +48,7 @@ class RunConfig:
     ct_range: tuple[float, float] | None = option(
         None, help="clip CT to these values, low and high (HU); else to those of the labelled structures", group=DATA
     )
-    voxel_size: Spacing | None = option(None, help="voxel size in mm for LA, which stores none; else 0.625", group=DATA)
+    voxel_size: Spacing | None = option(None, help="voxel size in mm where files store none (LA, HDF5 of ACDC)", group=DATA)
     spacing: Spacing | None = option(None, help="resample images to this voxel size in mm; else none", group=DATA)
     orientation: str | None = option(
         None,

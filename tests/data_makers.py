@@ -41,13 +41,32 @@ def write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray = AFFINE, uni
 
 def write_la_case(root: Path, case_id: str, image: np.ndarray, label: np.ndarray | None = None) -> Path:
     """Save one case as the UA-MT release does."""
-    path = root / "2018LA_Seg_Training Set" / case_id / "mri_norm2.h5"
-    path.parent.mkdir(parents=True)
+    return write_h5(root / "2018LA_Seg_Training Set" / case_id / "mri_norm2.h5", image, label)
+
+
+def write_h5(path: Path, image: np.ndarray, label: np.ndarray | None = None) -> Path:
+    """Save one HDF5 file with ``image`` and, if there is one, ``label``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
         file["image"] = image
         if label is not None:
             file["label"] = label
     return path
+
+
+def write_acdc_patient(
+    root: Path, patient: str, *, group: str = "NOR", frames: Sequence[int] = (1, 12), label: bool = True
+) -> Path:
+    """Save a patient of ``training/`` or ``testing/`` as the ACDC release does, the cine included; (X, Y, Z)."""
+    folder = root / patient
+    name = folder.name
+    write_nifti(folder / f"{name}_4d.nii.gz", counting_image((*SHAPE, 3)))
+    (folder / "Info.cfg").write_text(f"ED: {frames[0]}\nES: {frames[-1]}\nGroup: {group}\nHeight: 170.0\n")
+    for frame in frames:
+        write_nifti(folder / f"{name}_frame{frame:02d}.nii.gz", counting_image())
+        if label:
+            write_nifti(folder / f"{name}_frame{frame:02d}_gt.nii.gz", corner_label(class_id=3))
+    return folder
 
 
 def write_dicom(

@@ -25,16 +25,36 @@ class Instance:
     remove_label: Callable[[str], None]
 
 
+def remove_h5_label(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        del file["label"]
+
+
 def make_la(root: Path) -> Instance:
     files = {name: make.write_la_case(root, name, make.counting_image(), make.corner_label()) for name in ("b", "a")}
     make.write_la_case(root, "c", make.counting_image())
     (root / "train.list").write_text("b\nc\n")
 
-    def remove_label(case_id: str) -> None:
-        with h5py.File(files[case_id], "a") as file:
-            del file["label"]
+    source = SOURCES.get("LA").from_options(SourceOptions(root=root, voxel_size=(1.0, 2.0, 3.0)))
+    return Instance(source, lambda case_id: remove_h5_label(files[case_id]))
 
-    return Instance(SOURCES.get("LA").from_options(SourceOptions(root=root, voxel_size=(1.0, 2.0, 3.0))), remove_label)
+
+def make_acdc(root: Path) -> Instance:
+    for name in ("training/patient002", "training/patient001", "testing/patient101"):
+        make.write_acdc_patient(root, name, label=name != "testing/patient101")
+    source = SOURCES.get("ACDC").from_options(SourceOptions(root=root))
+    return Instance(source, lambda case_id: next(root.glob(f"*/*/{case_id}_gt.nii.gz")).unlink())
+
+
+def make_acdc_h5(root: Path) -> Instance:
+    files = {}
+    for name in ("patient001_frame01", "patient001_frame12", "patient002_frame01"):
+        files[name] = make.write_h5(
+            root / f"data/{name}.h5", make.counting_image().T, make.corner_label().T if "002" not in name else None
+        )
+
+    source = SOURCES.get("ACDC").from_options(SourceOptions(root=root))
+    return Instance(source, lambda case_id: remove_h5_label(files[case_id]))
 
 
 def make_decathlon(root: Path) -> Instance:
@@ -77,6 +97,8 @@ def make_demo(root: Path) -> Instance:
 
 
 MAKERS: dict[str, Callable[[Path], Instance]] = {
+    "ACDC": make_acdc,
+    "ACDC, the HDF5 copy": make_acdc_h5,
     "LA": make_la,
     "decathlon": make_decathlon,
     "nifti": make_nifti,
@@ -91,7 +113,9 @@ def instance(request: pytest.FixtureRequest, tmp_path: Path) -> Instance:
 
 
 def test_every_registered_source_has_a_maker_here() -> None:
-    assert sorted(MAKERS) == SOURCES.names(), "add a maker for the new source, so that its contract is tested"
+    assert {name.split(",")[0] for name in MAKERS} == set(SOURCES.names()), (
+        "add a maker for the new source, so that its contract is tested"
+    )
 
 
 def test_source_states_its_classes_and_channels(instance: Instance) -> None:
@@ -166,7 +190,7 @@ def test_source_survives_the_way_to_a_loader_worker(instance: Instance) -> None:
     assert np.array_equal(image, source.load(case_id, with_label=False).image)
 
 
-@pytest.mark.parametrize("name", ["LA", "decathlon", "dicom", "nifti"])
+@pytest.mark.parametrize("name", ["ACDC", "LA", "decathlon", "dicom", "nifti"])
 def test_source_that_reads_files_asks_for_an_existing_folder(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--dataset_path"):
         SOURCES.get(name).from_options(SourceOptions())

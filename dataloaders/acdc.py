@@ -1,0 +1,166 @@
+"""ACDC, the Automated Cardiac Diagnosis Challenge: short-axis cine MR of 150 patients, two labelled frames of each.
+
+Read as released, and in the HDF5 copy that the field's semi-supervised repositories share (SSL4MIS, SS-Net, BCP).
+
+Source: Bernard et al. 2018, IEEE Transactions on Medical Imaging 37(11), doi:10.1109/TMI.2018.2837502.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import zip_longest
+from pathlib import Path
+
+from dataloaders.base import SOURCES, CaseSource, SourceOptions, TrainingDefaults
+from dataloaders.class_names import choose_modality, fit_class_names
+from dataloaders.file_source import NiftiFiles
+from dataloaders.geometry import Spacing
+from dataloaders.h5_source import H5Source, stated_voxel_size
+from dataloaders.nifti_folder import list_nifti
+
+FORMAT = "ACDC"
+CLASSES = ("background", "right ventricle", "myocardium", "left ventricle")
+FRAME = re.compile(r"(?P<case>(?P<patient>patient\d+)_frame\d+)(?P<label>_gt)?")  # not patient001_4d
+SLICE = re.compile(r"_slice_\d+$")
+FLIP_AXES = (0, 1)  # the field's augmentation on ACDC turns and flips in the short-axis plane
+DEFAULTS = TrainingDefaults(labelnum=14)  # 7 patients, a tenth of the field's training set
+H5_VOXEL_SIZE = (1.5, 1.5, 10.0)  # the release has 1.3 to 2 mm in the plane, slices of 5 to 10 mm
+
+
+@SOURCES.register(FORMAT)
+class AcdcRelease(NiftiFiles):
+    """Cases ``training/patient001/patient001_frame01.nii.gz`` with ``..._gt.nii.gz``, then those of ``testing/``.
+
+    A case is a frame, end diastole or end systole; both frames of a patient are in the same part of a split. The
+    release lists its patients by diagnosis, so that the first ones all have the same: here the diagnoses of the
+    ``Info.cfg`` files take turns, and any few labelled cases show different hearts. Where ``testing/`` has labels, the
+    two folders are the training and the test list; else its images are unlabelled cases.
+
+    Args:
+        root: Folder of ``training/`` and, perhaps, ``testing/``.
+        num_classes: Classes with the background, at least the four of the challenge; None for these.
+        modality: "mr" or "ct"; None for "mr".
+    """
+
+    format_name = FORMAT
+    in_channels = 1
+    flip_axes = FLIP_AXES
+    defaults = DEFAULTS
+
+    def __init__(self, root: Path, *, num_classes: int | None = None, modality: str | None = None) -> None:
+        self.root = root
+        self.images, self.labels = {}, {}
+        parts = {part: self._add_frames(root / part) for part in ("training", "testing")}
+        if not parts["training"]:
+            raise FileNotFoundError(
+                f"{root} holds neither training/patientNNN/patientNNN_frameMM.nii.gz, as released, nor "
+                "data/patientNNN_frameMM.h5; pass the folder above"
+            )
+        self.class_names = fit_class_names(CLASSES, num_classes, str(root))
+        self.num_classes = len(self.class_names)
+        self.modality = choose_modality(modality, "mr")
+        self._lists = parts if any(case_id in self.labels for case_id in parts["testing"]) else {}
+
+    @classmethod
+    def from_options(cls, options: SourceOptions) -> CaseSource:
+        """Build from ``--dataset_path``, ``--num_classes`` and ``--modality``; the HDF5 copy where that is there."""
+        is_h5 = options.root is not None and any(_h5_files(options.root))
+        return AcdcH5.from_options(options) if is_h5 else super().from_options(options)
+
+    def patient(self, case_id: str) -> str:
+        """Both frames show the same patient."""
+        return _patient(case_id)
+
+    def official_train(self) -> tuple[str, ...] | None:
+        """The cases of ``training/`` where ``testing/`` can be scored; else None."""
+        return self._lists.get("training")
+
+    def official_test(self) -> tuple[str, ...] | None:
+        """The cases of ``testing/`` where it has labels; else None."""
+        return self._lists.get("testing")
+
+    def _add_frames(self, folder: Path) -> tuple[str, ...]:
+        """Take up the frames of all patients of ``training/`` or ``testing/``; returns their ids."""
+        added = []
+        for patient in _patients(folder):
+            for name, path in list_nifti(patient).items():
+                match = FRAME.fullmatch(name)
+                if match is not None and match["patient"] == patient.name:
+                    (self.labels if match["label"] else self.images)[match["case"]] = path
+                    added += [] if match["label"] else [name]
+        return tuple(added)
+
+
+class AcdcH5(H5Source):
+    """Cases ``data/patient001_frame01.h5`` with ``image`` and ``label`` stored as (Z, Y, X), and the field's lists.
+
+    The copy has the 100 patients of ``training/``. Its train list, ``train_slices.list``, names slices; cases are in
+    the order of their first slice, then by name. Those of ``val.list`` are in no role unless ``--val_list`` names them.
+    The voxel sizes of the release, which differ between patients, are lost.
+
+    Args:
+        root: Folder of ``data/`` and the lists.
+        voxel_size: Voxel size in mm; None for 1.5 x 1.5 x 10 mm, with a warning.
+        num_classes: As for ``AcdcRelease``.
+        modality: As for ``AcdcRelease``.
+    """
+
+    format_name = FORMAT
+    stored_axes = (2, 1, 0)
+    flip_axes = FLIP_AXES
+    defaults = DEFAULTS
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        voxel_size: Spacing | None = None,
+        num_classes: int | None = None,
+        modality: str | None = None,
+    ) -> None:
+        self.root = root
+        self.class_names = fit_class_names(CLASSES, num_classes, str(root))
+        self.num_classes = len(self.class_names)
+        self.modality = choose_modality(modality, "mr")
+        self.spacing = stated_voxel_size(voxel_size, H5_VOXEL_SIZE, root)
+        found = _h5_files(root)
+        first = [case_id for case_id in self.official_train() or () if case_id in found]
+        self.files = {case_id: found[case_id] for case_id in dict.fromkeys([*first, *found])}
+
+    def patient(self, case_id: str) -> str:
+        """Both frames show the same patient."""
+        return _patient(case_id)
+
+    def official_train(self) -> tuple[str, ...] | None:
+        """The cases whose slices ``train_slices.list`` names; None without the file."""
+        slices = self._list("train_slices.list")
+        return slices and tuple(dict.fromkeys(SLICE.sub("", name) for name in slices))
+
+    def official_test(self) -> tuple[str, ...] | None:
+        """The ids of ``test.list``; None without the file."""
+        return self._list("test.list")
+
+
+def _patient(case_id: str) -> str:
+    return case_id.split("_")[0]
+
+
+def _h5_files(root: Path) -> dict[str, Path]:
+    """The volumes of the HDF5 copy by case id; its ``data/slices/`` repeat them."""
+    return {path.stem: path for path in sorted((root / "data").glob("*.h5")) if FRAME.fullmatch(path.stem)}
+
+
+def _patients(folder: Path) -> list[Path]:
+    """The patients' folders by name, those of the diagnoses in turn."""
+    groups: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("patient*")):
+        if path.is_dir():
+            groups.setdefault(_diagnosis(path / "Info.cfg"), []).append(path)
+    return [path for turn in zip_longest(*groups.values()) for path in turn if path is not None]
+
+
+def _diagnosis(path: Path) -> str:
+    """The group in an ``Info.cfg`` (NOR, MINF, DCM, HCM or RV); "" where it states none."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    found = re.search(r"^Group:\s*(\S+)", text, re.MULTILINE)
+    return found[1] if found else ""
