@@ -48,7 +48,9 @@ class RunConfig:
     ct_range: tuple[float, float] | None = option(
         None, help="clip CT to these values, low and high (HU); else to those of the labelled structures", group=DATA
     )
-    voxel_size: Spacing | None = option(None, help="voxel size in mm where files store none (LA, HDF5 of ACDC)", group=DATA)
+    voxel_size: Spacing | None = option(
+        None, help="voxel size in mm where files store none (LA, ACDC's HDF5)", group=DATA
+    )
     spacing: Spacing | None = option(None, help="resample images to this voxel size in mm; else none", group=DATA)
     orientation: str | None = option(
         None,
