@@ -14,6 +14,8 @@ from dataloaders.base import CaseSource, SourceOptions, TrainingDefaults, Volume
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes at once, and those that they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored
 
@@ -66,6 +68,13 @@ class BallSource(CaseSource):
 @pytest.fixture
 def ball_source() -> BallSource:
     return BallSource()
+
+
+@pytest.fixture(scope="session")
+def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ``--cache_dir`` for tests that train on the whole demo, which takes some seconds to make; one for all workers."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "demo_cache"
 
 
 @pytest.fixture

@@ -69,9 +69,9 @@ def test_data_speed_starts_a_training_twice() -> None:
 
 @pytest.mark.slow
 def test_endurance_prints_an_early_and_a_late_part(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    demo_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--patch_size", "16", "16", "16", "--cache_dir", str(tmp_path)]
+    flags = ["--patch_size", "16", "16", "16", "--cache_dir", str(demo_cache)]
     monkeypatch.setattr(sys, "argv", ["x", "--steps", "20", "--", *flags])
     endurance.main()
     lines = capsys.readouterr().out.splitlines()
@@ -81,9 +81,9 @@ def test_endurance_prints_an_early_and_a_late_part(
 
 @pytest.mark.slow
 def test_scaling_prints_a_line_per_number_of_ranks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    demo_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--patch_size", "16", "16", "16", "--cache_dir", str(tmp_path)]
+    flags = ["--patch_size", "16", "16", "16", "--cache_dir", str(demo_cache)]
     monkeypatch.setattr(sys, "argv", ["x", "--threads", "2", "--rounds", "1", "--steps", "10", "--", *flags])
     scaling.main()
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]

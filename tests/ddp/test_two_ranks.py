@@ -272,11 +272,11 @@ def test_two_ranks_share_the_scans_of_a_prediction(two_ranks: Path) -> None:
 
 
 @pytest.mark.slow
-def test_torchrun_trains_the_demo(tmp_path: Path) -> None:
+def test_torchrun_trains_the_demo(tmp_path: Path, demo_cache: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     command += [str(ROOT / "train_cov_dfp_3d.py"), "--max_iteration", "2", "--log_every", "1", "--patch_size"]
     command += ["16", "16", "16", "--no-baseline", "--no-evaluate", "--output_dir", str(tmp_path), "--exp", "two"]
-    command += ["--cache_dir", str(tmp_path / "cache")]
+    command += ["--cache_dir", str(demo_cache)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", timeout=170)
     assert result.returncode == 0, result.stderr[-2000:]
