@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,11 @@ from dataloaders.file_source import FileSource
 from dataloaders.geometry import Spacing, read_dicom_series
 from dataloaders.nifti_folder import list_nifti
 
+logger = logging.getLogger(__name__)
+
 LABEL_FOLDER = "labels"
 MODALITY_TAG = "0008|0060"
+PATIENT_TAG = "0010|0020"
 
 
 @SOURCES.register("dicom")
@@ -22,7 +26,8 @@ class DicomFolders(FileSource):
     """Cases ``<id>/`` with the files of one series; label ``<id>.nii.gz`` in the root or in its ``labels/``, or none.
 
     The number of classes comes from ``num_classes``, or from a ``dataset.json`` or ``classes.txt`` in the root, as
-    in ``NiftiFolder``. The modality is that of the first case's DICOM header.
+    in ``NiftiFolder``. The modality is that of the first case's DICOM header, the
+    patient of a case that of its own.
 
     Args:
         root: Folder of the case folders.
@@ -49,15 +54,36 @@ class DicomFolders(FileSource):
         self.labels = {**beside, **inside}
         self.class_names = fit_class_names(stated_class_names(root), num_classes, str(root))
         self.num_classes = len(self.class_names)
-        self.modality = choose_modality(modality, header_modality(next(iter(self.images.values()))))
+        stated = header_tag(next(iter(self.images.values())), MODALITY_TAG)
+        self.modality = choose_modality(modality, "ct" if stated.upper() == "CT" else "mr")
+        self._patients: dict[str, str] | None = None
+
+    def patient(self, case_id: str) -> str:
+        """Cases with one PatientID are of one patient; without, as in the other folder formats."""
+        if self._patients is None:
+            self._patients = self._patient_ids()
+        return self._patients.get(case_id) or super().patient(case_id)
+
+    def _patient_ids(self) -> dict[str, str]:
+        """PatientID per case, from a header each; none where all are the same, which an anonymiser wrote."""
+        ids = {case_id: header_tag(folder, PATIENT_TAG) for case_id, folder in self.images.items()}
+        if len(ids) > 1 and "" not in ids.values() and len(set(ids.values())) == 1:
+            logger.warning(
+                "%s: all %d cases have the same PatientID, so that each counts as a patient of its own; where one "
+                "patient has several cases, give lists that keep them together",
+                self.root,
+                len(ids),
+            )
+            return {}
+        return {case_id: f"PatientID {found}" for case_id, found in ids.items() if found}
 
     def read_image(self, case_id: str) -> tuple[np.ndarray, np.ndarray, Spacing]:
         """Read one series."""
         return read_dicom_series(self.images[case_id])
 
 
-def header_modality(folder: Path) -> str:
-    """ "ct" if the first DICOM header of a folder says CT, else "mr"; a folder without DICOM fails later, on load."""
+def header_tag(folder: Path, tag: str) -> str:
+    """A tag of the folder's first DICOM header; "" without it, or without DICOM, which fails later, on load."""
     for path in sorted(folder.iterdir()):
         reader = sitk.ImageFileReader()
         reader.SetImageIO("GDCMImageIO")
@@ -66,6 +92,5 @@ def header_modality(folder: Path) -> str:
             reader.ReadImageInformation()
         except RuntimeError:  # not a DICOM file, such as a note beside the slices
             continue
-        if reader.HasMetaDataKey(MODALITY_TAG):
-            return "ct" if reader.GetMetaData(MODALITY_TAG).strip().upper() == "CT" else "mr"
-    return "mr"
+        return str(reader.GetMetaData(tag)).strip() if reader.HasMetaDataKey(tag) else ""
+    return ""

@@ -190,8 +190,16 @@ def _held_out(source: CaseSource, request: SplitRequest) -> tuple[str, ...]:
 
 
 def _ordered(source: CaseSource, ids: Sequence[str], seed: int) -> list[str]:
-    """The ids in an order that depends on the seed and each patient alone, on any machine; a patient's ids together."""
-    return sorted(ids, key=lambda case_id: hashlib.sha256(f"{seed}/{source.patient(case_id)}".encode()).digest())
+    """The ids in an order that depends on the seed and each patient's first id alone; a patient's ids together."""
+    first: dict[str, str] = {}
+    for case_id in source.case_ids():
+        first.setdefault(source.patient(case_id), case_id)
+    return sorted(ids, key=lambda case_id: _order_key(first[source.patient(case_id)], seed))
+
+
+def _order_key(case_id: str, seed: int) -> bytes:
+    """Where the seed puts a case, on any machine and library version."""
+    return hashlib.sha256(f"{seed}/{case_id}".encode()).digest()
 
 
 def of_patients(source: CaseSource, ids: Sequence[str], others: Sequence[str]) -> list[str]:

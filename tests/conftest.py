@@ -72,7 +72,7 @@ def ball_source() -> BallSource:
 
 @pytest.fixture(scope="session")
 def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ``--cache_dir`` for tests that train on the whole demo, which takes some seconds to make; one for all workers."""
+    """A ``--cache_dir``, one for all workers, for tests that train on the whole demo: it takes seconds to make."""
     own = tmp_path_factory.getbasetemp()
     return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "demo_cache"
 

@@ -78,6 +78,7 @@ def write_dicom(
     direction: Sequence[float] = (1, 0, 0, 0, 1, 0, 0, 0, 1),
     series: str = "1.2.826.0.1.3680043.2.1125.1",
     modality: str = "MR",
+    patient: str = "",
     skip: Sequence[int] = (),
 ) -> Path:
     """Save voxels (X, Y, Z) as one DICOM series, a file per slice; spacing, origin, direction as in ITK (LPS).
@@ -97,6 +98,7 @@ def write_dicom(
         position = image.TransformIndexToPhysicalPoint((0, 0, k))
         tags = {
             "0008|0060": modality,
+            "0010|0020": patient,
             "0020|000e": series,
             "0020|000d": series + ".9",
             "0020|0032": "\\".join(str(value) for value in position),

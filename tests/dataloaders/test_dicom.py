@@ -158,3 +158,20 @@ def test_affine_agrees_with_itk_written_nifti(tmp_path: Path) -> None:
     sitk.WriteImage(image, str(tmp_path / "itk.nii.gz"))
     _, affine, _ = read_dicom_series(make.write_dicom(tmp_path / "a", make.counting_image()))
     assert np.allclose(nib.load(tmp_path / "itk.nii.gz").affine, affine, atol=1e-5)
+
+
+def test_series_of_one_patient_id_are_of_one_patient(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, patient in (("a", "7"), ("b", "8 "), ("c", "7"), ("sub-01_ses-1", ""), ("sub-01_ses-2", "")):
+        make.write_dicom(tmp_path / name, make.counting_image(), patient=patient)
+    source = DicomFolders(tmp_path, num_classes=2)
+    groups = [source.patient(case_id) for case_id in source.case_ids()]
+    assert groups[0] == groups[2] != groups[1] and groups[3] == groups[4] == "sub-01"
+    assert not caplog.text
+
+
+def test_one_patient_id_for_all_is_an_anonymiser_s(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a", "b"):
+        make.write_dicom(tmp_path / name, make.counting_image(), patient="secret")
+    source = DicomFolders(tmp_path, num_classes=2)
+    assert [source.patient(case_id) for case_id in ("a", "b", "a")] == ["a", "b", "a"]
+    assert caplog.text.count("all 2 cases have the same PatientID") == 1 and "secret" not in caplog.text
