@@ -14,8 +14,7 @@ from pathlib import Path
 from dataloaders.base import SOURCES, CaseSource, SourceOptions, TrainingDefaults
 from dataloaders.class_names import choose_modality, fit_class_names
 from dataloaders.file_source import NiftiFiles
-from dataloaders.geometry import Spacing
-from dataloaders.h5_source import H5Source, stated_voxel_size
+from dataloaders.h5_source import H5Source
 from dataloaders.nifti_folder import list_nifti
 
 FORMAT = "ACDC"
@@ -24,7 +23,6 @@ FRAME = re.compile(r"(?P<case>(?P<patient>patient\d+)_frame\d+)(?P<label>_gt)?")
 SLICE = re.compile(r"_slice_\d+$")
 FLIP_AXES = (0, 1)  # the field's augmentation on ACDC turns and flips in the short-axis plane
 DEFAULTS = TrainingDefaults(labelnum=14)  # 7 patients, a tenth of the field's training set
-H5_VOXEL_SIZE = (1.5, 1.5, 10.0)  # the release has 1.3 to 2 mm in the plane, slices of 5 to 10 mm
 
 
 @SOURCES.register(FORMAT)
@@ -64,7 +62,7 @@ class AcdcRelease(NiftiFiles):
     @classmethod
     def from_options(cls, options: SourceOptions) -> CaseSource:
         """Build from ``--dataset_path``, ``--num_classes`` and ``--modality``; the HDF5 copy where that is there."""
-        is_h5 = options.root is not None and any(_h5_files(options.root))
+        is_h5 = options.root is not None and any(AcdcH5.find_files(options.root))
         return AcdcH5.from_options(options) if is_h5 else super().from_options(options)
 
     def patient(self, case_id: str) -> str:
@@ -94,60 +92,34 @@ class AcdcRelease(NiftiFiles):
 class AcdcH5(H5Source):
     """Cases ``data/patient001_frame01.h5`` with ``image`` and ``label`` stored as (Z, Y, X), and the field's lists.
 
-    The copy has the 100 patients of ``training/``. Its train list, ``train_slices.list``, names slices; cases are in
-    the order of their first slice, then by name. Those of ``val.list`` are in no role unless ``--val_list`` names them.
-    The voxel sizes of the release, which differ between patients, are lost.
-
-    Args:
-        root: Folder of ``data/`` and the lists.
-        voxel_size: Voxel size in mm; None for 1.5 x 1.5 x 10 mm, with a warning.
-        num_classes: As for ``AcdcRelease``.
-        modality: As for ``AcdcRelease``.
+    The copy has the 100 patients of ``training/``; its train list names slices. The cases of ``val.list`` are in no
+    role unless ``--val_list`` names them. The voxel sizes of the release, which differ between patients, are lost.
     """
 
     format_name = FORMAT
+    known_classes = CLASSES
+    usual_voxel_size = (1.5, 1.5, 10.0)  # the release has 1.3 to 2 mm in the plane, slices of 5 to 10 mm
     stored_axes = (2, 1, 0)
     flip_axes = FLIP_AXES
     defaults = DEFAULTS
 
-    def __init__(
-        self,
-        root: Path,
-        *,
-        voxel_size: Spacing | None = None,
-        num_classes: int | None = None,
-        modality: str | None = None,
-    ) -> None:
-        self.root = root
-        self.class_names = fit_class_names(CLASSES, num_classes, str(root))
-        self.num_classes = len(self.class_names)
-        self.modality = choose_modality(modality, "mr")
-        self.spacing = stated_voxel_size(voxel_size, H5_VOXEL_SIZE, root)
-        found = _h5_files(root)
-        first = [case_id for case_id in self.official_train() or () if case_id in found]
-        self.files = {case_id: found[case_id] for case_id in dict.fromkeys([*first, *found])}
+    @staticmethod
+    def find_files(root: Path) -> dict[str, Path]:
+        """The volumes in ``data/``; its ``slices/`` repeat them."""
+        return {path.stem: path for path in sorted((root / "data").glob("*.h5")) if FRAME.fullmatch(path.stem)}
 
     def patient(self, case_id: str) -> str:
         """Both frames show the same patient."""
         return _patient(case_id)
 
     def official_train(self) -> tuple[str, ...] | None:
-        """The cases whose slices ``train_slices.list`` names; None without the file."""
+        """The cases whose slices ``train_slices.list`` names, in the order of their first; None without the file."""
         slices = self._list("train_slices.list")
         return slices and tuple(dict.fromkeys(SLICE.sub("", name) for name in slices))
-
-    def official_test(self) -> tuple[str, ...] | None:
-        """The ids of ``test.list``; None without the file."""
-        return self._list("test.list")
 
 
 def _patient(case_id: str) -> str:
     return case_id.split("_")[0]
-
-
-def _h5_files(root: Path) -> dict[str, Path]:
-    """The volumes of the HDF5 copy by case id; its ``data/slices/`` repeat them."""
-    return {path.stem: path for path in sorted((root / "data").glob("*.h5")) if FRAME.fullmatch(path.stem)}
 
 
 def _patients(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,35 +13,66 @@ import numpy as np
 
 from dataloaders.base import CaseSource, Grid, SourceOptions, Triple, Volume, check_label, lookup_case, require_root
 from dataloaders.case_lists import read_case_list
+from dataloaders.class_names import choose_modality, fit_class_names
 from dataloaders.geometry import Spacing
 
 logger = logging.getLogger(__name__)
 
 
 class H5Source(CaseSource):
-    """Base of the HDF5 formats; the affine of a case is the diagonal of the voxel size. A subclass fills the attributes
-    in ``__init__(root, *, voxel_size, num_classes, modality)``.
+    """Base of the HDF5 formats; the affine of a case is the diagonal of the voxel size.
+
+    The ids of the train list whose files are there come first, then the others by name. The lists may each be missing;
+    each is read by the job that asks for it.
 
     Attributes:
         format_name: The registered name, for messages.
-        root: The data folder.
+        known_classes: Names of the classes, the background first.
+        usual_voxel_size: Along X, Y, Z in mm, where nobody gives it.
+        stored_axes: Where the files have X, Y and Z.
         spacing: Voxel size along X, Y, Z in mm, the same for all cases.
         files: File per case id, in the order of ``case_ids``.
-        stored_axes: Where the files have X, Y and Z.
+
+    Args:
+        root: The data folder.
+        voxel_size: Voxel size in mm; None for the usual one, with a warning.
+        num_classes: Classes with the background, at least the known ones; None for these.
+        modality: "mr" or "ct"; None for "mr".
     """
 
     in_channels = 1
     format_name: str
+    known_classes: tuple[str, ...]
+    usual_voxel_size: Spacing
     stored_axes: Triple = (0, 1, 2)
-    root: Path
-    spacing: Spacing
-    files: dict[str, Path]
-    _labeled: list[str] | None = None
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        voxel_size: Spacing | None = None,
+        num_classes: int | None = None,
+        modality: str | None = None,
+    ) -> None:
+        self.root = root
+        self.class_names = fit_class_names(self.known_classes, num_classes, str(root))
+        self.num_classes = len(self.class_names)
+        self.modality = choose_modality(modality, "mr")
+        self.spacing = stated_voxel_size(voxel_size, self.usual_voxel_size, root)
+        found = self.find_files(root)
+        first = [case_id for case_id in self.official_train() or () if case_id in found]
+        self.files = {case_id: found[case_id] for case_id in dict.fromkeys([*first, *found])}
+        self._labeled: list[str] | None = None
+
+    @staticmethod
+    @abstractmethod
+    def find_files(root: Path) -> dict[str, Path]:
+        """File per case id, by name; raises FileNotFoundError where there is none."""
 
     @classmethod
     def from_options(cls, options: SourceOptions) -> H5Source:
         """Build from ``--dataset_path``, ``--voxel_size``, ``--num_classes`` and ``--modality``."""
-        return cls(  # type: ignore[call-arg]
+        return cls(
             require_root(options.root, cls.format_name),
             voxel_size=options.voxel_size,
             num_classes=options.num_classes,
@@ -76,6 +108,14 @@ class H5Source(CaseSource):
     def case_files(self, case_id: str, *, with_label: bool) -> tuple[Path, ...]:
         """The case's one file."""
         return (lookup_case(case_id, self.files, self.root),)
+
+    def official_train(self) -> tuple[str, ...] | None:
+        """The ids of ``train.list``; None without the file."""
+        return self._list("train.list")
+
+    def official_test(self) -> tuple[str, ...] | None:
+        """The ids of ``test.list``; None without the file."""
+        return self._list("test.list")
 
     def _list(self, name: str) -> tuple[str, ...] | None:
         path = self.root / name
