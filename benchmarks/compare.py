@@ -38,10 +38,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.comparison_cases import write_lists
 from benchmarks.comparison_tables import Row, draw_rows, draw_sweep, format_rows
 from dataloaders.base import CaseSource
-from dataloaders.case_lists import read_case_list, some
-from dataloaders.splits import of_patients
+from dataloaders.case_lists import read_case_list
 from myutils.build import build_source, resolve_config
 from myutils.config import RunConfig
 from myutils.fitting import fit_to_cases
@@ -138,33 +138,6 @@ def asked_config(settings: argparse.Namespace) -> RunConfig:
     return RunConfig(**(own | given_flags(parser, settings.flags)))
 
 
-def write_lists(settings: argparse.Namespace, source: CaseSource) -> tuple[Path, Path]:
-    """Two list files in the output folder: the first ``--pool`` cases, which it fills where none is given; the rest."""
-    ids = list(source.official_train() or source.labeled_ids())[: settings.cases]
-    if settings.pool is None:
-        official = source.official_test() if settings.cases is None else None
-        settings.pool = len(ids) if official else len(ids) * 4 // 5
-        ids += official or ()
-    if not 0 < settings.pool < len(ids):
-        raise ValueError(f"--pool {settings.pool}: the data set has {len(ids)} labelled cases; leave some for the test")
-    if max(settings.labelnum) > settings.pool:
-        raise ValueError(f"--labelnum {max(settings.labelnum)}: the pool has {settings.pool} cases")
-    parted = of_patients(source, ids[settings.pool :], ids[: settings.pool])
-    if parted:
-        raise ValueError(f"--pool {settings.pool}: it and the test share patients, those of {some(parted)}")
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
-    paths = settings.output_dir / "train.txt", settings.output_dir / "test.txt"
-    trained = any(settings.output_dir.glob("*.plan.json"))
-    for path, part in zip(paths, (ids[: settings.pool], ids[settings.pool :]), strict=True):
-        content = "\n".join(part) + "\n"
-        if trained and (not path.exists() or path.read_text(encoding="utf-8") != content):
-            raise ValueError(
-                f"the runs in {settings.output_dir} have other cases than {path}; use another --output_dir"
-            )
-        path.write_text(content, encoding="utf-8")
-    return paths
-
-
 def fitted_flags(settings: argparse.Namespace, config: RunConfig, source: CaseSource, pool: Path) -> dict[str, Flags]:
     """What a training would fit to its own labelled cases, by setting: fitted once, to those that all rows have."""
     labeled = read_case_list(pool)[: min(settings.labelnum)]
@@ -191,7 +164,7 @@ def make_plans(settings: argparse.Namespace, fitted: Mapping[str, Flags]) -> lis
         raise ValueError(f"--baseline {settings.baseline}: no such row; there are {', '.join(asked)}")
     plans = [Plan(name, count, flags) for count in settings.labelnum for name, flags in asked.items()]
     if settings.full:
-        plans.insert(0, Plan(FULL, settings.pool, ("--method", SUPERVISED)))
+        plans.insert(0, Plan(FULL, settings.labels, ("--method", SUPERVISED)))
     return [replace(plan, flags=(*_common_flags(fitted, plan), *plan.flags)) for plan in plans]
 
 
@@ -290,7 +263,7 @@ def report(settings: argparse.Namespace, rows: dict[Plan, Row]) -> None:
             curves.setdefault(row.name, {})[count] = row
     if len(settings.labelnum) > 1:
         if full is not None:
-            curves.setdefault(SUPERVISED, {})[settings.pool] = full
+            curves.setdefault(SUPERVISED, {})[settings.labels] = full
         draw_sweep(
             settings.output_dir / "sweep.png", curves, f"{settings.dataset_name}, {settings.max_iteration} steps"
         )

@@ -16,10 +16,12 @@ from dataloaders.class_names import choose_modality, fit_class_names
 from dataloaders.file_source import NiftiFiles
 from dataloaders.h5_source import H5Source
 from dataloaders.nifti_folder import list_nifti
+from dataloaders.splits import HELD_OUT_SHARE
 
 FORMAT = "ACDC"
 CLASSES = ("background", "right ventricle", "myocardium", "left ventricle")
-FRAME = re.compile(r"(?P<case>(?P<patient>patient\d+)_frame\d+)(?P<label>_gt)?")  # not patient001_4d
+LABEL = "_gt"
+FRAME = re.compile(rf"patient\d+_frame\d+({LABEL})?")  # not patient001_4d
 SLICE = re.compile(r"_slice_\d+$")
 FLIP_AXES = (0, 1)  # the field's augmentation on ACDC turns and flips in the short-axis plane
 DEFAULTS = TrainingDefaults(labelnum=14)  # 7 patients, a tenth of the field's training set
@@ -31,8 +33,9 @@ class AcdcRelease(NiftiFiles):
 
     A case is a frame, end diastole or end systole; both frames of a patient are in the same part of a split. The
     release lists its patients by diagnosis, so that the first ones all have the same: here the diagnoses of the
-    ``Info.cfg`` files take turns, and any few labelled cases show different hearts. Where ``testing/`` has labels, the
-    two folders are the training and the test list; else its images are unlabelled cases.
+    ``Info.cfg`` files take turns, and any few labelled cases show different hearts. Labelled cases of ``testing/`` are
+    the test list; where there is none, the last fifth of the patients of ``training/`` is, and ``testing/`` is
+    unlabelled. The train list has all others.
 
     Args:
         root: Folder of ``training/`` and, perhaps, ``testing/``.
@@ -48,16 +51,22 @@ class AcdcRelease(NiftiFiles):
     def __init__(self, root: Path, *, num_classes: int | None = None, modality: str | None = None) -> None:
         self.root = root
         self.images, self.labels = {}, {}
-        parts = {part: self._add_frames(root / part) for part in ("training", "testing")}
-        if not parts["training"]:
+        training, testing = (_patients(root / part) for part in ("training", "testing"))
+        for patient in (*training, *testing):
+            self._add_frames(patient)
+        if not any(self._frames(training)):
             raise FileNotFoundError(
                 f"{root} holds neither training/patientNNN/patientNNN_frameMM.nii.gz, as released, nor "
-                "data/patientNNN_frameMM.h5; pass the folder above"
+                "data/patientNNN_frameMM.h5; pass the folder that holds training/ or data/"
             )
         self.class_names = fit_class_names(CLASSES, num_classes, str(root))
         self.num_classes = len(self.class_names)
         self.modality = choose_modality(modality, "mr")
-        self._lists = parts if any(case_id in self.labels for case_id in parts["testing"]) else {}
+        labeled = tuple(case_id for case_id in self._frames(testing) if case_id in self.labels)
+        held_out = training[len(training) - len(training) // HELD_OUT_SHARE :]
+        self._test = labeled or tuple(case_id for case_id in self._frames(held_out) if case_id in self.labels)
+        tested = {_patient(case_id) for case_id in self._test}
+        self._train = tuple(case_id for case_id in self.images if _patient(case_id) not in tested)
 
     @classmethod
     def from_options(cls, options: SourceOptions) -> CaseSource:
@@ -69,31 +78,31 @@ class AcdcRelease(NiftiFiles):
         """Both frames show the same patient."""
         return _patient(case_id)
 
-    def official_train(self) -> tuple[str, ...] | None:
-        """The cases of ``training/`` where ``testing/`` can be scored; else None."""
-        return self._lists.get("training")
+    def official_train(self) -> tuple[str, ...]:
+        """The cases of the patients that no test case is of."""
+        return self._train
 
     def official_test(self) -> tuple[str, ...] | None:
-        """The cases of ``testing/`` where it has labels; else None."""
-        return self._lists.get("testing")
+        """The labelled cases of ``testing/``, else of the last fifth of ``training/``; None for fewer than five."""
+        return self._test or None
 
-    def _add_frames(self, folder: Path) -> tuple[str, ...]:
-        """Take up the frames of all patients of ``training/`` or ``testing/``; returns their ids."""
-        added = []
-        for patient in _patients(folder):
-            for name, path in list_nifti(patient).items():
-                match = FRAME.fullmatch(name)
-                if match is not None and match["patient"] == patient.name:
-                    (self.labels if match["label"] else self.images)[match["case"]] = path
-                    added += [] if match["label"] else [name]
-        return tuple(added)
+    def _add_frames(self, patient: Path) -> None:
+        """Take up the images and labels of a patient's folder."""
+        for name, path in list_nifti(patient, FRAME).items():
+            if _patient(name) == patient.name:
+                (self.labels if name.endswith(LABEL) else self.images)[name.removesuffix(LABEL)] = path
+
+    def _frames(self, patients: list[Path]) -> list[str]:
+        """The cases of these patients."""
+        names = {path.name for path in patients}
+        return [case_id for case_id in self.images if _patient(case_id) in names]
 
 
 class AcdcH5(H5Source):
     """Cases ``data/patient001_frame01.h5`` with ``image`` and ``label`` stored as (Z, Y, X), and the field's lists.
 
-    The copy has the 100 patients of ``training/``; its train list names slices. The cases of ``val.list`` are in no
-    role unless ``--val_list`` names them. The voxel sizes of the release, which differ between patients, are lost.
+    The copy has the 100 patients of ``training/``; its train list names slices. Beside its lists the cases of
+    ``val.list`` are in no role unless ``--val_list`` names them. The voxel sizes of the release, which differ between patients, are lost.
     """
 
     format_name = FORMAT
@@ -134,5 +143,5 @@ def _patients(folder: Path) -> list[Path]:
 def _diagnosis(path: Path) -> str:
     """The group in an ``Info.cfg`` (NOR, MINF, DCM, HCM or RV); "" where it states none."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    found = re.search(r"^Group:\s*(\S+)", text, re.MULTILINE)
+    found = re.search(r"^Group:[ \t]*(\S+)", text, re.MULTILINE)
     return found[1] if found else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -65,16 +66,18 @@ class DicomFolders(FileSource):
         return self._patients.get(case_id) or super().patient(case_id)
 
     def _patient_ids(self) -> dict[str, str]:
-        """PatientID per case, from a header each; none where all are the same, which an anonymiser wrote."""
+        """PatientID per case, from a header each; but none that most cases have, for an anonymiser wrote it."""
         ids = {case_id: header_tag(folder, PATIENT_TAG) for case_id, folder in self.images.items()}
-        if len(ids) > 1 and "" not in ids.values() and len(set(ids.values())) == 1:
+        commonest, count = Counter(ids.values()).most_common(1)[0]
+        if commonest and count > max(1, len(ids) / 2):
             logger.warning(
-                "%s: all %d cases have the same PatientID, so that each counts as a patient of its own; where one "
+                "%s: %d of %d cases have the same PatientID, so that each counts as a patient of its own; where one "
                 "patient has several cases, give lists that keep them together",
                 self.root,
+                count,
                 len(ids),
             )
-            return {}
+            ids = {case_id: found for case_id, found in ids.items() if found != commonest}
         return {case_id: f"PatientID {found}" for case_id, found in ids.items() if found}
 
     def read_image(self, case_id: str) -> tuple[np.ndarray, np.ndarray, Spacing]:

@@ -119,7 +119,7 @@ class H5Source(CaseSource):
 
     def _list(self, name: str) -> tuple[str, ...] | None:
         path = self.root / name
-        return read_case_list(path) if path.is_file() else None
+        return tuple(line.removesuffix(".h5") for line in read_case_list(path)) if path.is_file() else None
 
     def _read(self, dataset: h5py.Dataset) -> np.ndarray:
         """The voxels (X, Y, Z); a label of other axes than three as it is stored, for the check to name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 from dataloaders.base import SOURCES
@@ -20,8 +21,8 @@ from dataloaders.geometry import nifti_channels
 logger = logging.getLogger(__name__)
 
 
-def list_nifti(folder: Path) -> dict[str, Path]:
-    """NIfTI files of a folder by name without suffix, sorted; hidden files are left out.
+def list_nifti(folder: Path, names: re.Pattern[str] | None = None) -> dict[str, Path]:
+    """NIfTI files of a folder by name without suffix, sorted; hidden files, and other names, are left out.
 
     Raises:
         ValueError: If ``a.nii`` and ``a.nii.gz`` are both there.
@@ -31,6 +32,8 @@ def list_nifti(folder: Path) -> dict[str, Path]:
         if path.name.startswith(".") or not path.name.endswith(NIFTI_SUFFIXES) or not path.is_file():
             continue
         case_id = strip_nifti_suffix(path.name)
+        if names is not None and not names.fullmatch(case_id):
+            continue
         if case_id in files:
             raise ValueError(f"{folder} holds {files[case_id].name} and {path.name}; keep one file per case")
         files[case_id] = path

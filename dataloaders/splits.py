@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,9 @@ def make_training_split(source: CaseSource, request: SplitRequest) -> TrainingSp
     labeled_list = _listed(source, request.labeled_list, needs_label=True)
     val_list = _listed(source, request.val_list, needs_label=True)
     _reject_overlap(labeled_list or (), val_list or (), f"{request.labeled_list} and {request.val_list}")
-    pool = _pool(source, request, reserved={*(labeled_list or ()), *(val_list or ())})
-    pool = [case_id for case_id in pool if case_id not in set(val_list or ())]
+    pool = _pool(source, request, claimed={*(labeled_list or ()), *(val_list or ())})
+    reserved = set(of_patients(source, pool, val_list or ()))
+    pool = [case_id for case_id in pool if case_id not in reserved]
     labeled = list(labeled_list) if labeled_list is not None else _first_labeled(source, pool, request.labelnum)
     val = val_list
     if val is None:
@@ -116,7 +117,7 @@ def make_training_split(source: CaseSource, request: SplitRequest) -> TrainingSp
             f"validation cases {some(seen_twice)} show patients that labelled cases show; pass a --val_num, or lists, "
             "that keep the cases of a patient together"
         )
-    taken = {*labeled, *val}
+    taken = {*labeled, *of_patients(source, pool, val)}
     return TrainingSplit(tuple(labeled), tuple(case_id for case_id in pool if case_id not in taken), tuple(val))
 
 
@@ -138,11 +139,12 @@ def make_test_ids(source: CaseSource, request: SplitRequest, training_split: Tra
             test = _held_out(source, request)
         else:
             used = {*train, *training_split.labeled, *training_split.val}
+            used.update(of_patients(source, source.labeled_ids(), used))
             test = tuple(case_id for case_id in source.labeled_ids() if case_id not in used)
     if not test:
         raise ValueError(
-            "there are no test cases: every labelled case is a training case; pass --test_list with ids that are in no "
-            "other list"
+            "there are no test cases: every labelled case is of a training case's patient; pass --test_list with ids "
+            "that are in no other list"
         )
     used = {*training_split.labeled, *training_split.unlabeled, *training_split.val}
     overlap = [case_id for case_id in test if case_id in used]
@@ -157,8 +159,8 @@ def make_test_ids(source: CaseSource, request: SplitRequest, training_split: Tra
     return test
 
 
-def _pool(source: CaseSource, request: SplitRequest, reserved: set[str]) -> list[str]:
-    """Training ids, labelled or not, in order; ``reserved`` are ids that a list names for another role."""
+def _pool(source: CaseSource, request: SplitRequest, claimed: set[str]) -> list[str]:
+    """Training ids, labelled or not, in order; ``claimed`` are ids that a list names for another role."""
     train = _train_list(source, request)
     if train is not None:
         return list(train)
@@ -166,8 +168,8 @@ def _pool(source: CaseSource, request: SplitRequest, reserved: set[str]) -> list
     if test is None:
         test = _held_out(source, request)
     else:
-        _reject_overlap(test, sorted(reserved), "the test list and another list")
-        shared = of_patients(source, sorted(reserved), test)
+        _reject_overlap(test, sorted(claimed), "the test list and another list")
+        shared = of_patients(source, sorted(claimed), test)
         if shared:
             raise ValueError(
                 f"the test list and another list name cases of one patient: {some(shared)}; keep them in one of the two"
@@ -197,12 +199,19 @@ def _ordered(source: CaseSource, ids: Sequence[str], seed: int) -> list[str]:
     return sorted(ids, key=lambda case_id: _order_key(first[source.patient(case_id)], seed))
 
 
+def cut_between_patients(source: CaseSource, ids: Sequence[str], count: int) -> int:
+    """How many of the ids come before the last place, at or before ``count``, that parts no patient's cases; or 0."""
+    while count and of_patients(source, ids[count:], ids[:count]):
+        count -= 1
+    return count
+
+
 def _order_key(case_id: str, seed: int) -> bytes:
     """Where the seed puts a case, on any machine and library version."""
     return hashlib.sha256(f"{seed}/{case_id}".encode()).digest()
 
 
-def of_patients(source: CaseSource, ids: Sequence[str], others: Sequence[str]) -> list[str]:
+def of_patients(source: CaseSource, ids: Iterable[str], others: Iterable[str]) -> list[str]:
     """Those of ``ids`` whose patient is the patient of one of the ``others``."""
     patients = {source.patient(case_id) for case_id in others}
     return [case_id for case_id in ids if source.patient(case_id) in patients]
@@ -213,8 +222,9 @@ def _first_labeled(source: CaseSource, pool: Sequence[str], labelnum: int) -> li
     known = set(source.labeled_ids())
     labeled = [case_id for case_id in pool if case_id in known]
     if not labeled:
+        tested = f": the {len(known)} labelled ones are of tested patients" if known else ""
         raise ValueError(
-            f"{_name(source)} has no labelled training case; add labels, or ids with labels to --train_list"
+            f"{_name(source)} has no labelled training case{tested}; add labels, or ids with labels to --train_list"
         )
     if not 1 <= labelnum <= len(labeled):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Which cases an evaluation scores, and whether data and checkpoint fit: no training case counts as a test case."""
+"""Which cases an evaluation scores, and whether data and checkpoint fit: no training patient is a test patient."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dataloaders.base import CaseSource
 from dataloaders.case_lists import read_case_list, some
-from dataloaders.splits import SplitRequest, TrainingSplit, make_test_ids
+from dataloaders.splits import SplitRequest, TrainingSplit, make_test_ids, of_patients
 from myutils.checkpoint import InferenceBundle
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def choose_cases(
     """Case ids to score.
 
     ``test``: by the checkpoint's own rules and lists on the data of its training; on other data ``test_list``, the
-    data's own test list, or else all labelled cases that bear no training case's id. ``val``: ``val_list``, or the
+    data's own test list, or else all labelled cases but those of training patients. ``val``: ``val_list``, or the
     validation cases of the training. ``all``: every labelled case, with a warning where training cases are among them.
 
     Args:
@@ -73,7 +73,7 @@ def choose_cases(
 
     Raises:
         FileNotFoundError: If a list file is missing.
-        ValueError: If no case is left, or a test case was a training case.
+        ValueError: If no case is left, or a test or validation case is of a training case's patient.
     """
     if split == "val":
         return _validation_cases(source, bundle, val_list)
@@ -93,15 +93,16 @@ def _foreign_test_cases(source: CaseSource, bundle: InferenceBundle, test_list: 
     if test_list is not None or source.official_test() is not None:
         nothing = TrainingSplit((), (), ())
         ids = make_test_ids(source, SplitRequest(labelnum=1, test_list=test_list), nothing)
-        _warn_of_training_ids(ids, bundle)
+        _warn_of_training_patients(source, ids, bundle)
         return ids
     labeled = source.labeled_ids()
-    fresh = tuple(case_id for case_id in labeled if case_id not in training_ids(bundle))
+    seen = set(of_patients(source, labeled, training_ids(bundle)))
+    fresh = tuple(case_id for case_id in labeled if case_id not in seen)
     if not fresh:
-        raise ValueError("the data have no labelled case that was not a training case; pass --split all or --test_list")
+        raise ValueError("all labelled cases are of training patients; pass --split all or --test_list")
     logger.info("the data have no test list; scoring all %d labelled cases", len(fresh))
-    if len(fresh) < len(labeled):
-        logger.warning("%d cases bear the id of a training case and are left out", len(labeled) - len(fresh))
+    if seen:
+        logger.warning("%d cases of training patients, by their ids, are left out", len(seen))
     return fresh
 
 
@@ -117,9 +118,11 @@ def _validation_cases(source: CaseSource, bundle: InferenceBundle, val_list: Pat
     unknown = [case_id for case_id in ids if case_id not in set(source.labeled_ids())]
     if unknown:
         raise ValueError(f"--split val: {some(unknown)} have no label in these data; pass --val_list with labelled ids")
-    seen = [case_id for case_id in ids if case_id in {*bundle.split.labeled, *bundle.split.unlabeled}]
-    if seen:
-        raise ValueError(f"--val_list names {some(seen)}, training cases of this run; remove them or pass --split all")
+    seen = of_patients(source, ids, (*bundle.split.labeled, *bundle.split.unlabeled))
+    if seen and val_list is not None:
+        raise ValueError(
+            f"--val_list names {some(seen)}, whose patients this run was trained on; remove them or pass --split all"
+        )
     return ids
 
 
@@ -127,13 +130,15 @@ def _all_cases(source: CaseSource, bundle: InferenceBundle) -> tuple[str, ...]:
     ids = tuple(source.labeled_ids())
     if not ids:
         raise ValueError("--split all: the data have no labelled case; add labels")
-    _warn_of_training_ids(ids, bundle)
+    _warn_of_training_patients(source, ids, bundle)
     return ids
 
 
-def _warn_of_training_ids(ids: tuple[str, ...], bundle: InferenceBundle) -> None:
-    seen = [case_id for case_id in ids if case_id in training_ids(bundle)]
+def _warn_of_training_patients(source: CaseSource, ids: tuple[str, ...], bundle: InferenceBundle) -> None:
+    seen = of_patients(source, ids, training_ids(bundle))
     if seen:
         logger.warning(
-            "%d of %d cases bear ids of training cases: these figures are no test result", len(seen), len(ids)
+            "%d of %d cases are of training patients, by their ids: these figures are no test result",
+            len(seen),
+            len(ids),
         )

@@ -12,6 +12,7 @@ from conftest import BallSource
 from helpers_runs import write_run
 
 from benchmarks import compare
+from benchmarks.comparison_cases import write_lists
 from dataloaders.base import TrainingDefaults
 
 
@@ -24,6 +25,7 @@ def make_settings(tmp_path: Path, **changes: object) -> argparse.Namespace:
         baseline="supervised",
         labelnum=[2, 4],
         pool=8,
+        labels=8,
         output_dir=tmp_path,
         threads=1,
     )
@@ -34,26 +36,29 @@ def make_settings(tmp_path: Path, **changes: object) -> argparse.Namespace:
 
 def test_lists_split_the_cases_that_are_used(tmp_path: Path) -> None:
     settings = make_settings(tmp_path, dataset_name="ball", dataset_path=tmp_path, num_classes=None, cases=5, pool=4)
-    train, test = compare.write_lists(settings, BallSource())
+    train, test = write_lists(settings, BallSource())
     assert train.read_text(encoding="utf-8").split() == ["ball00", "ball01", "ball02", "ball03"]
     assert test.read_text(encoding="utf-8").split() == ["ball04"]
     with pytest.raises(ValueError, match="--pool 5"):
-        compare.write_lists(make_settings(tmp_path, **(vars(settings) | {"pool": 5})), BallSource())
+        write_lists(make_settings(tmp_path, **(vars(settings) | {"pool": 5})), BallSource())
     with pytest.raises(ValueError, match="--labelnum 9"):
-        compare.write_lists(make_settings(tmp_path, **(vars(settings) | {"labelnum": [9]})), BallSource())
+        write_lists(make_settings(tmp_path, **(vars(settings) | {"labelnum": [9]})), BallSource())
 
 
 def test_a_pool_that_parts_the_cases_of_a_patient_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BallSource, "patient", lambda self, case_id: str(int(case_id[-1]) // 2))
     settings = make_settings(tmp_path, dataset_name="ball", dataset_path=None, cases=6, pool=3, labelnum=[2])
-    with pytest.raises(ValueError, match="--pool 3: it and the test share patients, those of 'ball03'"):
-        compare.write_lists(settings, BallSource())
-    compare.write_lists(make_settings(tmp_path, **(vars(settings) | {"pool": 4})), BallSource())
+    with pytest.raises(ValueError, match="--pool 3 parts the cases of a patient; 2 is the next smaller"):
+        write_lists(settings, BallSource())
+    with pytest.raises(ValueError, match="--cases 5 parts the cases of a patient; 4 is the next smaller"):
+        write_lists(make_settings(tmp_path, **(vars(settings) | {"cases": 5})), BallSource())
+    train, _ = write_lists(make_settings(tmp_path, **(vars(settings) | {"cases": 4, "pool": None})), BallSource())
+    assert train.read_text(encoding="utf-8").split() == ["ball00", "ball01"]  # four fifths are 3
 
 
 def test_four_fifths_are_the_pool_unless_told_otherwise(tmp_path: Path) -> None:
     settings = make_settings(tmp_path, dataset_name="ball", dataset_path=None, num_classes=None, cases=6, pool=None)
-    train, test = compare.write_lists(settings, BallSource())
+    train, test = write_lists(settings, BallSource())
     assert settings.pool == 4
     assert [len(path.read_text(encoding="utf-8").split()) for path in (train, test)] == [4, 2]
 
@@ -67,10 +72,25 @@ def test_a_test_list_of_the_data_is_the_test(tmp_path: Path) -> None:
             return ("ball02",)
 
     more = {"dataset_name": "ball", "dataset_path": None, "num_classes": None, "pool": None, "labelnum": [1]}
-    train, test = compare.write_lists(make_settings(tmp_path / "all", cases=None, **more), Listed())
+    train, test = write_lists(make_settings(tmp_path / "all", cases=None, **more), Listed())
     assert (train.read_text(encoding="utf-8"), test.read_text(encoding="utf-8")) == ("ball03\nball01\n", "ball02\n")
-    developed = compare.write_lists(make_settings(tmp_path / "few", cases=2, **more), Listed())  # no test case in it
+    developed = write_lists(make_settings(tmp_path / "few", cases=2, **more), Listed())  # no test case in it
     assert [path.read_text(encoding="utf-8") for path in developed] == ["ball03\n", "ball01\n"]
+
+
+def test_unlabelled_cases_of_the_pool_are_no_labels(tmp_path: Path) -> None:
+    class Listed(BallSource):  # the first six of eight have a label
+        def official_train(self) -> tuple[str, ...]:
+            return ("ball05", "ball06", "ball04", "ball07")
+
+        def official_test(self) -> tuple[str, ...]:
+            return ("ball02",)
+
+    settings = make_settings(tmp_path, dataset_name="ball", cases=None, pool=None, labelnum=[2])
+    write_lists(settings, Listed())
+    assert (settings.pool, settings.labels) == (4, 2)
+    with pytest.raises(ValueError, match="--labelnum 3: the pool has 2 labelled cases"):
+        write_lists(make_settings(tmp_path, **(vars(settings) | {"labelnum": [3], "pool": None})), Listed())
 
 
 def test_only_data_labels_and_steps_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,12 +102,12 @@ def test_only_data_labels_and_steps_must_be_named(monkeypatch: pytest.MonkeyPatc
 
 def test_lists_of_trained_runs_are_kept(tmp_path: Path) -> None:
     settings = make_settings(tmp_path, dataset_name="ball", dataset_path=tmp_path, num_classes=None, cases=6, pool=4)
-    lists = compare.write_lists(settings, BallSource())
+    lists = write_lists(settings, BallSource())
     (tmp_path / "supervised_4labels_seed0.plan.json").touch()
-    assert compare.write_lists(settings, BallSource()) == lists
+    assert write_lists(settings, BallSource()) == lists
     before = lists[1].read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="use another --output_dir"):
-        compare.write_lists(make_settings(tmp_path, **(vars(settings) | {"cases": 5})), BallSource())
+        write_lists(make_settings(tmp_path, **(vars(settings) | {"cases": 5})), BallSource())
     assert lists[1].read_text(encoding="utf-8") == before
 
 

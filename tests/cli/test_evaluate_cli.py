@@ -79,7 +79,7 @@ def test_validation_and_all_cases(
     with caplog.at_level(logging.WARNING):
         assert evaluate(checkpoint, "--split", "all", "--output_dir", tmp_path / "all") == 0
     assert cases_in(tmp_path / "all") == [f"ball{index:02d}" for index in range(6)]
-    assert "5 of 6 cases bear ids of training cases" in caplog.text
+    assert "5 of 6 cases are of training patients" in caplog.text
 
 
 def keep_log(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +121,7 @@ def test_list_with_ids_of_training_cases_on_other_data_gives_a_warning(
     flags = ("--dataset_path", part, "--test_list", tmp_path / "list.txt", "--output_dir", tmp_path / "out")
     with caplog.at_level(logging.WARNING):
         assert evaluate(checkpoint, *flags) == 0
-    assert "1 of 1 cases bear ids of training cases" in caplog.text
+    assert "1 of 1 cases are of training patients" in caplog.text
 
 
 def test_cache_folder_of_another_machine_can_be_replaced(checkpoint: Path, tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_impossible_requests_are_refused_in_one_line(
     training_case = split_of(checkpoint)["labeled"][0]
     (tmp_path / "list.txt").write_text(f"{training_case}\n")
     assert "training cases" in refused(capsys, checkpoint, "--test_list", tmp_path / "list.txt")
-    assert "training cases" in refused(capsys, checkpoint, "--split", "val", "--val_list", tmp_path / "list.txt")
+    assert "trained on" in refused(capsys, checkpoint, "--split", "val", "--val_list", tmp_path / "list.txt")
     with pytest.raises(SystemExit) as stop:
         evaluate_3d.main([])
     assert stop.value.code == 2 and "--checkpoint is required" in capsys.readouterr().err

@@ -42,6 +42,7 @@ def test_patients_without_a_diagnosis_come_by_name(tmp_path: Path) -> None:
         path.unlink()
     assert acdc(tmp_path).case_ids()[2] == "patient002_frame01"
     (tmp_path / "training/patient002/Info.cfg").write_bytes(b"\xff\xfe no text")
+    (tmp_path / "training/patient003/Info.cfg").write_text("Group:\nHeight: 170\n")
     assert acdc(tmp_path).case_ids()[2] == "patient002_frame01"
 
 
@@ -54,15 +55,39 @@ def test_classes_and_labels_are_those_of_the_challenge(tmp_path: Path) -> None:
     assert volume.spacing == (1.0, 2.0, 3.0) and source.grid("patient001_frame12").shape == make.SHAPE
 
 
-def test_a_testing_folder_without_labels_is_unlabelled(tmp_path: Path) -> None:
+def test_without_labels_in_testing_the_last_fifth_of_the_patients_is_the_test(tmp_path: Path) -> None:
     write_release(tmp_path, testing=False)
     source = acdc(tmp_path)
-    assert source.official_train() is None and source.official_test() is None
+    assert source.official_test() == ("patient005_frame01", "patient005_frame12")
     request = SplitRequest(labelnum=4)
     split = make_training_split(source, request)
-    test = make_test_ids(source, request, split)
-    assert {"patient101_frame01", "patient101_frame12"} <= set(split.unlabeled)
-    assert len(test) == 2 and len({source.patient(case_id) for case_id in test}) == 1
+    assert split.labeled == tuple(f"{p}_frame{f}" for p in ("patient001", "patient003") for f in ("01", "12"))
+    assert split.unlabeled[-2:] == ("patient101_frame01", "patient101_frame12")
+    assert make_test_ids(source, request, split) == source.official_test()
+
+
+def test_a_tested_patient_s_unlabelled_frame_is_in_no_role(tmp_path: Path) -> None:
+    write_release(tmp_path)
+    make.write_acdc_patient(tmp_path / "testing", "patient102", label=False)
+    (tmp_path / "testing/patient101/patient101_frame12_gt.nii.gz").unlink()
+    source = acdc(tmp_path)
+    assert source.official_test() == ("patient101_frame01",)
+    assert source.official_train()[-2:] == ("patient102_frame01", "patient102_frame12")
+    assert "patient101_frame12" not in source.official_train()
+
+
+def test_few_patients_have_no_test_list(tmp_path: Path) -> None:
+    make.write_acdc_patient(tmp_path / "training", "patient001")
+    assert acdc(tmp_path).official_test() is None
+
+
+def test_files_that_are_no_frame_of_the_patient_are_passed_by(tmp_path: Path) -> None:
+    write_release(tmp_path)
+    folder = tmp_path / "training/patient001"
+    make.write_nifti(folder / "patient001_4d.nii", make.counting_image())  # unpacked beside the .nii.gz
+    make.write_nifti(folder / "patient009_frame01.nii.gz", make.counting_image())
+    make.write_nifti(folder / "mean.nii.gz", make.counting_image())
+    assert len(acdc(tmp_path).case_ids()) == 12
 
 
 def test_another_folder_is_refused_with_both_layouts(tmp_path: Path) -> None:
@@ -80,7 +105,7 @@ def write_h5_copy(root: Path) -> None:
     slices = [f"{p}_frame{f}_slice_{k}" for p in ("patient003", "patient001") for f in ("01", "12") for k in (0, 1)]
     (root / "train_slices.list").write_text("\n".join(slices) + "\n")
     (root / "val.list").write_text("patient002_frame01\npatient002_frame12\n")
-    (root / "test.list").write_text("patient004_frame01\npatient004_frame12\n")
+    (root / "test.list").write_text("patient004_frame01.h5\npatient004_frame12.h5\n")
 
 
 def test_the_copy_has_the_field_s_lists_and_axes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

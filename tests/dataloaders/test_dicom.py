@@ -169,9 +169,19 @@ def test_series_of_one_patient_id_are_of_one_patient(tmp_path: Path, caplog: pyt
     assert not caplog.text
 
 
-def test_one_patient_id_for_all_is_an_anonymiser_s(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("a", "b"):
-        make.write_dicom(tmp_path / name, make.counting_image(), patient="secret")
+def test_a_patient_id_of_most_cases_is_an_anonymiser_s(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, patient in (("a", "secret"), ("b", "secret"), ("c", "secret"), ("d", ""), ("e", "7")):
+        make.write_dicom(tmp_path / name, make.counting_image(), patient=patient)
     source = DicomFolders(tmp_path, num_classes=2)
-    assert [source.patient(case_id) for case_id in ("a", "b", "a")] == ["a", "b", "a"]
-    assert caplog.text.count("all 2 cases have the same PatientID") == 1 and "secret" not in caplog.text
+    assert [source.patient(case_id) for case_id in "abcda"] == ["a", "b", "c", "d", "a"]
+    assert source.patient("e") == "PatientID 7"
+    assert caplog.text.count("3 of 5 cases have the same PatientID") == 1 and "secret" not in caplog.text
+
+
+def test_half_of_the_cases_may_be_of_one_patient(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, patient in (("a", "1"), ("b", "1"), ("c", "2"), ("d", "3")):
+        make.write_dicom(tmp_path / name, make.counting_image(), patient=patient)
+    source = DicomFolders(tmp_path, num_classes=2)
+    assert source.patient("a") == source.patient("b") != source.patient("c") and not caplog.text
+    make.write_dicom(tmp_path / "only/a", make.counting_image(), patient="1")
+    assert DicomFolders(tmp_path / "only", num_classes=2).patient("a") == "PatientID 1" and not caplog.text

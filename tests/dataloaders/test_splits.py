@@ -150,6 +150,9 @@ class PairsOfCases(ListedCases):
         return f"patient{int(case_id[-2:]) // 2}"
 
 
+IDS_OF_OTHERS = ("case04", "case05", "case06", "case07")  # labelled, and of no patient that case00 or case02 is of
+
+
 def patients(ids: Sequence[str]) -> set[str]:
     return {PairsOfCases().patient(case_id) for case_id in ids}
 
@@ -172,6 +175,26 @@ def test_patients_that_a_list_claims_are_not_held_out(tmp_path: Path) -> None:
     request = SplitRequest(labelnum=1, labeled_list=listed)
     split = make_training_split(PairsOfCases(), request)
     assert make_test_ids(PairsOfCases(), request, split) == ("case06", "case07")
+
+
+def test_other_cases_of_validation_patients_are_not_trained_on(tmp_path: Path) -> None:
+    source = PairsOfCases(train=IDS)
+    split = make_training_split(source, SplitRequest(labelnum=3, val_num=1))
+    assert split.val == ("case02",) and "case03" not in split.labeled + split.unlabeled and len(split.unlabeled) == 6
+    listed = write_list(tmp_path / "v.list", "case00")
+    split = make_training_split(source, SplitRequest(labelnum=2, val_list=listed))
+    assert split.labeled == ("case02", "case03") and "case01" not in split.unlabeled
+
+
+def test_a_train_list_tests_on_patients_that_it_does_not_show() -> None:
+    source, request = PairsOfCases(train=["case00", "case02"]), SplitRequest(labelnum=1)
+    assert make_test_ids(source, request, make_training_split(source, request)) == IDS_OF_OTHERS
+
+
+def test_a_single_patient_cannot_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PairsOfCases, "patient", lambda self, case_id: "one")
+    with pytest.raises(ValueError, match="no labelled training case: the 8 labelled ones are of tested patients"):
+        make_training_split(PairsOfCases(), SplitRequest(labelnum=1))
 
 
 def test_two_roles_that_share_a_patient_are_refused(tmp_path: Path) -> None:
