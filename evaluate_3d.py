@@ -10,6 +10,10 @@ The same data set in another folder, its validation cases, or another data set w
     python evaluate_3d.py --checkpoint runs/la8/best.pt --split val
     python evaluate_3d.py --checkpoint runs/la8/best.pt --dataset_name nifti --dataset_path /data/clinic --split all
 
+Several checkpoints, whose probabilities are averaged; a training case of any is no test case::
+
+    python evaluate_3d.py --checkpoint runs/seed*/last.pt
+
 Several processes share the cases out, on one machine or many::
 
     torchrun --nproc_per_node=2 evaluate_3d.py --checkpoint runs/la8/best.pt
@@ -32,9 +36,10 @@ import torch
 
 from dataloaders.base import CaseSource
 from myutils.build import build_source
-from myutils.checkpoint import InferenceBundle, load_for_inference
+from myutils.checkpoint import InferenceBundle
 from myutils.config import RunConfig
 from myutils.distributed import is_main_rank, start_process_group, stop_process_group
+from myutils.ensemble import load_together
 from myutils.evaluation import (
     CaseResult,
     DamagedCasesError,
@@ -89,10 +94,15 @@ class Job:
     device: torch.device
     folder: Path
 
+    @property
+    def checkpoints(self) -> str:
+        """Their paths, for the log and the summary."""
+        return ", ".join(map(str, self.flags.checkpoint or ()))
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse flags, score, write and print; see the module's docstring for the exit codes."""
-    usage = "%(prog)s --checkpoint PATH [flags]"
+    usage = "%(prog)s --checkpoint PATH [PATH ...] [flags]"
     job = start(EvaluateFlags, prepare, argv, prog="evaluate_3d.py", usage=usage, doc=__doc__)
     try:
         run(job)
@@ -114,10 +124,10 @@ def prepare(flags: EvaluateFlags) -> Job:
         FileNotFoundError: If the checkpoint, the data or a list file is missing.
         ValueError: If data and checkpoint do not fit, or the split is empty.
     """
-    if flags.checkpoint is None:
+    if not flags.checkpoint:
         raise ValueError("--checkpoint is required: the last.pt or best.pt of a run")
     _, device = start_process_group(flags.gpu)
-    bundle = load_for_inference(flags.checkpoint, device)
+    bundle = load_together(flags.checkpoint, device)
     config = flags.apply_to(bundle.config)
     options = inference_options(bundle, config, device)
     given = {name: getattr(flags, name) for name in DATA_SETTINGS if getattr(flags, name) is not None}
@@ -144,17 +154,18 @@ def open_source(config: RunConfig, bundle: InferenceBundle, flags: EvaluateFlags
 
 
 def default_folder(flags: EvaluateFlags, bundle: InferenceBundle, source: CaseSource) -> Path:
-    """``evaluation/<split>`` beside the checkpoint; another data set's results get a folder of their own."""
-    name = flags.split
+    """``evaluation/<split>`` beside the first checkpoint; other data, and several checkpoints, get another name."""
+    first, *others = flags.checkpoint or (Path(),)
+    name = f"{flags.split}_mean_of_{len(others) + 1}" if others else flags.split
     if not is_training_data(source, bundle):
         name = f"{flags.dataset_path.name if flags.dataset_path else flags.dataset_name}_{name}"
-    return Path(flags.checkpoint or "").parent / "evaluation" / name
+    return first.parent / "evaluation" / name
 
 
 def run(job: Job) -> None:
     """Score all cases, write the files, print the table and where the files are."""
     bundle, folder = job.bundle, job.folder
-    logger.info("checkpoint: %s, step %d, %s", job.flags.checkpoint, bundle.step, bundle.config.model)
+    logger.info("checkpoint: %s, step %d, %s", job.checkpoints, bundle.step, bundle.config.model)
     logger.info("cases: %d (%s)", len(job.case_ids), job.flags.split)
     try:
         results = evaluate_cases(
@@ -182,7 +193,7 @@ def write_results(job: Job, results: Sequence[CaseResult]) -> None:
     summary = summarise(results, names)
     write_cases_csv(job.folder / "cases.csv", results, names)
     about = {
-        "checkpoint": str(job.flags.checkpoint),
+        "checkpoint": job.checkpoints,
         "step": job.bundle.step,
         "split": job.flags.split,
         "split_digest": job.bundle.split.digest,

@@ -4,6 +4,9 @@ A NIfTI file, a folder of them, a DICOM series' folder, or a folder of such fold
 
     python predict_3d.py --checkpoint runs/la8/best.pt --input scan.nii.gz --output predicted
     python predict_3d.py --checkpoint runs/la8/best.pt --input scans --output predicted --probabilities
+    python predict_3d.py --checkpoint runs/seed*/last.pt --input scans --output predicted
+
+Several checkpoints, such as runs of several seeds, segment together: their probabilities are averaged.
 
 Several processes share the scans out: ``torchrun --nproc_per_node=2 predict_3d.py ...``.
 
@@ -26,8 +29,9 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataloaders.geometry import READ_ERRORS, reason_of, states_orientation
-from myutils.checkpoint import InferenceBundle, load_for_inference
+from myutils.checkpoint import InferenceBundle
 from myutils.distributed import is_main_rank, join_shares, own_share, start_process_group, stop_process_group
+from myutils.ensemble import load_together
 from myutils.flags import option
 from myutils.inference import InferenceOptions, label_map_from, predict_label_map, predict_probabilities
 from myutils.inference_flags import InferenceFlags, inference_options, start
@@ -73,7 +77,7 @@ class Job:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse flags and segment; see the module's docstring for the exit codes."""
-    usage = "%(prog)s --checkpoint PATH --input PATH --output DIR [flags]"
+    usage = "%(prog)s --checkpoint PATH [PATH ...] --input PATH --output DIR [flags]"
     job = start(PredictFlags, prepare, argv, prog="predict_3d.py", usage=usage, doc=__doc__)
     try:
         failed = run(job)
@@ -95,14 +99,14 @@ def prepare(flags: PredictFlags) -> Job:
         FileNotFoundError: If the checkpoint or the input is missing.
         ValueError: If a flag is missing, or an output would overwrite an input.
     """
-    if flags.checkpoint is None or flags.input is None or flags.output is None:
-        missing = [name for name in ("checkpoint", "input", "output") if getattr(flags, name) is None]
+    if not flags.checkpoint or flags.input is None or flags.output is None:
+        missing = [name for name in ("checkpoint", "input", "output") if not getattr(flags, name)]
         raise ValueError(f"{', '.join('--' + name for name in missing)}: required")
     if flags.output.exists() and not flags.output.is_dir():
         raise ValueError(f"--output {flags.output} is a file; pass a folder")
     scans = find_scans(flags.input)
     _, device = start_process_group(flags.gpu)
-    bundle = load_for_inference(flags.checkpoint, device)
+    bundle = load_together(flags.checkpoint, device)
     config = flags.apply_to(bundle.config)
     options = inference_options(bundle, config, device)
     scans = join_channels(scans, bundle.in_channels)

@@ -102,7 +102,8 @@ class AcdcH5(H5Source):
     """Cases ``data/patient001_frame01.h5`` with ``image`` and ``label`` stored as (Z, Y, X), and the field's lists.
 
     The copy has the 100 patients of ``training/``; its train list names slices. Beside its lists the cases of
-    ``val.list`` are in no role unless ``--val_list`` names them. The voxel sizes of the release, which differ between patients, are lost.
+    ``val.list`` are in no role unless ``--val_list`` names them. The voxel sizes of the release, which differ between
+    patients, are lost.
     """
 
     format_name = FORMAT

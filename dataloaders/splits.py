@@ -132,21 +132,20 @@ def make_test_ids(source: CaseSource, request: SplitRequest, training_split: Tra
         ValueError: If there is no test case, one has no label, or one, or another case of its patient, belongs to the
             training split.
     """
+    used = {*training_split.labeled, *training_split.unlabeled, *training_split.val}
     test = _test_list(source, request)
     if test is None:
         train = _train_list(source, request)
         if train is None:
             test = _held_out(source, request)
         else:
-            used = {*train, *training_split.labeled, *training_split.val}
-            used.update(of_patients(source, source.labeled_ids(), used))
-            test = tuple(case_id for case_id in source.labeled_ids() if case_id not in used)
+            seen = set(of_patients(source, source.labeled_ids(), used.union(train)))
+            test = tuple(case_id for case_id in source.labeled_ids() if case_id not in seen)
     if not test:
         raise ValueError(
             "there are no test cases: every labelled case is of a training case's patient; pass --test_list with ids "
             "that are in no other list"
         )
-    used = {*training_split.labeled, *training_split.unlabeled, *training_split.val}
     overlap = [case_id for case_id in test if case_id in used]
     if overlap:
         raise ValueError(f"test cases {some(overlap)} are also training cases of this run; pass another --test_list")

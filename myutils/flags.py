@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+METAVARS = {int: "N", float: "VALUE", str: "NAME", Path: "PATH"}
+
 
 def option(default: Any, *, help: str, group: str = "options", choices: Sequence[str] | None = None) -> Any:
     """A dataclass field that becomes ``--name``; ``help`` states the meaning and the unit.
@@ -88,9 +90,9 @@ def _flag_settings(hint: Any) -> dict[str, Any]:
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)
         if inner[-1] is Ellipsis:
-            return {"nargs": "*", "type": inner[0], "metavar": "N"}
+            return {"nargs": "*", "type": inner[0], "metavar": METAVARS[inner[0]]}
         return {"nargs": len(inner), "type": inner[0], "metavar": {2: ("LOW", "HIGH"), 3: ("X", "Y", "Z")}[len(inner)]}
-    return {"type": hint, "metavar": {int: "N", float: "VALUE", str: "NAME", Path: "PATH"}[hint]}
+    return {"type": hint, "metavar": METAVARS[hint]}
 
 
 class UnderscoreBoolean(argparse.Action):

@@ -23,9 +23,11 @@ INFERENCE = "inference"
 
 @dataclass(frozen=True)
 class InferenceFlags:
-    """How to run the checkpoint's network on whole volumes."""
+    """How to run the network of a checkpoint, or those of several, on whole volumes."""
 
-    checkpoint: Path | None = option(None, help="last.pt or best.pt of a run; else none, it is required", group="files")
+    checkpoint: tuple[Path, ...] | None = option(
+        None, help="last.pt or best.pt of a run; several segment together; else none, it is required", group="files"
+    )
     overlap: float | None = option(
         None, help="overlap of neighbouring windows, 0..0.9; else the checkpoint's", group=INFERENCE
     )

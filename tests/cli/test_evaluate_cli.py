@@ -16,6 +16,7 @@ from helpers_scans import trained_run, write_cohort
 
 import evaluate_3d
 from myutils import inference_flags
+from myutils.checkpoint import load_for_inference
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def refused(capsys: pytest.CaptureFixture[str], checkpoint: Path, *flags: object
 
 
 def split_of(checkpoint: Path) -> dict[str, tuple[str, ...]]:
-    bundle = evaluate_3d.load_for_inference(checkpoint, torch.device("cpu"))
+    bundle = load_for_inference(checkpoint, torch.device("cpu"))
     return {"labeled": bundle.split.labeled, "unlabeled": bundle.split.unlabeled, "val": bundle.split.val}
 
 
@@ -125,13 +126,13 @@ def test_list_with_ids_of_training_cases_on_other_data_gives_a_warning(
 
 
 def test_cache_folder_of_another_machine_can_be_replaced(checkpoint: Path, tmp_path: Path) -> None:
-    job = evaluate_3d.prepare(evaluate_3d.EvaluateFlags(checkpoint=checkpoint, output_dir=tmp_path / "out"))
+    job = evaluate_3d.prepare(evaluate_3d.EvaluateFlags(checkpoint=(checkpoint,), output_dir=tmp_path / "out"))
     assert job.config.cache_dir != tmp_path
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate_3d, "build_source", lambda config: seen.append(config.cache_dir) or job.source)
         evaluate_3d.prepare(
-            evaluate_3d.EvaluateFlags(checkpoint=checkpoint, cache_dir=tmp_path, output_dir=tmp_path / "out")
+            evaluate_3d.EvaluateFlags(checkpoint=(checkpoint,), cache_dir=tmp_path, output_dir=tmp_path / "out")
         )
     assert seen == [tmp_path]
 

@@ -149,7 +149,7 @@ def predict_scans(folder: Path, failed: Path) -> None:
     """Segment the folder's scans with the supervised run, and write down which failed."""
     predicted = folder / failed.stem.replace("failed", "predicted")
     flags = predict_3d.PredictFlags(
-        checkpoint=folder / "shared" / "supervised" / "last.pt", input=folder / "scans", output=predicted
+        checkpoint=(folder / "shared" / "supervised" / "last.pt",), input=folder / "scans", output=predicted
     )
     failed.write_text(json.dumps(predict_3d.run(predict_3d.prepare(flags))))
 
