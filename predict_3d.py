@@ -29,6 +29,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataloaders.geometry import READ_ERRORS, reason_of, states_orientation
+from dataloaders.orientation import axis_names, note_stored_axes
 from myutils.checkpoint import InferenceBundle
 from myutils.distributed import is_main_rank, join_shares, own_share, start_process_group, stop_process_group
 from myutils.ensemble import load_together
@@ -149,7 +150,10 @@ def segment(scan: Scan, job: Job) -> None:
     else:
         arrays = [predict_label_map(*arguments, keep_largest=job.keep_largest)]
     header = scan.header()
-    if job.bundle.preprocess.orientation == "ras" and header is not None and not states_orientation(header):
+    oriented = header is None or states_orientation(header)
+    if job.bundle.preprocess.orientation == "stored":
+        note_stored_axes(axis_names([volume.affine]) if oriented else "without directions")
+    elif not oriented:
         logger.warning("%s does not say how it lies in the body, and may be mirrored to the network", scan.path)
     for path, array in zip(job.outputs(scan), arrays, strict=True):
         if header is None:

@@ -108,6 +108,15 @@ def warn_if_oblique(volume: Volume) -> None:
 
 
 @cache
+def note_stored_axes(names: str) -> None:
+    """Say once per orientation of scans to predict that their axes are not looked at."""
+    logger.warning(
+        "the network takes axes as stored, here %s: in each scan they must mean what they did in the training scans",
+        names,
+    )
+
+
+@cache
 def _warn_once(case_id: str, degrees: int) -> None:
     logger.warning(
         "case %s lies %d degrees off the axes of the body: it is turned to the closest, which may be others than in "

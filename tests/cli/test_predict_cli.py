@@ -12,6 +12,7 @@ import SimpleITK as sitk  # noqa: N813 - its usual name
 from helpers_scans import oblique_affine, trained_run, write_cohort, write_dicom
 
 import predict_3d
+from dataloaders.orientation import note_stored_axes
 
 HEADER_FIELDS = (
     "qform_code",
@@ -192,6 +193,21 @@ def test_a_scan_is_segmented_alike_as_nifti_and_as_dicom(tmp_path: Path) -> None
     found = np.asarray(nib.as_closest_canonical(second).dataobj)
     assert np.unique(found).size > 1
     np.testing.assert_array_equal(found, np.asarray(first.dataobj))
+
+
+def test_axes_that_are_taken_as_stored_are_named_once(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note_stored_axes.cache_clear()
+    run = trained_run(write_cohort(tmp_path / "balls"), tmp_path / "run", method="supervised", orientation="stored")
+    for name in ("a", "b"):
+        scan(tmp_path / f"in/{name}.nii.gz")
+    scan(tmp_path / "in/c.nii.gz", codes=(0, 0))
+    assert predict(run, tmp_path / "in", tmp_path / "out") == 0
+    said = capsys.readouterr().err
+    assert said.count("takes axes as stored, here LAS") == 1 and said.count("as stored, here without directions") == 1
+    assert predict(checkpoint, tmp_path / "in/a.nii.gz", tmp_path / "turned") == 0
+    assert "as stored" not in capsys.readouterr().err
 
 
 def test_inputs_are_never_overwritten(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
