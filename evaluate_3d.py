@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 
 from dataloaders.base import CaseSource
-from myutils.build import build_source
+from myutils.build import build_source, kept_parts
 from myutils.checkpoint import InferenceBundle
 from myutils.config import RunConfig
 from myutils.distributed import is_main_rank, start_process_group, stop_process_group
@@ -175,7 +175,7 @@ def run(job: Job) -> None:
             bundle.preprocess,
             job.options,
             job.device,
-            keep_largest=job.config.largest_component,
+            keep_largest=kept_parts(job.config, bundle.facts),
             save_dir=folder / "predictions",
         )
     except DamagedCasesError as error:
@@ -199,7 +199,7 @@ def write_results(job: Job, results: Sequence[CaseResult]) -> None:
         "split_digest": job.bundle.split.digest,
         "dataset_name": job.flags.dataset_name or job.config.dataset_name,
         "dataset_path": str(job.flags.dataset_path or job.config.dataset_path or ""),
-        "inference": dataclasses.asdict(job.options) | {"largest_component": job.config.largest_component},
+        "inference": dataclasses.asdict(job.options) | {"largest_component": kept_parts(job.config, job.bundle.facts)},
     }
     write_summary_json(job.folder / "summary.json", summary | about)
     files = "".join(f"{job.folder / name}\n" for name in ("cases.csv", "summary.json", "predictions"))

@@ -30,6 +30,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataloaders.geometry import READ_ERRORS, reason_of, states_orientation
 from dataloaders.orientation import axis_names, note_stored_axes
+from myutils.build import kept_parts
 from myutils.checkpoint import InferenceBundle
 from myutils.distributed import is_main_rank, join_shares, own_share, start_process_group, stop_process_group
 from myutils.ensemble import load_together
@@ -64,7 +65,7 @@ class Job:
 
     bundle: InferenceBundle
     options: InferenceOptions
-    keep_largest: bool
+    keep_largest: tuple[int, ...]
     device: torch.device
     scans: list[Scan]
     folder: Path
@@ -111,7 +112,8 @@ def prepare(flags: PredictFlags) -> Job:
     config = flags.apply_to(bundle.config)
     options = inference_options(bundle, config, device)
     scans = join_channels(scans, bundle.in_channels)
-    job = Job(bundle, options, config.largest_component, device, scans, flags.output, flags.probabilities)
+    kept = kept_parts(config, bundle.facts)
+    job = Job(bundle, options, kept, device, scans, flags.output, flags.probabilities)
     require_free_outputs(scans, [path for scan in scans for path in job.outputs(scan)])
     flags.output.mkdir(parents=True, exist_ok=True)
     return job

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from dataloaders.splits import make_test_ids, make_training_split
-from myutils.build import DataFacts, build_source, resolve_config
+from myutils.build import DataFacts, build_source, kept_parts, resolve_config
 from myutils.checkpoint import RunState, read_checkpoint
 from myutils.config import RunConfig
 from myutils.distributed import RankInfo, any_rank, barrier, broadcast_object, start_process_group, stop_process_group
@@ -264,6 +264,9 @@ def describe(trainer: Trainer) -> None:
     logger.info("cases: %s (split %s)", cases, split.digest[:12])
     if config.ct_range is not None:
         logger.info("intensities: CT, clipped to %g..%g (--ct_range)", *config.ct_range)
+    kept = [source.class_names[class_id] for class_id in kept_parts(config, state.facts)]
+    if kept:
+        logger.info("predictions: the largest part alone of %s (--no-largest_component)", ", ".join(kept))
     levels = trainer.method.student.flat_levels
     flat = f", flat levels {' '.join(map(str, levels))}" if any(levels) else ""
     logger.info("method: %s on %s%s%s", config.method, config.model, flat, prototypes)

@@ -10,7 +10,8 @@ own training and test list, or four fifths and the rest. The first ``--labelnum`
 chooses anything: to choose settings, ``--cases`` leaves out the last cases of the data. Orientation, flat levels, patch
 and range of CT that no flag names are fitted to the fewest labelled cases, the same for all rows; but a row of its own
 ``--model``, ``--spacing`` or ``--orientation`` has its own flat levels. All rows are scored alike: none is mirrored at
-test time, whatever its method's default (``-- --tta_flips``: all are). Several numbers of labels (``--labelnum
+test time, whatever its method's default (``-- --tta_flips``: all are), and all parts of a prediction count
+(``-- --largest_component``: the largest of each class does). Several numbers of labels (``--labelnum
 2,4,8,16,all``) give a table each and a plot of Dice against labels; ``all`` is ``--full``.
 
 ``--row "NAME=FLAGS"`` adds a row with any flags, such as ``--row "no prototypes=--method best
@@ -176,7 +177,7 @@ def _common_flags(fitted: Mapping[str, Flags], plan: Plan) -> list[str]:
 
 def train_all(settings: argparse.Namespace, plans: list[Plan], lists: tuple[Path, Path]) -> dict[Plan, Row]:
     """Run, resume or skip every training, seed by seed, so that an early end leaves whole seeds."""
-    common = ["--no-tta_flips"]  # best would be mirrored and the others not; later flags win
+    common = ["--no-tta_flips", "--no-largest_component"]  # best would be mirrored alone; later flags win
     common += ["--dataset_name", settings.dataset_name]
     common += ["--dataset_path", str(settings.dataset_path.absolute())] if settings.dataset_path else []
     common += ["--train_list", str(lists[0].absolute()), "--test_list", str(lists[1].absolute())]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from dataloaders.base import SOURCES, CaseSource
+from dataloaders.base import SOURCES, CaseSource, Volume
 from dataloaders.case_cache import CaseCache, CaseStore
 from dataloaders.preprocess import Preprocess
 from dataloaders.transforms import AugmentOptions
+from myutils.components import single_parts
 from myutils.config import RunConfig, required
 from myutils.inference import InferenceOptions
 from myutils.methods.base import COMMON_DEFAULTS, METHODS, Method
@@ -35,6 +37,7 @@ class DataFacts:
     class_names: tuple[str, ...]
     modality: str
     flip_axes: tuple[int, ...]
+    single_parts: tuple[int, ...] = ()  # class ids, see ``components.single_parts``
 
     @classmethod
     def of(cls, source: CaseSource) -> DataFacts:
@@ -46,6 +49,11 @@ class DataFacts:
             source.modality,
             tuple(source.flip_axes),
         )
+
+    def with_labels(self, cases: Iterable[Volume]) -> DataFacts:
+        """The same with what the labels of the labelled cases say."""
+        labels = (case.label for case in cases if case.label is not None)
+        return dataclasses.replace(self, single_parts=single_parts(labels, self.num_classes))
 
     @classmethod
     def from_dict(cls, stored: dict[str, object]) -> DataFacts:
@@ -120,6 +128,13 @@ def _with_method_defaults(
         if getattr(config, name) and not flip_axes:
             raise ValueError(f"--{name}: there is no axis to mirror along; name some with --flip_axes, or leave it out")
     return dataclasses.replace(config, **{name: v for name, v in wanted.items() if getattr(config, name) is None})
+
+
+def kept_parts(config: RunConfig, facts: DataFacts) -> tuple[int, ...]:
+    """Classes of which a prediction keeps the largest component: all, none, or those in one part in the labels."""
+    if config.largest_component is None:
+        return facts.single_parts
+    return tuple(range(1, facts.num_classes)) if config.largest_component else ()
 
 
 def build_preprocess(config: RunConfig) -> Preprocess:

@@ -48,9 +48,7 @@ class RunConfig:
     ct_range: tuple[float, float] | None = option(
         None, help="clip CT to these values, low and high (HU); else to those of the labelled structures", group=DATA
     )
-    voxel_size: Spacing | None = option(
-        None, help="voxel size in mm where files store none (LA, ACDC's HDF5)", group=DATA
-    )
+    voxel_size: Spacing | None = option(None, help="voxel size in mm if files store none; else usual ones", group=DATA)
     spacing: Spacing | None = option(None, help="resample images to this voxel size in mm; else none", group=DATA)
     orientation: str | None = option(
         None,
@@ -230,7 +228,9 @@ class RunConfig:
     tta_views: int = option(
         1, help="average over this many views of the input, all but one turned, scaled and mirrored", group=EVALUATION
     )
-    largest_component: bool = option(False, help="keep the largest component of each class", group=EVALUATION)
+    largest_component: bool | None = option(
+        None, help="keep the largest part of every class; else of those in one part in all labels", group=EVALUATION
+    )
 
     def __post_init__(self) -> None:
         check_settings(vars(self))

@@ -6,7 +6,7 @@ import csv
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def evaluate_cases(
     inference: InferenceOptions,
     device: torch.device,
     *,
-    keep_largest: bool = False,
+    keep_largest: Collection[int] = (),
     save_dir: Path | None = None,
     progress: bool = True,
 ) -> list[CaseResult]:
@@ -85,7 +85,7 @@ def evaluate_cases(
         preprocess: What the network saw in training; predictions return to the case's own grid before scoring.
         inference: Windows, overlap, flips, precision.
         device: Where the network runs.
-        keep_largest: Keep the largest connected part of each class only.
+        keep_largest: Classes of which the largest connected part alone is kept.
         save_dir: Folder for ``<case>.nii.gz``; None to save nothing.
         progress: Show a progress bar.
 

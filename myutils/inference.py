@@ -7,19 +7,19 @@ turned views (``--tta_views``), resampling (``--spacing``) and ``--probabilities
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from dataloaders.base import Volume
 from dataloaders.geometry import Spacing
 from dataloaders.preprocess import Preprocess
+from myutils.components import largest_component
 from myutils.distributed import autocast, resolve_amp
 from myutils.inference_views import View, make_views, seen_from, seen_places
 from myutils.pseudo_labels import most_probable
@@ -243,12 +243,15 @@ def predict_probabilities(
     return preprocess.restore(probs.numpy(), volume)
 
 
-def label_map_from(probabilities: np.ndarray, *, keep_largest: bool = False) -> np.ndarray:
-    """The most probable class of each voxel (X, Y, Z), uint8, from probabilities (K, X, Y, Z)."""
+def label_map_from(probabilities: np.ndarray, *, keep_largest: Collection[int] = ()) -> np.ndarray:
+    """The most probable class of each voxel (X, Y, Z), uint8, from probabilities (K, X, Y, Z).
+
+    Of the classes in ``keep_largest`` the largest part alone is kept.
+    """
     label_map = np.empty(probabilities.shape[1:], dtype=np.uint8)
     for rows in _slabs(len(label_map)):
         label_map[rows] = most_probable(torch.from_numpy(probabilities[:, rows]), 0).numpy()
-    return largest_component(label_map) if keep_largest else label_map
+    return largest_component(label_map, keep_largest)
 
 
 def predict_label_map(
@@ -258,9 +261,9 @@ def predict_label_map(
     options: InferenceOptions,
     device: torch.device,
     *,
-    keep_largest: bool = False,
+    keep_largest: Collection[int] = (),
 ) -> np.ndarray:
-    """Class ids (X, Y, Z), uint8, of a raw case on its own grid."""
+    """Class ids (X, Y, Z), uint8, of a raw case on its own grid; ``keep_largest`` as in ``label_map_from``."""
     prepared = preprocess(volume)
     arguments = (network, torch.from_numpy(prepared.image), options, device, prepared.spacing)
     if preprocess.spacing is None:
@@ -273,26 +276,4 @@ def predict_label_map(
         whole = sliding_window_probabilities(*arguments).numpy()
         for rows in _slabs(len(label_map)):
             label_map[rows] = label_map_from(preprocess.restore(whole, volume, rows))
-    return largest_component(label_map) if keep_largest else label_map
-
-
-def largest_component(label_map: np.ndarray, connectivity: int = 3) -> np.ndarray:
-    """Keep the largest connected part of each class and set the rest to background.
-
-    Args:
-        label_map: Class ids (X, Y, Z), integer.
-        connectivity: 1 connects voxels that share a face, 2 also those with a common edge, 3 with a common corner.
-
-    Returns:
-        A new map of the same shape and type; of parts of equal size the first in array order stays.
-    """
-    kept = np.zeros_like(label_map)
-    touching = ndimage.generate_binary_structure(label_map.ndim, connectivity)
-    for class_id, box in enumerate(ndimage.find_objects(label_map.astype(np.int32, copy=False)), start=1):
-        if box is None:
-            continue
-        parts, _ = ndimage.label(label_map[box] == class_id, structure=touching)
-        sizes = np.bincount(parts.ravel())
-        sizes[0] = 0
-        kept[box][parts == sizes.argmax()] = class_id
-    return kept
+    return largest_component(label_map, keep_largest)

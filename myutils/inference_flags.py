@@ -42,7 +42,7 @@ class InferenceFlags:
         group=INFERENCE,
     )
     largest_component: bool | None = option(
-        None, help="keep the largest component of each class; else the checkpoint's", group=INFERENCE
+        None, help="keep the largest component of every class, or all; else the checkpoint's", group=INFERENCE
     )
     gpu: int | None = option(None, help="number of the CUDA device; else 0, or the CPU without one", group=INFERENCE)
     amp: str | None = option(

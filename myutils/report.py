@@ -13,7 +13,7 @@ import torch
 
 from dataloaders.base import CaseSource
 from dataloaders.splits import ids_digest
-from myutils.build import build_inference
+from myutils.build import build_inference, kept_parts
 from myutils.checkpoint import load_for_inference
 from myutils.distributed import is_main_rank, resolve_amp
 from myutils.evaluation import CaseResult, evaluate_cases, summarise, write_cases_csv, write_summary_json
@@ -48,7 +48,7 @@ def evaluate_run(
         bundle.preprocess,
         build_inference(bundle.config, resolve_amp(bundle.config.amp, device)),
         device,
-        keep_largest=bundle.config.largest_component,
+        keep_largest=kept_parts(bundle.config, bundle.facts),
         save_dir=folder / "test" / "predictions",
     )
     summary = summarise(results, bundle.class_names)

@@ -103,9 +103,9 @@ class Trainer:
         return build.build_cache(self.state.config, self.source)
 
     def read_labels(self) -> None:
-        """Read the cases with labels now, so that a wrong one is named before training; errors as in ``load``."""
-        for case_id in self.state.split.labeled:
-            self.cache.get(case_id, with_label=True)
+        """Read the labels: a wrong one is named before training, the facts keep what they say; errors of ``load``."""
+        cases = (self.cache.get(case_id, with_label=True).volume for case_id in self.state.split.labeled)
+        self.state.facts = self.state.facts.with_labels(cases)
         for case_id in self.state.split.val:
             self.source.load(case_id, with_label=True)
 
@@ -281,6 +281,7 @@ class Trainer:
             self.preprocess,
             build.build_inference(self.state.config, self.amp),
             self.device,
+            keep_largest=build.kept_parts(self.state.config, self.state.facts),
             progress=False,
         )
         return float(summarise(results, self.state.facts.class_names)["mean"]["dice"]["mean"])

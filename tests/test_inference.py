@@ -15,7 +15,6 @@ from dataloaders.preprocess import Preprocess
 from myutils.inference import (
     InferenceOptions,
     label_map_from,
-    largest_component,
     predict_label_map,
     predict_probabilities,
     sliding_window_probabilities,
@@ -188,23 +187,10 @@ def test_prediction_returns_to_the_case_grid() -> None:
     np.testing.assert_array_equal(label_map, label_map_from(probabilities))
 
 
-def test_largest_component_keeps_one_part_per_class() -> None:
-    label_map = np.zeros((8, 8, 8), np.uint8)
-    label_map[0:3, 0:3, 0:3] = 1
-    label_map[3, 3, 3] = 1  # touches at a corner: belongs to the block
-    label_map[6, 6, 6] = 1
-    label_map[5:7, 0:2, 0:2], label_map[0, 7, 7] = 3, 3
-    expected = label_map.copy()
-    expected[6, 6, 6] = expected[0, 7, 7] = 0
-    before = label_map.copy()
-    np.testing.assert_array_equal(largest_component(label_map), expected)
-    np.testing.assert_array_equal(label_map, before)
-    assert not largest_component(np.zeros((3, 3, 3), np.uint8)).any()
-
-
 def test_label_map_is_the_most_probable_class() -> None:
     probabilities = np.zeros((3, 1, 1, 4), np.float32)
     for voxel, class_id in enumerate((0, 2, 1, 2)):
         probabilities[class_id, 0, 0, voxel] = 1.0
     np.testing.assert_array_equal(label_map_from(probabilities)[0, 0], [0, 2, 1, 2])
-    np.testing.assert_array_equal(label_map_from(probabilities, keep_largest=True)[0, 0], [0, 2, 1, 0])
+    np.testing.assert_array_equal(label_map_from(probabilities, keep_largest=[2])[0, 0], [0, 2, 1, 0])
+    np.testing.assert_array_equal(label_map_from(probabilities, keep_largest=[1])[0, 0], [0, 2, 1, 2])

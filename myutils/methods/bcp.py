@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from dataloaders.patches import Batch
+from myutils.components import largest_component
 from myutils.config import required
-from myutils.inference import largest_component
 from myutils.losses.segmentation import dice_ce_loss, region_losses
 from myutils.methods.averaged_teacher import TeacherMethod
 from myutils.methods.base import METHODS, LossTerm, StepOutput
@@ -44,7 +44,8 @@ def paste_masks(count: int, size: torch.Size, device: torch.device) -> Tensor:
 
 def largest_components(labels: Tensor) -> Tensor:
     """Label maps (B, X, Y, Z) with all but the largest 6-connected component of each foreground class removed."""
-    kept = [torch.from_numpy(largest_component(found, connectivity=1)) for found in labels.cpu().numpy()]
+    every = range(1, int(labels.max()) + 1)
+    kept = [torch.from_numpy(largest_component(found, every, connectivity=1)) for found in labels.cpu().numpy()]
     return torch.stack(kept).to(labels.device)
 
 

@@ -1,0 +1,56 @@
+"""Connected parts of classes: which classes are in one part in the labels, and the largest part in a prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import numpy as np
+from scipy import ndimage
+
+_FEWEST_SHOWN = 4  # cases; that a class is in one part in fewer may be chance
+_ONE_PART = 0.99  # of the voxels; specks of an unsteady hand are no parts
+
+
+def single_parts(labels: Iterable[np.ndarray], num_classes: int) -> tuple[int, ...]:
+    """Classes that are in one part wherever they are shown, in four cases at least, as organs are and lesions are not.
+
+    Args:
+        labels: Class ids (X, Y, Z) of the labelled cases; each is looked at once.
+        num_classes: Classes with the background.
+    """
+    shown, single = [0] * num_classes, [True] * num_classes
+    for label in labels:
+        for class_id, box in enumerate(ndimage.find_objects(label.astype(np.int32), num_classes - 1), start=1):
+            if box is not None and single[class_id]:
+                shown[class_id] += 1
+                parts, _ = ndimage.label(label[box] == class_id, structure=ndimage.generate_binary_structure(3, 3))
+                sizes = np.bincount(parts.ravel())[1:]
+                single[class_id] = bool(sizes.max() >= _ONE_PART * sizes.sum())
+    return tuple(k for k in range(1, num_classes) if single[k] and shown[k] >= _FEWEST_SHOWN)
+
+
+def largest_component(label_map: np.ndarray, classes: Collection[int], connectivity: int = 3) -> np.ndarray:
+    """Keep the largest connected part of some classes and set the rest of them to background.
+
+    Args:
+        label_map: Class ids (X, Y, Z), integer.
+        classes: Ids of the classes; the others stay as they are.
+        connectivity: 1 connects voxels that share a face, 2 also those with a common edge, 3 with a common corner.
+
+    Returns:
+        A map of the same shape and type; of parts of equal size the first in array order stays.
+    """
+    if not classes:
+        return label_map
+    kept = label_map.copy()
+    touching = ndimage.generate_binary_structure(label_map.ndim, connectivity)
+    boxes = ndimage.find_objects(label_map.astype(np.int32, copy=False), max(classes))
+    for class_id in classes:
+        box = boxes[class_id - 1]
+        if box is None:
+            continue
+        parts, _ = ndimage.label(label_map[box] == class_id, structure=touching)
+        sizes = np.bincount(parts.ravel())
+        sizes[0] = 0
+        kept[box][(parts > 0) & (parts != sizes.argmax())] = 0
+    return kept

@@ -1,0 +1,76 @@
+"""Connected parts: which classes are in one part in the labels, and what is kept of a prediction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import BallSource
+from helpers_runs import small_trainer
+
+from myutils.build import kept_parts
+from myutils.checkpoint import load_for_inference
+from myutils.components import largest_component, single_parts
+
+
+def label_with(*voxels: tuple[int, int, int, int]) -> np.ndarray:
+    """Class ids of single voxels: (x, y, z, class)."""
+    label = np.zeros((6, 6, 6), np.uint8)
+    for x, y, z, class_id in voxels:
+        label[x, y, z] = class_id
+    return label
+
+
+def test_largest_component_keeps_one_part_of_each_class_that_is_named() -> None:
+    label_map = np.zeros((8, 8, 8), np.uint8)
+    label_map[0:3, 0:3, 0:3] = 1
+    label_map[3, 3, 3] = 1  # touches at a corner: belongs to the block
+    label_map[6, 6, 6] = 1
+    label_map[5:7, 0:2, 0:2], label_map[0, 7, 7] = 3, 3
+    expected = label_map.copy()
+    expected[6, 6, 6] = expected[0, 7, 7] = 0
+    before = label_map.copy()
+    np.testing.assert_array_equal(largest_component(label_map, (1, 2, 3)), expected)
+    np.testing.assert_array_equal(label_map, before)
+    expected[6, 6, 6] = 1
+    np.testing.assert_array_equal(largest_component(label_map, [3, 7]), expected)  # the others stay as they are
+    assert largest_component(label_map, ()) is label_map
+    assert not largest_component(np.zeros((3, 3, 3), np.uint8), [1]).any()
+
+
+def test_classes_are_single_if_every_case_that_shows_them_has_one_part() -> None:
+    both = label_with((0, 0, 0, 1), (1, 1, 1, 1), (4, 4, 4, 2))  # corners touch
+    two_parts = label_with((0, 0, 0, 1), (4, 4, 4, 2), (0, 5, 0, 2))
+    without = label_with((3, 3, 3, 1))
+    assert single_parts([both] * 4, 4) == (1, 2)  # no case shows class 3
+    assert single_parts([both] * 9 + [two_parts], 3) == (1,)
+    assert single_parts([both] * 3 + [without] * 9, 3) == (1,)  # three cases with class 2 are too few
+    assert single_parts([both] * 4 + [without] * 9, 3) == (1, 2)
+    assert single_parts([], 3) == ()
+
+
+def test_specks_are_no_parts() -> None:
+    label = np.zeros((10, 10, 10), np.uint8)
+    label[:5, :8, :5] = 1  # 200 voxels
+    label[8, 9, 9] = label[8, 9, 8] = 1
+    assert single_parts([label] * 4, 2) == (1,)
+    label[8, 9, 7] = 1  # three of 203 are more than a hundredth
+    assert single_parts([label] * 4, 2) == ()
+
+
+@pytest.mark.parametrize(("labelnum", "kept"), [(4, (1, 2)), (3, ())])
+def test_a_run_keeps_what_its_labels_say(tmp_path: Path, labelnum: int, kept: tuple[int, ...]) -> None:
+    trainer = small_trainer(BallSource(), tmp_path, labelnum=labelnum, max_iteration=1, method="supervised")
+    trainer.read_labels()
+    trainer.fit()
+    bundle = load_for_inference(tmp_path / "last.pt", torch.device("cpu"))
+    assert bundle.facts.single_parts == kept == kept_parts(bundle.config, bundle.facts)
+
+
+@pytest.mark.parametrize(("asked", "kept"), [(True, (1, 2)), (False, ())])
+def test_a_flag_goes_before_the_labels(tmp_path: Path, asked: bool, kept: tuple[int, ...]) -> None:
+    trainer = small_trainer(BallSource(), tmp_path, labelnum=4, largest_component=asked)
+    trainer.read_labels()
+    assert kept_parts(trainer.state.config, trainer.state.facts) == kept
