@@ -158,7 +158,7 @@ def default_folder(flags: EvaluateFlags, bundle: InferenceBundle, source: CaseSo
     first, *others = flags.checkpoint or (Path(),)
     name = f"{flags.split}_mean_of_{len(others) + 1}" if others else flags.split
     if not is_training_data(source, bundle):
-        name = f"{flags.dataset_path.name if flags.dataset_path else flags.dataset_name}_{name}"
+        name = f"{flags.dataset_path.name if flags.dataset_path else flags.dataset_name or 'other'}_{name}"
     return first.parent / "evaluation" / name
 
 
@@ -181,6 +181,7 @@ def run(job: Job) -> None:
     except DamagedCasesError as error:
         if is_main_rank():
             write_cases_csv(folder / "cases.csv", error.results, bundle.class_names)
+            (folder / "summary.json").unlink(missing_ok=True)  # that of an evaluation before
         advice = "mend them, or leave them out with --test_list or --val_list"
         raise ValueError(f"{error}; {folder / 'cases.csv'} holds the others, there is no summary: {advice}") from error
     if is_main_rank():

@@ -183,7 +183,10 @@ def resume_run(config: RunConfig, given: dict[str, Any], ranks: RankInfo, device
         )
     gone = sorted({*split.labeled, *split.unlabeled, *split.val} - set(source.case_ids()))
     if gone:
-        raise ValueError(f"--resume: {len(gone)} training cases of {folder} are gone, the first is {gone[0]!r}")
+        raise ValueError(
+            f"--resume: {len(gone)} training cases of {folder} are gone, the first is {gone[0]!r}; put them back, or "
+            "start a new --exp without them"
+        )
     trainer = Trainer.resume(source, folder, ranks, device)
     trainer.state.config = stored
     return trainer

@@ -7,6 +7,7 @@ Source: Bernard et al. 2018, IEEE Transactions on Medical Imaging 37(11), doi:10
 
 from __future__ import annotations
 
+import logging
 import re
 from itertools import zip_longest
 from pathlib import Path
@@ -17,6 +18,8 @@ from dataloaders.file_source import NiftiFiles
 from dataloaders.h5_source import H5Source
 from dataloaders.nifti_folder import list_nifti
 from dataloaders.splits import HELD_OUT_SHARE
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "ACDC"
 CLASSES = ("background", "right ventricle", "myocardium", "left ventricle")
@@ -59,6 +62,7 @@ class AcdcRelease(NiftiFiles):
                 f"{root} holds neither training/patientNNN/patientNNN_frameMM.nii.gz, as released, nor "
                 "data/patientNNN_frameMM.h5; pass the folder that holds training/ or data/"
             )
+        self.warn_of_orphans()
         self.class_names = fit_class_names(CLASSES, num_classes, str(root))
         self.num_classes = len(self.class_names)
         self.modality = choose_modality(modality, "mr")
@@ -138,6 +142,8 @@ def _patients(folder: Path) -> list[Path]:
     for path in sorted(folder.glob("patient*")):
         if path.is_dir():
             groups.setdefault(_diagnosis(path / "Info.cfg"), []).append(path)
+    if "" in groups:
+        logger.warning("%s: %d patients have no Info.cfg with a 'Group:', their diagnosis", folder, len(groups[""]))
     return [path for turn in zip_longest(*groups.values()) for path in turn if path is not None]
 
 

@@ -180,7 +180,7 @@ def check_label(label: np.ndarray, image_shape: Sequence[int], num_classes: int,
     if tuple(label.shape) != tuple(image_shape):
         raise ValueError(
             f"case {case_id}: label shape {tuple(label.shape)} differs from image shape {tuple(image_shape)}; "
-            "resample the label onto the image grid"
+            "give the case its own label, or resample the label onto the image grid"
         )
     whole = np.rint(label)
     if not (np.isfinite(whole).all() and np.array_equal(whole, label)):

@@ -10,6 +10,7 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813 - its usual name
 
 from dataloaders.base import SOURCES
+from dataloaders.case_lists import some
 from dataloaders.class_names import choose_modality, fit_class_names, stated_class_names
 from dataloaders.file_source import FileSource
 from dataloaders.geometry import Spacing, read_dicom_series
@@ -53,10 +54,11 @@ class DicomFolders(FileSource):
         if both:
             raise ValueError(f"case {both[0]} has the labels {beside[both[0]]} and {inside[both[0]]}; keep one")
         self.labels = {**beside, **inside}
+        self.warn_of_orphans()
         self.class_names = fit_class_names(stated_class_names(root), num_classes, str(root))
         self.num_classes = len(self.class_names)
         stated = header_tag(next(iter(self.images.values())), MODALITY_TAG)
-        self.modality = choose_modality(modality, "ct" if stated.upper() == "CT" else "mr")
+        self.modality = choose_modality(modality, "ct" if (stated or "").upper() == "CT" else "mr")
         self._patients: dict[str, str] | None = None
 
     def patient(self, case_id: str) -> str:
@@ -66,10 +68,21 @@ class DicomFolders(FileSource):
         return self._patients.get(case_id) or super().patient(case_id)
 
     def _patient_ids(self) -> dict[str, str]:
-        """PatientID per case, from a header each; but none that most cases have, for an anonymiser wrote it."""
+        """PatientID per case, from a header each; but none that half of the cases have, for an anonymiser wrote it."""
         ids = {case_id: header_tag(folder, PATIENT_TAG) for case_id, folder in self.images.items()}
+        empty = [case_id for case_id, found in ids.items() if found is None]
+        if empty:
+            raise ValueError(f"{self.root}: no DICOM file in {some(empty)}; put the series there, or remove the folder")
+        nameless = [case_id for case_id, found in ids.items() if not found]
+        if nameless:
+            logger.warning(
+                "%s: no PatientID in %s, so that each counts as a patient of its own, but for names after BIDS; where "
+                "one patient has several cases, give lists that keep them together",
+                self.root,
+                some(nameless),
+            )
         commonest, count = Counter(ids.values()).most_common(1)[0]
-        if commonest and count > max(1, len(ids) / 2):
+        if commonest and count >= max(3, len(ids) / 2):
             logger.warning(
                 "%s: %d of %d cases have the same PatientID, so that each counts as a patient of its own; where one "
                 "patient has several cases, give lists that keep them together",
@@ -85,8 +98,8 @@ class DicomFolders(FileSource):
         return read_dicom_series(self.images[case_id])
 
 
-def header_tag(folder: Path, tag: str) -> str:
-    """A tag of the folder's first DICOM header; "" without it, or without DICOM, which fails later, on load."""
+def header_tag(folder: Path, tag: str) -> str | None:
+    """A tag of the folder's first DICOM header; "" without it, None without a DICOM file."""
     for path in sorted(folder.iterdir()):
         reader = sitk.ImageFileReader()
         reader.SetImageIO("GDCMImageIO")
@@ -96,4 +109,4 @@ def header_tag(folder: Path, tag: str) -> str:
         except RuntimeError:  # not a DICOM file, such as a note beside the slices
             continue
         return str(reader.GetMetaData(tag)).strip() if reader.HasMetaDataKey(tag) else ""
-    return ""
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from abc import abstractmethod
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 import numpy as np
 
 from dataloaders.base import CaseSource, Grid, SourceOptions, TrainingDefaults, Volume, lookup_case, require_root
+from dataloaders.case_lists import some
 from dataloaders.geometry import Spacing, nifti_grid, read_label, read_nifti
+
+logger = logging.getLogger(__name__)
 
 BIDS_SUBJECT = re.compile(r"sub-[A-Za-z0-9]+(?=_)")  # Gorgolewski et al. 2016, doi:10.1038/sdata.2016.44
 
@@ -36,6 +40,12 @@ class FileSource(CaseSource):
         """Build from ``--dataset_path``, ``--num_classes`` and ``--modality``."""
         root = require_root(options.root, cls.format_name)
         return cls(root, num_classes=options.num_classes, modality=options.modality)  # type: ignore[call-arg]
+
+    def warn_of_orphans(self) -> None:
+        """Say which labels have no image."""
+        orphans = [case_id for case_id in self.labels if case_id not in self.images]
+        if orphans:
+            logger.warning("%s: labels without an image of the same name are left out: %s", self.root, some(orphans))
 
     def case_ids(self) -> list[str]:
         """All cases in the order in which they were found."""

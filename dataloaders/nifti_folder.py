@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 
 from dataloaders.base import SOURCES
-from dataloaders.case_lists import NIFTI_SUFFIXES, some, strip_nifti_suffix
+from dataloaders.case_lists import NIFTI_SUFFIXES, strip_nifti_suffix
 from dataloaders.class_names import (
     choose_modality,
     fit_class_names,
@@ -17,8 +16,6 @@ from dataloaders.class_names import (
 )
 from dataloaders.file_source import NiftiFiles
 from dataloaders.geometry import nifti_channels
-
-logger = logging.getLogger(__name__)
 
 
 def list_nifti(folder: Path, names: re.Pattern[str] | None = None) -> dict[str, Path]:
@@ -64,9 +61,7 @@ class NiftiFolder(NiftiFiles):
         if not self.images:
             raise FileNotFoundError(f"{root / 'images'} holds no .nii or .nii.gz file")
         self.labels = list_nifti(root / "labels") if (root / "labels").is_dir() else {}
-        orphans = [case_id for case_id in self.labels if case_id not in self.images]
-        if orphans:
-            logger.warning("%s: labels without an image of the same name are left out: %s", root, some(orphans))
+        self.warn_of_orphans()
         self.class_names = fit_class_names(stated_class_names(root), num_classes, str(root))
         self.num_classes = len(self.class_names)
         description = root / "dataset.json"

@@ -133,7 +133,7 @@ def make_test_ids(source: CaseSource, request: SplitRequest, training_split: Tra
             training split.
     """
     used = {*training_split.labeled, *training_split.unlabeled, *training_split.val}
-    test = _test_list(source, request)
+    test = listed = _test_list(source, request)
     if test is None:
         train = _train_list(source, request)
         if train is None:
@@ -148,7 +148,8 @@ def make_test_ids(source: CaseSource, request: SplitRequest, training_split: Tra
         )
     overlap = [case_id for case_id in test if case_id in used]
     if overlap:
-        raise ValueError(f"test cases {some(overlap)} are also training cases of this run; pass another --test_list")
+        since = "" if listed else ", whose cases or labels have changed since it was split"
+        raise ValueError(f"test cases {some(overlap)} are training cases of this run{since}; pass another --test_list")
     overlap = of_patients(source, test, sorted(used))
     if overlap:
         raise ValueError(

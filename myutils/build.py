@@ -13,7 +13,7 @@ from dataloaders.base import SOURCES, CaseSource, Volume
 from dataloaders.case_cache import CaseCache, CaseStore
 from dataloaders.preprocess import Preprocess
 from dataloaders.transforms import AugmentOptions
-from myutils.components import single_parts
+from myutils.components import survey_parts
 from myutils.config import RunConfig, required
 from myutils.inference import InferenceOptions
 from myutils.methods.base import COMMON_DEFAULTS, METHODS, Method
@@ -37,7 +37,7 @@ class DataFacts:
     class_names: tuple[str, ...]
     modality: str
     flip_axes: tuple[int, ...]
-    single_parts: tuple[int, ...] = ()  # class ids, see ``components.single_parts``
+    single_parts: tuple[int, ...] = ()  # class ids, see ``components.Parts``
 
     @classmethod
     def of(cls, source: CaseSource) -> DataFacts:
@@ -51,9 +51,12 @@ class DataFacts:
         )
 
     def with_labels(self, cases: Iterable[Volume]) -> DataFacts:
-        """The same with what the labels of the labelled cases say."""
-        labels = (case.label for case in cases if case.label is not None)
-        return dataclasses.replace(self, single_parts=single_parts(labels, self.num_classes))
+        """The same with what the labels of the labelled cases say; a class that none shows is a warning."""
+        parts = survey_parts((case.label for case in cases if case.label is not None), self.num_classes)
+        missing = [self.class_names[k] for k in range(1, self.num_classes) if not parts.shown[k]]
+        if missing:
+            logger.warning("no labelled case shows %s: the network cannot learn it", ", ".join(missing))
+        return dataclasses.replace(self, single_parts=parts.single)
 
     @classmethod
     def from_dict(cls, stored: dict[str, object]) -> DataFacts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -11,22 +12,30 @@ _FEWEST_SHOWN = 4  # cases; that a class is in one part in fewer may be chance
 _ONE_PART = 0.99  # of the voxels; specks of an unsteady hand are no parts
 
 
-def single_parts(labels: Iterable[np.ndarray], num_classes: int) -> tuple[int, ...]:
-    """Classes that are in one part wherever they are shown, in four cases at least, as organs are and lesions are not.
+class Parts(NamedTuple):
+    """What labels say about the parts of classes.
 
-    Args:
-        labels: Class ids (X, Y, Z) of the labelled cases; each is looked at once.
-        num_classes: Classes with the background.
+    Attributes:
+        shown: In how many cases each class is.
+        single: Classes that are in one part in all of these, four at least, as organs are and lesions are not.
     """
+
+    shown: tuple[int, ...]
+    single: tuple[int, ...]
+
+
+def survey_parts(labels: Iterable[np.ndarray], num_classes: int) -> Parts:
+    """Look at class ids (X, Y, Z), one case after the other."""
     shown, single = [0] * num_classes, [True] * num_classes
+    touching = ndimage.generate_binary_structure(3, 3)
     for label in labels:
         for class_id, box in enumerate(ndimage.find_objects(label.astype(np.int32), num_classes - 1), start=1):
-            if box is not None and single[class_id]:
+            if box is not None:
                 shown[class_id] += 1
-                parts, _ = ndimage.label(label[box] == class_id, structure=ndimage.generate_binary_structure(3, 3))
+                parts, _ = ndimage.label(label[box] == class_id, structure=touching)
                 sizes = np.bincount(parts.ravel())[1:]
-                single[class_id] = bool(sizes.max() >= _ONE_PART * sizes.sum())
-    return tuple(k for k in range(1, num_classes) if single[k] and shown[k] >= _FEWEST_SHOWN)
+                single[class_id] &= bool(sizes.max() >= _ONE_PART * sizes.sum())
+    return Parts(tuple(shown), tuple(k for k in range(1, num_classes) if single[k] and shown[k] >= _FEWEST_SHOWN))
 
 
 def largest_component(label_map: np.ndarray, classes: Collection[int], connectivity: int = 3) -> np.ndarray:

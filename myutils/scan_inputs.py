@@ -12,6 +12,7 @@ import SimpleITK as sitk  # noqa: N813 - its usual name
 
 from dataloaders.base import Volume
 from dataloaders.case_lists import CHANNEL_SUFFIX, NIFTI_SUFFIXES, strip_nifti_suffix
+from dataloaders.dicom import LABEL_FOLDER
 from dataloaders.geometry import READ_ERRORS, nifti_channels, read_dicom_series, read_nifti_channels
 from dataloaders.nifti_folder import list_nifti
 
@@ -57,7 +58,7 @@ def find_scans(path: Path) -> list[Scan]:
     """All scans that ``path`` stands for, sorted by name.
 
     A file is one NIfTI scan. A folder with NIfTI files stands for these; one with DICOM files for its series; else
-    each of its folders is a series if at least one is. Hidden files and folders are left out.
+    each of its folders is a series if at least one is, but for ``labels`` without one. Hidden ones are left out.
 
     Raises:
         FileNotFoundError: If there is no such path, or no scan in it.
@@ -80,8 +81,9 @@ def find_scans(path: Path) -> list[Scan]:
     if _holds_series(path):
         return [Scan(path.resolve().name, path)]
     if any(_holds_series(folder) for folder in folders):
-        return [Scan(folder.name, folder) for folder in folders]
-    raise FileNotFoundError(f"--input {path} holds no .nii, no .nii.gz and no DICOM series")
+        chosen = [folder for folder in folders if folder.name != LABEL_FOLDER or _holds_series(folder)]
+        return [Scan(folder.name, folder) for folder in chosen]
+    raise FileNotFoundError(f"--input {path} itself holds no .nii, no .nii.gz and no DICOM series")
 
 
 def join_channels(scans: Sequence[Scan], channels: int) -> list[Scan]:

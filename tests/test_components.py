@@ -12,7 +12,7 @@ from helpers_runs import small_trainer
 
 from myutils.build import kept_parts
 from myutils.checkpoint import load_for_inference
-from myutils.components import largest_component, single_parts
+from myutils.components import Parts, largest_component, survey_parts
 
 
 def label_with(*voxels: tuple[int, int, int, int]) -> np.ndarray:
@@ -44,20 +44,20 @@ def test_classes_are_single_if_every_case_that_shows_them_has_one_part() -> None
     both = label_with((0, 0, 0, 1), (1, 1, 1, 1), (4, 4, 4, 2))  # corners touch
     two_parts = label_with((0, 0, 0, 1), (4, 4, 4, 2), (0, 5, 0, 2))
     without = label_with((3, 3, 3, 1))
-    assert single_parts([both] * 4, 4) == (1, 2)  # no case shows class 3
-    assert single_parts([both] * 9 + [two_parts], 3) == (1,)
-    assert single_parts([both] * 3 + [without] * 9, 3) == (1,)  # three cases with class 2 are too few
-    assert single_parts([both] * 4 + [without] * 9, 3) == (1, 2)
-    assert single_parts([], 3) == ()
+    assert survey_parts([both] * 4, 4) == Parts((0, 4, 4, 0), (1, 2))
+    assert survey_parts([both] * 9 + [two_parts], 3) == Parts((0, 10, 10), (1,))
+    assert survey_parts([both] * 3 + [without] * 9, 3) == Parts((0, 12, 3), (1,))  # three with class 2 are too few
+    assert survey_parts([both] * 4 + [without] * 9, 3).single == (1, 2)
+    assert survey_parts([], 3) == Parts((0, 0, 0), ())
 
 
 def test_specks_are_no_parts() -> None:
     label = np.zeros((10, 10, 10), np.uint8)
     label[:5, :8, :5] = 1  # 200 voxels
     label[8, 9, 9] = label[8, 9, 8] = 1
-    assert single_parts([label] * 4, 2) == (1,)
+    assert survey_parts([label] * 4, 2).single == (1,)
     label[8, 9, 7] = 1  # three of 203 are more than a hundredth
-    assert single_parts([label] * 4, 2) == ()
+    assert survey_parts([label] * 4, 2).single == ()
 
 
 @pytest.mark.parametrize(("labelnum", "kept"), [(4, (1, 2)), (3, ())])
@@ -74,3 +74,10 @@ def test_a_flag_goes_before_the_labels(tmp_path: Path, asked: bool, kept: tuple[
     trainer = small_trainer(BallSource(), tmp_path, labelnum=4, largest_component=asked)
     trainer.read_labels()
     assert kept_parts(trainer.state.config, trainer.state.facts) == kept
+
+
+def test_a_class_that_no_label_shows_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = BallSource()
+    source.num_classes, source.class_names = 4, ("background", "ball", "core", "shell")
+    small_trainer(source, tmp_path).read_labels()
+    assert "no labelled case shows shell: the network cannot learn it" in caplog.text

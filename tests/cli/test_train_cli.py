@@ -126,7 +126,7 @@ def test_wrong_test_list_fails_the_run_and_a_right_one_completes_it(
     lists = {"train_list": write_list(folder / "train.txt", *range(4)), "test_list": write_list(folder / "test.txt", 3)}
     assert train.main(job(folder, exp="a", max_iteration="1", **lists)) == 1
     printed = capsys.readouterr().err
-    assert "'ball03' are also training cases" in printed and "--resume" in printed
+    assert "'ball03' are training cases" in printed and "--resume" in printed
     write_list(folder / "test.txt", 4)
     assert train.main(resume(folder, "a")) == 0
     assert (folder / "runs" / "a" / "test" / "cases.csv").exists()

@@ -36,11 +36,15 @@ def test_diagnoses_take_turns_and_a_patient_s_frames_follow_each_other(tmp_path:
     assert source.patient("patient003_frame12") == "patient003"
 
 
-def test_patients_without_a_diagnosis_come_by_name(tmp_path: Path) -> None:
+def test_patients_without_a_diagnosis_come_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_release(tmp_path)
+    (tmp_path / "training/patient004/patient004_frame12.nii.gz").unlink()
+    assert not caplog.text and "patient004_frame12" not in acdc(tmp_path).case_ids()
+    assert "left out: 'patient004_frame12'" in caplog.text
     for path in tmp_path.glob("*/*/Info.cfg"):
         path.unlink()
     assert acdc(tmp_path).case_ids()[2] == "patient002_frame01"
+    assert "training: 5 patients have no Info.cfg" in caplog.text
     (tmp_path / "training/patient002/Info.cfg").write_bytes(b"\xff\xfe no text")
     (tmp_path / "training/patient003/Info.cfg").write_text("Group:\nHeight: 170\n")
     assert acdc(tmp_path).case_ids()[2] == "patient002_frame01"

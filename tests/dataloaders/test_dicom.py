@@ -166,7 +166,22 @@ def test_series_of_one_patient_id_are_of_one_patient(tmp_path: Path, caplog: pyt
     source = DicomFolders(tmp_path, num_classes=2)
     groups = [source.patient(case_id) for case_id in source.case_ids()]
     assert groups[0] == groups[2] != groups[1] and groups[3] == groups[4] == "sub-01"
-    assert not caplog.text
+    assert caplog.text.count("no PatientID in 'sub-01_ses-1', 'sub-01_ses-2', so that each counts as a patient") == 1
+
+
+def test_a_folder_without_dicom_is_named_before_the_split(tmp_path: Path) -> None:
+    make.write_dicom(tmp_path / "a", make.counting_image(), patient="7")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/readme.txt").write_text("nothing here")
+    with pytest.raises(ValueError, match="no DICOM file in 'notes'; put the series there, or remove the folder"):
+        DicomFolders(tmp_path, num_classes=2).patient("a")
+
+
+def test_labels_without_a_series_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make.write_dicom(tmp_path / "a", make.counting_image())
+    make.write_nifti(tmp_path / "labels/studie.nii.gz", make.corner_label())
+    DicomFolders(tmp_path, num_classes=2)
+    assert "labels without an image of the same name are left out: 'studie'" in caplog.text
 
 
 def test_a_patient_id_of_most_cases_is_an_anonymiser_s(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -251,7 +251,7 @@ def test_test_cases_that_were_trained_on_are_refused(tmp_path: Path) -> None:
     source = ListedCases(train=IDS[:6])
     split = make_training_split(source, SplitRequest(labelnum=2))
     request = SplitRequest(labelnum=2, test_list=write_list(tmp_path / "test.list", "case07", "case05"))
-    with pytest.raises(ValueError, match="test cases 'case05' are also training cases"):
+    with pytest.raises(ValueError, match="test cases 'case05' are training cases"):
         make_test_ids(source, request, split)
 
 
