@@ -49,7 +49,7 @@ from myutils.evaluation import (
     write_cases_csv,
     write_summary_json,
 )
-from myutils.evaluation_cases import SPLITS, choose_cases, is_training_data, require_match
+from myutils.evaluation_cases import SPLITS, choose_cases, is_training_data, require_match, warn_if_moved
 from myutils.flags import option
 from myutils.inference import InferenceOptions
 from myutils.inference_flags import InferenceFlags, inference_options, start
@@ -136,6 +136,8 @@ def prepare(flags: EvaluateFlags) -> Job:
     source = open_source(dataclasses.replace(config, **given), bundle, flags)
     require_match(source, bundle)
     case_ids = choose_cases(source, bundle, flags.split, test_list=flags.test_list, val_list=flags.val_list)
+    if flags.split == "test" and flags.test_list is None and is_training_data(source, bundle):
+        warn_if_moved(case_ids, flags.checkpoint[0].parent)
     folder = flags.output_dir or default_folder(flags, bundle, source)
     folder.mkdir(parents=True, exist_ok=True)
     return Job(flags, bundle, config, source, case_ids, options, device, folder)

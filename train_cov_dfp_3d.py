@@ -168,8 +168,8 @@ def resume_run(config: RunConfig, given: dict[str, Any], ranks: RankInfo, device
     changed = [name for name in given if name not in RESUME_FLAGS and getattr(asked, name) != getattr(before, name)]
     if changed:
         raise ValueError(
-            f"--resume: {', '.join('--' + name for name in changed)} differ from the stored run's; a resumed run keeps "
-            "its settings, start a new --exp to change them"
+            f"--resume: the run has {', '.join(f'--{name} {getattr(before, name)}' for name in changed)}, and keeps "
+            "that; leave the flags out, or start a new --exp to change them"
         )
     stored = dataclasses.replace(
         state.config, **{name: getattr(asked, name) for name in KEPT_FROM_FLAGS if name in given}
@@ -229,7 +229,7 @@ def evaluate(trained: dict[str, Path], trainer: Trainer) -> None:
         test_ids = make_test_ids(source, config.split_request(), trainer.state.split)
     except (ValueError, FileNotFoundError) as error:
         if config.test_list is not None:  # the user's own list is wrong: no run may end as if it were scored
-            raise
+            raise ValueError(f"trained, but not scored: {error}; --resume takes another --test_list") from error
         logger.warning("training is done; no evaluation: %s", error)
         return
     outcome = {name: evaluate_run(path, source, test_ids, trainer.device) for name, path in trained.items()}

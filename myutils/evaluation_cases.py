@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from dataloaders.base import CaseSource
@@ -83,6 +85,19 @@ def choose_cases(
         request = bundle.config.split_request()
         return make_test_ids(source, _with_test_list(request, test_list), bundle.split)
     return _foreign_test_cases(source, bundle, test_list)
+
+
+def warn_if_moved(case_ids: Sequence[str], folder: Path) -> None:
+    """Say where the test cases are others than those that the run in ``folder`` was scored on when it ended."""
+    path = folder / "test" / "summary.json"
+    before = json.loads(path.read_text("utf-8"))["test_ids"] if path.is_file() else case_ids
+    if set(before) != set(case_ids):
+        logger.warning(
+            "%d test cases, not the %d of the end of the training: without lists they follow the labelled cases, which "
+            "have changed; --test_list fixes them",
+            len(case_ids),
+            len(before),
+        )
 
 
 def _with_test_list(request: SplitRequest, test_list: Path | None) -> SplitRequest:

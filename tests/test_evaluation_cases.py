@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 from conftest import BallSource
 
 from dataloaders.splits import TrainingSplit
-from myutils.evaluation_cases import choose_cases
+from myutils.evaluation_cases import choose_cases, warn_if_moved
 
 
 class Pairs(BallSource):
@@ -41,3 +42,13 @@ def test_lists_with_training_patients_are_refused_or_named(tmp_path: Path, caplo
     with caplog.at_level(logging.WARNING):
         assert choose_cases(Pairs(), trained_on("ball00"), "test", test_list=listed) == ("ball01", "ball04")
     assert "1 of 2 cases are of training patients" in caplog.text
+
+
+def test_test_cases_that_moved_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    warn_if_moved(["ball00"], tmp_path)  # never scored
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test/summary.json").write_text(json.dumps({"test_ids": ["ball01", "ball00"]}))
+    warn_if_moved(["ball00", "ball01"], tmp_path)
+    assert not caplog.text
+    warn_if_moved(["ball00", "ball01", "ball02"], tmp_path)
+    assert "3 test cases, not the 2 of the end of the training" in caplog.text
