@@ -10,7 +10,8 @@ The same data set in another folder, its validation cases, or another data set w
     python evaluate_3d.py --checkpoint runs/la8/best.pt --split val
     python evaluate_3d.py --checkpoint runs/la8/best.pt --dataset_name nifti --dataset_path /data/clinic --split all
 
-Several checkpoints, whose probabilities are averaged; a training case of any is no test case::
+Several checkpoints, with the settings of the first; their probabilities are averaged, a training case of any is no test
+case::
 
     python evaluate_3d.py --checkpoint runs/seed*/last.pt
 
@@ -136,7 +137,8 @@ def prepare(flags: EvaluateFlags) -> Job:
     source = open_source(dataclasses.replace(config, **given), bundle, flags)
     require_match(source, bundle)
     case_ids = choose_cases(source, bundle, flags.split, test_list=flags.test_list, val_list=flags.val_list)
-    if flags.split == "test" and flags.test_list is None and is_training_data(source, bundle):
+    drawn = flags.split == "test" and flags.test_list is None
+    if drawn and len(flags.checkpoint) == 1 and is_training_data(source, bundle):
         warn_if_moved(case_ids, flags.checkpoint[0].parent)
     folder = flags.output_dir or default_folder(flags, bundle, source)
     folder.mkdir(parents=True, exist_ok=True)

@@ -51,6 +51,7 @@ from myutils.flags import SuggestingParser, add_flags, given_flags
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("dataloaders", "myutils", "networks")
 DECIDES_FLAT_LEVELS = {"--model", "--spacing", "--orientation"}
+ALL_PARTS = "--no-largest_component"
 SUPERVISED, FULL = "supervised", "supervised, all labels"
 Flags = tuple[str, ...]
 
@@ -141,7 +142,8 @@ def asked_config(settings: argparse.Namespace) -> RunConfig:
 
 def fitted_flags(settings: argparse.Namespace, config: RunConfig, source: CaseSource, pool: Path) -> dict[str, Flags]:
     """What a training would fit to its own labelled cases, by setting: fitted once, to those that all rows have."""
-    labeled = read_case_list(pool)[: min(settings.labelnum)]
+    known = set(source.labeled_ids())
+    labeled = [case_id for case_id in read_case_list(pool) if case_id in known][: min(settings.labelnum)]
     fitted = fit_to_cases(resolve_config(config, source), source, labeled)
     flags = {}
     for name in ("orientation", "flat_levels", "patch_size", "ct_range"):
@@ -177,7 +179,7 @@ def _common_flags(fitted: Mapping[str, Flags], plan: Plan) -> list[str]:
 
 def train_all(settings: argparse.Namespace, plans: list[Plan], lists: tuple[Path, Path]) -> dict[Plan, Row]:
     """Run, resume or skip every training, seed by seed, so that an early end leaves whole seeds."""
-    common = ["--no-tta_flips", "--no-largest_component"]  # best would be mirrored alone; later flags win
+    common = ["--no-tta_flips", ALL_PARTS]  # best would be mirrored and the others not; later flags win
     common += ["--dataset_name", settings.dataset_name]
     common += ["--dataset_path", str(settings.dataset_path.absolute())] if settings.dataset_path else []
     common += ["--train_list", str(lists[0].absolute()), "--test_list", str(lists[1].absolute())]
@@ -204,7 +206,7 @@ def train(settings: argparse.Namespace, name: str, flags: list[str]) -> Path:
     plan: dict[str, Any] = {"flags": flags, "code": ""}
     if remembered.exists():
         plan = json.loads(remembered.read_text("utf-8"))
-    if plan["flags"] != flags:
+    if plan["flags"] not in (flags, [flag for flag in flags if flag != ALL_PARTS]):  # once it was no flag, but the rule
         raise ValueError(f"{folder} was trained with other flags ({remembered}); use another --output_dir")
     if (folder / "test" / "summary.json").exists():
         return folder

@@ -19,6 +19,8 @@ def write_lists(settings: argparse.Namespace, source: CaseSource) -> tuple[Path,
             patient, or runs of other cases lie in the output folder.
     """
     ids = list(source.official_train() or source.labeled_ids())
+    first = {source.patient(case_id): place for place, case_id in reversed(list(enumerate(ids)))}
+    ids.sort(key=lambda case_id: first[source.patient(case_id)])  # a patient's cases follow each other
     _require_whole_patients(source, ids, settings.cases, "--cases")
     ids = ids[: settings.cases]
     if settings.pool is None:

@@ -148,8 +148,8 @@ def make_test_ids(source: CaseSource, request: SplitRequest, training_split: Tra
         )
     overlap = [case_id for case_id in test if case_id in used]
     if overlap:
-        since = "" if listed else ", whose cases or labels have changed since it was split"
-        raise ValueError(f"test cases {some(overlap)} are training cases of this run{since}; pass another --test_list")
+        how = "" if listed else " (without lists the test follows --seed and the labelled cases)"
+        raise ValueError(f"test cases {some(overlap)} are training cases of this run{how}; pass another --test_list")
     overlap = of_patients(source, test, sorted(used))
     if overlap:
         raise ValueError(

@@ -30,11 +30,11 @@ def survey_parts(labels: Iterable[np.ndarray], num_classes: int) -> Parts:
     touching = ndimage.generate_binary_structure(3, 3)
     for label in labels:
         for class_id, box in enumerate(ndimage.find_objects(label.astype(np.int32), num_classes - 1), start=1):
-            if box is not None:
-                shown[class_id] += 1
+            shown[class_id] += box is not None
+            if box is not None and single[class_id]:
                 parts, _ = ndimage.label(label[box] == class_id, structure=touching)
                 sizes = np.bincount(parts.ravel())[1:]
-                single[class_id] &= bool(sizes.max() >= _ONE_PART * sizes.sum())
+                single[class_id] = bool(sizes.max() >= _ONE_PART * sizes.sum())
     return Parts(tuple(shown), tuple(k for k in range(1, num_classes) if single[k] and shown[k] >= _FEWEST_SHOWN))
 
 

@@ -34,7 +34,7 @@ def load_together(paths: Sequence[Path], device: torch.device) -> InferenceBundl
             if found != expected:
                 raise ValueError(
                     f"{path} was trained with {name} {found}, {paths[0]} with {expected}; only runs with the same can "
-                    "segment together"
+                    "segment together (a setting that was fitted to other labelled cases can be given as a flag)"
                 )
     if len(bundles) == 1:
         return first

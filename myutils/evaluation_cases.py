@@ -89,8 +89,10 @@ def choose_cases(
 
 def warn_if_moved(case_ids: Sequence[str], folder: Path) -> None:
     """Say where the test cases are others than those that the run in ``folder`` was scored on when it ended."""
-    path = folder / "test" / "summary.json"
-    before = json.loads(path.read_text("utf-8"))["test_ids"] if path.is_file() else case_ids
+    try:
+        before = json.loads((folder / "test" / "summary.json").read_text("utf-8"))["test_ids"]
+    except (OSError, ValueError, KeyError, TypeError):  # never scored, or the file is not the run's own
+        return
     if set(before) != set(case_ids):
         logger.warning(
             "%d test cases, not the %d of the end of the training: without lists they follow the labelled cases, which "
@@ -138,6 +140,8 @@ def _validation_cases(source: CaseSource, bundle: InferenceBundle, val_list: Pat
         raise ValueError(
             f"--val_list names {some(seen)}, whose patients this run was trained on; remove them or pass --split all"
         )
+    if seen:  # a split of before patients were kept together, or several that part them
+        logger.warning("%d of %d validation cases are of training patients", len(seen), len(ids))
     return ids
 
 

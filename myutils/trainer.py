@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataloaders.base import CaseSource, KeptCases
+from dataloaders.base import CaseSource, KeptCases, Volume
 from dataloaders.case_cache import CaseCache
 from dataloaders.patches import Batch, PatchDataset, collate
 from dataloaders.samplers import StepPlan, StepSampler
@@ -104,10 +104,15 @@ class Trainer:
 
     def read_labels(self) -> None:
         """Read the labels: a wrong one is named before training, the facts keep what they say; errors of ``load``."""
-        cases = (self.cache.get(case_id, with_label=True).volume for case_id in self.state.split.labeled)
-        self.state.facts = self.state.facts.with_labels(cases)
+        self.state.facts = self.state.facts.with_labels(self._with_own_label(name) for name in self.state.split.labeled)
         for case_id in self.state.split.val:
             self.source.load(case_id, with_label=True)
+
+    def _with_own_label(self, case_id: str) -> Volume:
+        """The case with its label on the grid of the file: resampled, two parts may become one."""
+        if self.state.config.spacing is None:
+            return self.cache.get(case_id, with_label=True).volume
+        return self.source.load(case_id, with_label=True)
 
     def fit(self) -> RunState:
         """Train from the state's step to the end; the first checkpoint is written before the first step.
@@ -264,11 +269,7 @@ class Trainer:
 
     def _save(self, names: Sequence[str]) -> None:
         if self.ranks.is_main:
-            tensors: dict[str, Any] = {
-                "method": self.method.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-            }
+            tensors = {name: getattr(self, name).state_dict() for name in ("method", "optimizer", "scaler")}
             for name in names:
                 write_checkpoint(self.folder / name, self.state, tensors)
         barrier()

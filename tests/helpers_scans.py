@@ -36,7 +36,9 @@ def trained_run(root: Path, folder: Path, **changes: object) -> Path:
     """Train two steps on a cohort on disk; returns the checkpoint."""
     source = SOURCES.get("nifti").from_options(SourceOptions(root=root))
     settings = {"dataset_name": "nifti", "dataset_path": root, "max_iteration": 2, **changes}
-    small_trainer(source, folder, **settings).fit()
+    trainer = small_trainer(source, folder, **settings)
+    trainer.read_labels()
+    trainer.fit()
     return folder / "last.pt"
 
 

@@ -9,10 +9,16 @@ import pytest
 import torch
 from conftest import BallSource
 from helpers_runs import small_trainer
+from helpers_scans import trained_run, write_cohort
 
+import evaluate_3d
+import predict_3d
+from dataloaders.base import SOURCES, SourceOptions, Volume
+from myutils import inference
 from myutils.build import kept_parts
 from myutils.checkpoint import load_for_inference
 from myutils.components import Parts, largest_component, survey_parts
+from myutils.report import evaluate_run
 
 
 def label_with(*voxels: tuple[int, int, int, int]) -> np.ndarray:
@@ -81,3 +87,62 @@ def test_a_class_that_no_label_shows_is_a_warning(tmp_path: Path, caplog: pytest
     source.num_classes, source.class_names = 4, ("background", "ball", "core", "shell")
     small_trainer(source, tmp_path).read_labels()
     assert "no labelled case shows shell: the network cannot learn it" in caplog.text
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The classes of which a prediction was asked to keep the largest part, one entry per prediction."""
+    found: list[tuple[int, ...]] = []
+
+    def spy(label_map: np.ndarray, classes: tuple[int, ...]) -> np.ndarray:
+        found.append(tuple(classes))
+        return label_map
+
+    monkeypatch.setattr(inference, "largest_component", spy)
+    return found
+
+
+def test_validation_keeps_the_largest_part(tmp_path: Path, asked: list[tuple[int, ...]]) -> None:
+    trainer = small_trainer(BallSource(), tmp_path, labelnum=5, val_num=1, max_iteration=1, method="supervised")
+    trainer.read_labels()
+    trainer.fit()
+    assert asked == [(1, 2)]
+
+
+def test_evaluation_and_prediction_keep_the_largest_part(tmp_path: Path, asked: list[tuple[int, ...]]) -> None:
+    cohort = write_cohort(tmp_path / "balls")
+    settings = {"labelnum": 4, "method": "supervised"}
+    checkpoint = str(trained_run(cohort, tmp_path / "run", **settings))
+    source = SOURCES.get("nifti").from_options(SourceOptions(root=cohort))
+    evaluate_run(tmp_path / "run", source, ["ball00"], torch.device("cpu"))
+    assert evaluate_3d.main(["--checkpoint", checkpoint]) == 0
+    scan = ["--input", str(cohort / "images/ball05.nii.gz"), "--output", str(tmp_path / "out")]
+    assert predict_3d.main(["--checkpoint", checkpoint, *scan]) == 0
+    assert predict_3d.main(["--checkpoint", checkpoint, *scan, "--probabilities"]) == 0
+    assert asked == [(1, 2)] * 4
+    for flag, kept in (("--largest_component", (1, 2)), ("--no-largest_component", ())):
+        asked.clear()
+        assert evaluate_3d.main(["--checkpoint", checkpoint, flag]) == 0
+        assert predict_3d.main(["--checkpoint", checkpoint, *scan, flag]) == 0
+        assert asked == [kept] * 2
+    asked.clear()  # a run of fewer labels cannot tell
+    other = str(trained_run(cohort, tmp_path / "few", **(settings | {"labelnum": 3})))
+    assert predict_3d.main(["--checkpoint", checkpoint, other, *scan]) == 0
+    assert asked == [()]
+
+
+def test_parts_are_counted_on_the_labels_own_grid(tmp_path: Path) -> None:
+    class Halves(BallSource):
+        """The core in two halves, with a gap of a voxel that no voxel of 3 mm has its centre in."""
+
+        def load(self, case_id: str, *, with_label: bool) -> Volume:
+            volume = super().load(case_id, with_label=with_label)
+            if volume.label is not None:
+                volume.label[8][volume.label[8] == 2] = 1
+            return volume
+
+    trainer = small_trainer(Halves(), tmp_path, labelnum=4, spacing=(3.0, 3.0, 3.0))
+    trainer.read_labels()
+    assert trainer.state.facts.single_parts == (1,)
+    resampled = (trainer.cache.get(name, with_label=True).volume.label for name in trainer.state.split.labeled)
+    assert survey_parts(resampled, 3).single == (1, 2)

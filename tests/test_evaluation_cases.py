@@ -47,8 +47,17 @@ def test_lists_with_training_patients_are_refused_or_named(tmp_path: Path, caplo
 def test_test_cases_that_moved_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     warn_if_moved(["ball00"], tmp_path)  # never scored
     (tmp_path / "test").mkdir()
+    for content in ("{}", "[]", "no json"):  # not the run's own
+        (tmp_path / "test/summary.json").write_text(content)
+        warn_if_moved(["ball00"], tmp_path)
     (tmp_path / "test/summary.json").write_text(json.dumps({"test_ids": ["ball01", "ball00"]}))
     warn_if_moved(["ball00", "ball01"], tmp_path)
     assert not caplog.text
     warn_if_moved(["ball00", "ball01", "ball02"], tmp_path)
     assert "3 test cases, not the 2 of the end of the training" in caplog.text
+
+
+def test_validation_cases_of_training_patients_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    joined = SimpleNamespace(split=TrainingSplit(("ball01",), (), ("ball00", "ball02")))
+    assert choose_cases(Pairs(), joined, "val") == ("ball00", "ball02")
+    assert "1 of 2 validation cases are of training patients" in caplog.text

@@ -78,6 +78,14 @@ def test_a_test_list_of_the_data_is_the_test(tmp_path: Path) -> None:
     assert [path.read_text(encoding="utf-8") for path in developed] == ["ball03\n", "ball01\n"]
 
 
+def test_a_patient_s_cases_follow_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BallSource, "patient", lambda self, case_id: str(int(case_id[-1]) % 3))  # two visits of three
+    settings = make_settings(tmp_path, dataset_name="ball", dataset_path=None, cases=None, pool=4, labelnum=[2])
+    train, test = write_lists(settings, BallSource())
+    assert train.read_text(encoding="utf-8").split() == ["ball00", "ball03", "ball01", "ball04"]
+    assert test.read_text(encoding="utf-8").split() == ["ball02", "ball05"]
+
+
 def test_unlabelled_cases_of_the_pool_are_no_labels(tmp_path: Path) -> None:
     class Listed(BallSource):  # the first six of eight have a label
         def official_train(self) -> tuple[str, ...]:
@@ -251,6 +259,7 @@ def test_finished_runs_are_kept_and_other_flags_refused(tmp_path: Path, monkeypa
     compare.train(settings, "weight_0.5", ["--seed", "0"])
     assert json.loads((tmp_path / "weight_0.5.plan.json").read_text(encoding="utf-8"))["code"] == "first+second"
     assert (tmp_path / "weight_0.5.log").exists()
+    compare.train(settings, "weight_0.5", [compare.ALL_PARTS, "--seed", "0"])  # what was the rule before it was a flag
     with pytest.raises(ValueError, match="other flags"):
         compare.train(settings, "weight_0.5", ["--seed", "1"])
 
