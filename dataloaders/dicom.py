@@ -27,9 +27,8 @@ PATIENT_TAG = "0010|0020"
 class DicomFolders(FileSource):
     """Cases ``<id>/`` with the files of one series; label ``<id>.nii.gz`` in the root or in its ``labels/``, or none.
 
-    The number of classes comes from ``num_classes``, or from a ``dataset.json`` or ``classes.txt`` in the root, as
-    in ``NiftiFolder``. The modality is that of the first case's DICOM header, the
-    patient of a case that of its own.
+    The number of classes comes from ``num_classes``, or from a ``dataset.json`` or ``classes.txt`` in the root, as in
+    ``NiftiFolder``. The modality is that of the first case's DICOM header, the patient of a case that of its own.
 
     Args:
         root: Folder of the case folders.

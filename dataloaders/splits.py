@@ -222,9 +222,9 @@ def _first_labeled(source: CaseSource, pool: Sequence[str], labelnum: int) -> li
     known = set(source.labeled_ids())
     labeled = [case_id for case_id in pool if case_id in known]
     if not labeled:
-        tested = f": the {len(known)} labelled ones are of tested patients" if known else ""
+        why = f": the {len(known)} labelled ones are not in the train list, or of tested patients" if known else ""
         raise ValueError(
-            f"{_name(source)} has no labelled training case{tested}; add labels, or ids with labels to --train_list"
+            f"{_name(source)} has no labelled training case{why}; add labels, or ids with labels to --train_list"
         )
     if not 1 <= labelnum <= len(labeled):
         raise ValueError(
