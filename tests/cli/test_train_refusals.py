@@ -97,7 +97,7 @@ def test_resume_needs_the_name_of_a_run(folder: Path, capsys: Capture) -> None:
 
 def test_resume_keeps_the_settings_of_the_run(folder: Path, capsys: Capture) -> None:
     assert train.main(job(folder, "--no-evaluate", exp="a", max_iteration="1")) == 0
-    assert_refused(resume(folder, "a", "--seed", "1", "--base_lr", "0.5"), capsys, "--seed, --base_lr differ")
+    assert_refused(resume(folder, "a", "--seed", "1", "--base_lr", "0.5"), capsys, "--seed 0, --base_lr 0.003")
     damaged = folder / "runs" / "a" / "last.pt"
     damaged.write_bytes(damaged.read_bytes()[:2000])
     assert_refused(resume(folder, "a"), capsys, "last.pt is damaged")
