@@ -15,7 +15,7 @@ from dataloaders.splits import TrainingSplit
 from myutils.build import DataFacts, build_method, build_preprocess
 from myutils.config import RunConfig
 from myutils.methods.base import Method
-from networks.base import SegmentationNetwork
+from networks.base import Segmenter
 
 FORMAT = 1
 
@@ -43,7 +43,7 @@ class RunState:
 class InferenceBundle:
     """A network ready to segment, with what it needs to know."""
 
-    network: SegmentationNetwork
+    network: Segmenter
     config: RunConfig
     preprocess: Preprocess
     facts: DataFacts

@@ -22,7 +22,7 @@ from myutils.distributed import is_main_rank, join_shares, own_share
 from myutils.inference import InferenceOptions, predict_label_map
 from myutils.label_files import save_label_map
 from myutils.metrics import CaseMetrics, segmentation_metrics
-from networks.base import SegmentationNetwork
+from networks.base import Segmenter
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class DamagedCasesError(ValueError):
 
 
 def evaluate_cases(
-    network: SegmentationNetwork,
+    network: Segmenter,
     source: CaseSource | KeptCases,
     case_ids: Sequence[str],
     preprocess: Preprocess,

@@ -10,7 +10,6 @@ import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
 
 import numpy as np
 import torch
@@ -24,13 +23,13 @@ from myutils.distributed import autocast, resolve_amp
 from myutils.inference_views import View, make_views, seen_from, seen_places
 from myutils.pseudo_labels import most_probable
 from myutils.sliding_window import stitched_rows
-from networks.base import SegmentationNetwork
+from networks.base import Segmenter
+from networks.ensemble import log_of_mean
 
 AMP_CHOICES = ("auto", "no", "bf16", "fp16")
 DEVICE_LIMIT_BYTES = 4 * 1024**3  # of an image and a band of scores that may lie on the network's device
 _VOXELS_AT_ONCE = 2**20
 _SLAB = 16  # voxels along X that are worked on at a time where a whole volume would be copied
-_LEAST = 1e-30  # probability, before its logarithm
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class InferenceOptions:
 
 
 def _probability_rows(
-    network: SegmentationNetwork, image: Tensor, options: InferenceOptions, device: torch.device, spacing: Spacing
+    network: Segmenter, image: Tensor, options: InferenceOptions, device: torch.device, spacing: Spacing
 ) -> Iterator[tuple[slice, Tensor]]:
     """Class probabilities of a preprocessed image, a few rows along X at a time, so that no whole map need be held.
 
@@ -117,7 +116,7 @@ def _probability_rows(
 
 
 def _averaged_windows(
-    network: SegmentationNetwork, image: Tensor, views: list[View], options: InferenceOptions, device: torch.device
+    network: Segmenter, image: Tensor, views: list[View], options: InferenceOptions, device: torch.device
 ) -> Iterator[tuple[slice, Tensor]]:
     """Rows of probabilities; each window is seen in every view at once."""
     amp = resolve_amp(options.amp, device)
@@ -128,7 +127,7 @@ def _averaged_windows(
 
     def mean_log_probs(windows: Tensor) -> Tensor:
         each = (seen_from(view, logits(seen_from(view, windows)).float().softmax(1)) for view in views)
-        return reduce(Tensor.add_, each).div_(len(views)).clamp_(min=_LEAST).log_()
+        return log_of_mean(each, len(views))
 
     band = options.patch_size[0] * math.prod(image.shape[2:])
     if (image.numel() + band * network.num_classes) * 4 <= DEVICE_LIMIT_BYTES:
@@ -147,7 +146,7 @@ def _averaged_windows(
 
 
 def _averaged_maps(
-    network: SegmentationNetwork, image: Tensor, views: list[View], options: InferenceOptions, device: torch.device
+    network: Segmenter, image: Tensor, views: list[View], options: InferenceOptions, device: torch.device
 ) -> Iterator[tuple[slice, Tensor]]:
     """Rows of probabilities; the whole image is seen in one view after the other."""
     classes, untouched = network.num_classes, [View((), None)]
@@ -187,7 +186,7 @@ def _add_view(total: Tensor, probs: Tensor, view: View, before: int) -> Tensor:
 
 
 def sliding_window_probabilities(
-    network: SegmentationNetwork,
+    network: Segmenter,
     image: Tensor,
     options: InferenceOptions,
     device: torch.device,
@@ -230,7 +229,7 @@ def fast_layout(network: torch.nn.Module, device: torch.device) -> Iterator[None
 
 
 def predict_probabilities(
-    network: SegmentationNetwork,
+    network: Segmenter,
     volume: Volume,
     preprocess: Preprocess,
     options: InferenceOptions,
@@ -255,7 +254,7 @@ def label_map_from(probabilities: np.ndarray, *, keep_largest: Collection[int] =
 
 
 def predict_label_map(
-    network: SegmentationNetwork,
+    network: Segmenter,
     volume: Volume,
     preprocess: Preprocess,
     options: InferenceOptions,

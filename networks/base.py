@@ -90,12 +90,33 @@ class Branch(nn.Module):
         return SegmentationOutput(self.classifier(features), features, tuple(coarse) if torch.is_grad_enabled() else ())
 
 
-class SegmentationNetwork(nn.Module, ABC):
-    """Base of all networks: pads the input to what the network divides by, runs it, and crops the output.
+class Segmenter(nn.Module, ABC):
+    """Whatever gives class scores for images: a network, or several as one.
 
     Attributes:
         in_channels: Number of image channels C.
         num_classes: Number of classes K, the background included.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        if in_channels < 1 or num_classes < 2:
+            raise ValueError(
+                f"in_channels {in_channels} and num_classes {num_classes}: need at least 1 channel and 2 classes "
+                "(background and one structure)"
+            )
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> SegmentationOutput:
+        """Logits (B, K, X, Y, Z) and features of images (B, C, X, Y, Z) of any size."""
+
+
+class SegmentationNetwork(Segmenter):
+    """Base of all networks: pads the input to what the network divides by, runs it, and crops the output.
+
+    Attributes:
         feature_dim: Width E of the last decoder features.
         coarse_dims: Widths E_l of the decoder's other levels, the coarsest first.
         stride: The network's total downsampling per axis; inputs are padded to a multiple of it.
@@ -112,14 +133,7 @@ class SegmentationNetwork(nn.Module, ABC):
     branch: Branch
 
     def __init__(self, in_channels: int, num_classes: int, flat_levels: Triple = (0, 0, 0)) -> None:
-        super().__init__()
-        if in_channels < 1 or num_classes < 2:
-            raise ValueError(
-                f"in_channels {in_channels} and num_classes {num_classes}: need at least 1 channel and 2 classes "
-                "(background and one structure)"
-            )
-        self.in_channels = in_channels
-        self.num_classes = num_classes
+        super().__init__(in_channels, num_classes)
         self.flat_levels = flat_levels
 
     @abstractmethod
