@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from dataloaders.base import CaseSource
-from dataloaders.splits import cut_between_patients
+from dataloaders.splits import of_patients
 
 
 def write_lists(settings: argparse.Namespace, source: CaseSource) -> tuple[Path, Path]:
@@ -25,7 +25,7 @@ def write_lists(settings: argparse.Namespace, source: CaseSource) -> tuple[Path,
     ids = ids[: settings.cases]
     if settings.pool is None:
         official = source.official_test() if settings.cases is None else None
-        settings.pool = len(ids) if official else cut_between_patients(source, ids, len(ids) * 4 // 5)
+        settings.pool = len(ids) if official else _whole_patients(source, ids, len(ids) * 4 // 5)
         ids += official or ()
     if not 0 < settings.pool < len(ids):
         raise ValueError(f"--pool {settings.pool}: the data set has {len(ids)} cases; leave some for the test")
@@ -48,6 +48,13 @@ def write_lists(settings: argparse.Namespace, source: CaseSource) -> tuple[Path,
 
 def _require_whole_patients(source: CaseSource, ids: list[str], count: int | None, flag: str) -> None:
     """Raise a ValueError where a cut parts the cases of a patient."""
-    whole = None if count is None else cut_between_patients(source, ids, count)
+    whole = None if count is None else _whole_patients(source, ids, count)
     if whole != count:
         raise ValueError(f"{flag} {count} parts the cases of a patient; {whole} is the next smaller that does not")
+
+
+def _whole_patients(source: CaseSource, ids: list[str], count: int) -> int:
+    """The largest number of first ids, up to ``count``, after which no patient's cases go on; or 0."""
+    while count and of_patients(source, ids[count:], ids[:count]):
+        count -= 1
+    return count

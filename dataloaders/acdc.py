@@ -26,12 +26,22 @@ CLASSES = ("background", "right ventricle", "myocardium", "left ventricle")
 LABEL = "_gt"
 FRAME = re.compile(rf"patient\d+_frame\d+({LABEL})?")  # not patient001_4d
 SLICE = re.compile(r"_slice_\d+$")
-FLIP_AXES = (0, 1)  # the field's augmentation on ACDC turns and flips in the short-axis plane
-DEFAULTS = TrainingDefaults(labelnum=14)  # 7 patients, a tenth of the field's training set
+
+
+class _Frames(CaseSource):
+    """What both layouts share: a case is a frame, and both frames show one patient."""
+
+    format_name = FORMAT
+    flip_axes = (0, 1)  # the field's augmentation on ACDC turns and flips in the short-axis plane
+    defaults = TrainingDefaults(labelnum=14)  # 7 patients, a tenth of the field's training set
+
+    def patient(self, case_id: str) -> str:
+        """Both frames show the same patient."""
+        return _patient(case_id)
 
 
 @SOURCES.register(FORMAT)
-class AcdcRelease(NiftiFiles):
+class AcdcRelease(_Frames, NiftiFiles):
     """Cases ``training/patient001/patient001_frame01.nii.gz`` with ``..._gt.nii.gz``, then those of ``testing/``.
 
     A case is a frame, end diastole or end systole; both frames of a patient are in the same part of a split. The
@@ -46,10 +56,7 @@ class AcdcRelease(NiftiFiles):
         modality: "mr" or "ct"; None for "mr".
     """
 
-    format_name = FORMAT
     in_channels = 1
-    flip_axes = FLIP_AXES
-    defaults = DEFAULTS
 
     def __init__(self, root: Path, *, num_classes: int | None = None, modality: str | None = None) -> None:
         self.root = root
@@ -78,10 +85,6 @@ class AcdcRelease(NiftiFiles):
         is_h5 = options.root is not None and any(AcdcH5.find_files(options.root))
         return AcdcH5.from_options(options) if is_h5 else super().from_options(options)
 
-    def patient(self, case_id: str) -> str:
-        """Both frames show the same patient."""
-        return _patient(case_id)
-
     def official_train(self) -> tuple[str, ...]:
         """The cases of the patients that no test case is of."""
         return self._train
@@ -102,7 +105,7 @@ class AcdcRelease(NiftiFiles):
         return [case_id for case_id in self.images if _patient(case_id) in names]
 
 
-class AcdcH5(H5Source):
+class AcdcH5(_Frames, H5Source):
     """Cases ``data/patient001_frame01.h5`` with ``image`` and ``label`` stored as (Z, Y, X), and the field's lists.
 
     The copy has the 100 patients of ``training/``; its train list names slices. Beside its lists the cases of
@@ -110,21 +113,14 @@ class AcdcH5(H5Source):
     patients, are lost.
     """
 
-    format_name = FORMAT
     known_classes = CLASSES
     usual_voxel_size = (1.5, 1.5, 10.0)  # the release has 1.3 to 2 mm in the plane, slices of 5 to 10 mm
     stored_axes = (2, 1, 0)
-    flip_axes = FLIP_AXES
-    defaults = DEFAULTS
 
     @staticmethod
     def find_files(root: Path) -> dict[str, Path]:
         """The volumes in ``data/``; its ``slices/`` repeat them."""
         return {path.stem: path for path in sorted((root / "data").glob("*.h5")) if FRAME.fullmatch(path.stem)}
-
-    def patient(self, case_id: str) -> str:
-        """Both frames show the same patient."""
-        return _patient(case_id)
 
     def official_train(self) -> tuple[str, ...] | None:
         """The cases whose slices ``train_slices.list`` names, in the order of their first; None without the file."""

@@ -199,13 +199,6 @@ def _ordered(source: CaseSource, ids: Sequence[str], seed: int) -> list[str]:
     return sorted(ids, key=lambda case_id: _order_key(first[source.patient(case_id)], seed))
 
 
-def cut_between_patients(source: CaseSource, ids: Sequence[str], count: int) -> int:
-    """How many of the ids come before the last place, at or before ``count``, that parts no patient's cases; or 0."""
-    while count and of_patients(source, ids[count:], ids[:count]):
-        count -= 1
-    return count
-
-
 def _order_key(case_id: str, seed: int) -> bytes:
     """Where the seed puts a case, on any machine and library version."""
     return hashlib.sha256(f"{seed}/{case_id}".encode()).digest()

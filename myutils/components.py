@@ -27,13 +27,11 @@ class Parts(NamedTuple):
 def survey_parts(labels: Iterable[np.ndarray], num_classes: int) -> Parts:
     """Look at class ids (X, Y, Z), one case after the other."""
     shown, single = [0] * num_classes, [True] * num_classes
-    touching = ndimage.generate_binary_structure(3, 3)
     for label in labels:
         for class_id, box in enumerate(ndimage.find_objects(label.astype(np.int32), num_classes - 1), start=1):
             shown[class_id] += box is not None
             if box is not None and single[class_id]:
-                parts, _ = ndimage.label(label[box] == class_id, structure=touching)
-                sizes = np.bincount(parts.ravel())[1:]
+                _, sizes = _parts(label[box] == class_id)
                 single[class_id] = bool(sizes.max() >= _ONE_PART * sizes.sum())
     return Parts(tuple(shown), tuple(k for k in range(1, num_classes) if single[k] and shown[k] >= _FEWEST_SHOWN))
 
@@ -52,14 +50,17 @@ def largest_component(label_map: np.ndarray, classes: Collection[int], connectiv
     if not classes:
         return label_map
     kept = label_map.copy()
-    touching = ndimage.generate_binary_structure(label_map.ndim, connectivity)
     boxes = ndimage.find_objects(label_map.astype(np.int32, copy=False), max(classes))
     for class_id in classes:
         box = boxes[class_id - 1]
         if box is None:
             continue
-        parts, _ = ndimage.label(label_map[box] == class_id, structure=touching)
-        sizes = np.bincount(parts.ravel())
-        sizes[0] = 0
-        kept[box][(parts > 0) & (parts != sizes.argmax())] = 0
+        parts, sizes = _parts(label_map[box] == class_id, connectivity)
+        kept[box][(parts > 0) & (parts != 1 + sizes.argmax())] = 0
     return kept
+
+
+def _parts(mask: np.ndarray, connectivity: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """The number of each voxel's part, from 1, and the voxels of each part; 0 is outside."""
+    parts, _ = ndimage.label(mask, structure=ndimage.generate_binary_structure(mask.ndim, connectivity))
+    return parts, np.bincount(parts.ravel())[1:]
