@@ -2,55 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from listed_cases import IDS, ListedCases, write_list
 
-from dataloaders.base import CaseSource, SourceOptions, Volume
 from dataloaders.case_lists import read_case_list, some, strip_nifti_suffix
 from dataloaders.splits import SplitRequest, TrainingSplit, make_test_ids, make_training_split
-
-IDS = [f"case{k:02d}" for k in range(10)]
-
-
-class ListedCases(CaseSource):
-    """Ids alone; the last two have no label. Reading a test list that is "closed" is an error."""
-
-    num_classes, in_channels, class_names = 2, 1, ("background", "organ")
-
-    def __init__(
-        self,
-        train: Sequence[str] | None = None,
-        test: Sequence[str] | str | None = None,
-        labeled: Sequence[str] = tuple(IDS[:8]),
-    ) -> None:
-        self._train, self._test, self._labeled = train, test, labeled
-
-    @classmethod
-    def from_options(cls, options: SourceOptions) -> ListedCases:
-        return cls()
-
-    def case_ids(self) -> list[str]:
-        return list(IDS)
-
-    def labeled_ids(self) -> list[str]:
-        return list(self._labeled)
-
-    def load(self, case_id: str, *, with_label: bool) -> Volume:
-        raise AssertionError("a split opens no image")
-
-    def official_train(self) -> tuple[str, ...] | None:
-        return None if self._train is None else tuple(self._train)
-
-    def official_test(self) -> tuple[str, ...] | None:
-        assert self._test != "closed", "training opened the test list"
-        return None if self._test is None else tuple(self._test)
-
-
-def write_list(path: Path, *ids: str) -> Path:
-    path.write_text("\n".join(ids) + "\n")
-    return path
 
 
 def test_list_file_tolerates_crlf_comments_suffixes_and_a_byte_order_mark(tmp_path: Path) -> None:
@@ -141,76 +99,6 @@ def test_order_of_the_seed_does_not_depend_on_the_other_cases() -> None:
     whole = make_training_split(ListedCases(test=["case00"]), SplitRequest(labelnum=2))
     fewer = make_training_split(ListedCases(test=["case00", whole.unlabeled[0]]), SplitRequest(labelnum=2))
     assert fewer.labeled == whole.labeled and fewer.unlabeled == whole.unlabeled[1:]
-
-
-class PairsOfCases(ListedCases):
-    """Two cases of each patient: case00 and case01 are of patient 0, and so on; the last one's have no label."""
-
-    def patient(self, case_id: str) -> str:
-        return f"patient{int(case_id[-2:]) // 2}"
-
-
-IDS_OF_OTHERS = ("case04", "case05", "case06", "case07")  # labelled, and of no patient that case00 or case02 is of
-
-
-def patients(ids: Sequence[str]) -> set[str]:
-    return {PairsOfCases().patient(case_id) for case_id in ids}
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_cases_of_a_patient_who_is_tested_are_not_trained_on(seed: int, tmp_path: Path) -> None:
-    source = PairsOfCases()
-    for listed in (None, write_list(tmp_path / "test.list", "case05")):
-        request = SplitRequest(labelnum=2, seed=seed, test_list=listed)
-        split = make_training_split(source, request)
-        test = make_test_ids(source, request, split)
-        assert not patients(test) & patients([*split.labeled, *split.unlabeled]) and len(patients(test)) == 1
-        assert len(split.labeled + split.unlabeled) == 8  # the tested patient's other case is in no role
-    whole = make_test_ids(source, SplitRequest(labelnum=2), make_training_split(source, SplitRequest(labelnum=2)))
-    assert len(whole) == 2  # 8 labelled // 5 is one case, and its patient has two
-
-
-def test_patients_that_a_list_claims_are_not_held_out(tmp_path: Path) -> None:
-    listed = write_list(tmp_path / "l.list", "case00", "case02", "case04")
-    request = SplitRequest(labelnum=1, labeled_list=listed)
-    split = make_training_split(PairsOfCases(), request)
-    assert make_test_ids(PairsOfCases(), request, split) == ("case06", "case07")
-
-
-def test_other_cases_of_validation_patients_are_not_trained_on(tmp_path: Path) -> None:
-    source = PairsOfCases(train=IDS)
-    split = make_training_split(source, SplitRequest(labelnum=3, val_num=1))
-    assert split.val == ("case02",) and "case03" not in split.labeled + split.unlabeled and len(split.unlabeled) == 6
-    listed = write_list(tmp_path / "v.list", "case00")
-    split = make_training_split(source, SplitRequest(labelnum=2, val_list=listed))
-    assert split.labeled == ("case02", "case03") and "case01" not in split.unlabeled
-
-
-def test_a_train_list_tests_on_patients_that_it_does_not_show() -> None:
-    source, request = PairsOfCases(train=["case00", "case02"]), SplitRequest(labelnum=1)
-    assert make_test_ids(source, request, make_training_split(source, request)) == IDS_OF_OTHERS
-
-
-def test_a_single_patient_cannot_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PairsOfCases, "patient", lambda self, case_id: "one")
-    with pytest.raises(ValueError, match=r"the 8 labelled ones are not in .*, or of tested patients"):
-        make_training_split(PairsOfCases(), SplitRequest(labelnum=1))
-
-
-def test_two_roles_that_share_a_patient_are_refused(tmp_path: Path) -> None:
-    source = PairsOfCases(train=IDS[:6])
-    with pytest.raises(ValueError, match=r"'case01' show patients that labelled cases show.*--val_num"):
-        make_training_split(source, SplitRequest(labelnum=3, val_num=2))
-    assert make_training_split(source, SplitRequest(labelnum=4, val_num=2)).val == ("case02", "case03")
-    first, second = write_list(tmp_path / "l.list", "case00"), write_list(tmp_path / "s.list", "case01")
-    with pytest.raises(ValueError, match="'case01' show patients that labelled cases show"):
-        make_training_split(source, SplitRequest(labelnum=1, labeled_list=first, val_list=second))
-    with pytest.raises(ValueError, match="the test list and another list name cases of one patient: 'case00'"):
-        make_training_split(PairsOfCases(), SplitRequest(labelnum=1, labeled_list=first, test_list=second))
-    source = PairsOfCases(train=IDS[:5], test=["case05"])
-    request = SplitRequest(labelnum=2)
-    with pytest.raises(ValueError, match="test cases 'case05' show patients that training cases of this run show"):
-        make_test_ids(source, request, make_training_split(source, request))
 
 
 @pytest.mark.parametrize("labelnum", [0, -1, 7])
