@@ -70,11 +70,13 @@ class Muon(torch.optim.AdamW):
             if group[_MARK]:
                 found = [(kernel, kernel.grad) for kernel in group["params"] if kernel.grad is not None]
                 with _full_precision():
-                    steps = orthogonal([self._momentum(*pair, counts).flatten(1) for pair in found])
-                for (kernel, _), step in zip(found, steps, strict=True):
-                    kernel.mul_(1 - counts * group["lr"] * group["weight_decay"])
-                    kernel.sub_(step.reshape(kernel.shape).mul_(counts * group["lr"] * _RMS * max(step.shape) ** 0.5))
-                    kernel.grad = None  # AdamW passes those without one by
+                    moves = [self._momentum(*pair, counts).flatten(1) for pair in found]
+                    for (kernel, _), move, factor in zip(found, moves, _factors(moves), strict=True):
+                        kernel.mul_(1 - counts * group["lr"] * group["weight_decay"])
+                        factor *= -counts * group["lr"] * _RMS * max(move.shape) ** 0.5
+                        pair = (factor, move) if len(factor) == len(move) else (move, factor)
+                        kernel.flatten(1).addmm_(*pair)  # the step, without a map of it
+                        kernel.grad = None  # AdamW passes those without one by
         return super().step(closure)
 
     def _momentum(self, kernel: nn.Parameter, gradient: Tensor, counts: Tensor | float) -> Tensor:
@@ -94,19 +96,26 @@ def orthogonal(matrices: list[Tensor]) -> list[Tensor]:
 
     Those below a thousandth of the Frobenius norm stay smaller; a zero matrix stays zero.
     """
-    wide = [matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
+    factors = zip(_factors(matrices), matrices, strict=True)
+    return [factor @ matrix if len(factor) == len(matrix) else matrix @ factor for factor, matrix in factors]
+
+
+def _factors(matrices: list[Tensor]) -> list[Tensor]:
+    """For each matrix what makes it orthogonal, times its shorter side: (rows, rows) or (columns, columns)."""
     alike: dict[int, list[int]] = defaultdict(list)  # by the size of their Gram matrices, to iterate together
-    for index, matrix in enumerate(wide):
-        alike[len(matrix)].append(index)
+    for index, matrix in enumerate(matrices):
+        alike[min(matrix.shape)].append(index)
     found = list(matrices)
     for indices in alike.values():
-        grams = torch.stack([wide[index] @ wide[index].mT for index in indices])  # (n, rows, rows)
+        grams = torch.stack([_gram(matrices[index]) for index in indices])  # (n, side, side)
         squares = grams.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=_SMALLEST)  # of the Frobenius norms
-        factors = _polynomial(grams / squares) * squares.rsqrt()
-        for index, factor in zip(indices, factors, strict=True):
-            step = factor @ wide[index]
-            found[index] = step if len(step) == len(matrices[index]) else step.mT
+        for index, factor in zip(indices, _polynomial(grams / squares) * squares.rsqrt(), strict=True):
+            found[index] = factor
     return found
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    return matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
 
 
 def _polynomial(grams: Tensor) -> Tensor:

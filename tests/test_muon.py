@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from myutils import muon
 from myutils.muon import Muon, is_kernel, orthogonal, split_kernels
 from networks.unet3d import UNet3D
 
@@ -151,15 +152,15 @@ def test_a_gradient_scaler_skips_steps_that_overflowed_without_a_wait(
 def test_products_are_whole_float32_whatever_was_asked_for_elsewhere(
     monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    seen = []
+    seen, found = [], muon._factors
 
     def spy(matrices: list[Tensor]) -> list[Tensor]:
         seen.append(torch.get_float32_matmul_precision())
         if fails:
             raise RuntimeError("as if out of memory")
-        return orthogonal(matrices)
+        return found(matrices)
 
-    monkeypatch.setattr("myutils.muon.orthogonal", spy)
+    monkeypatch.setattr("myutils.muon._factors", spy)
     kernel = nn.Parameter(torch.randn(4, 2, 3, 3, 3))
     optimizer = Muon(split_kernels([{"params": [kernel], "lr": 0.1, "lr_scale": 1.0}]), 0.1)
     kernel.grad = torch.randn_like(kernel)
