@@ -201,7 +201,10 @@ def _ordered(source: CaseSource, ids: Sequence[str], seed: int) -> list[str]:
 
 def _order_key(case_id: str, seed: int) -> bytes:
     """Where the seed puts a case, on any machine and library version."""
-    return hashlib.sha256(f"{seed}/{case_id}".encode()).digest()
+    try:
+        return hashlib.sha256(f"{seed}/{case_id}".encode()).digest()
+    except UnicodeEncodeError:
+        raise ValueError(f"the name {case_id!r} is not UTF-8, and no table could hold it; rename the file") from None
 
 
 def of_patients(source: CaseSource, ids: Iterable[str], others: Iterable[str]) -> list[str]:
