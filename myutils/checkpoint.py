@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,12 @@ def read_checkpoint(path: Path, device: torch.device) -> tuple[RunState, dict[st
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; pass the path of a last.pt or best.pt")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:  # torch does not look at the checksums
+                raise ValueError(f"the checksum of {part} is wrong")
         content = torch.load(path, map_location=device, weights_only=True)
-    except OSError:
-        raise
+    except OSError as error:
+        raise OSError(f"cannot read {path}: {error}; use another copy") from error
     except Exception as error:  # torch and pickle raise nearly anything, with advice to trust the file that is not ours
         reason = type(error).__name__
         raise ValueError(f"{path} is damaged, or no checkpoint of this project ({reason}); use another copy") from error

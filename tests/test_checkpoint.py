@@ -113,6 +113,17 @@ def test_damaged_checkpoint_is_named(tmp_path: Path, keep: int) -> None:
         read_checkpoint(path, CPU)
 
 
+def test_two_flipped_bytes_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    write_checkpoint(path, make_state(), {"method": torch.zeros(4000)})
+    content = bytearray(path.read_bytes())
+    middle = content.find(bytes(8000))  # within the zeros
+    content[middle + 4000 : middle + 4002] = b"ab"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"last\.pt is damaged"):
+        read_checkpoint(path, CPU)
+
+
 class Stranger:
     """A class that no checkpoint of ours holds."""
 
