@@ -74,7 +74,7 @@ def train(parser: SuggestingParser, given: dict[str, Any]) -> int:
     """The job that the flags describe; exit codes as in ``main``."""
     try:
         trainer = prepare(given)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         stop_process_group()
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -83,7 +83,7 @@ def train(parser: SuggestingParser, given: dict[str, Any]) -> int:
         return 130
     try:
         run(trainer)
-    except (ValueError, OSError, NonFiniteLossError, torch.cuda.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError, NonFiniteLossError, torch.cuda.OutOfMemoryError) as error:
         logger.error("error: %s\n%s", short_message(error), how_to_go_on(trainer))
         return 1
     except (TrainingInterrupted, KeyboardInterrupt) as stop:
@@ -171,9 +171,8 @@ def resume_run(config: RunConfig, given: dict[str, Any], ranks: RankInfo, device
             f"--resume: the run has {', '.join(f'--{name} {getattr(before, name)}' for name in changed)}, and keeps "
             "that; leave the flags out, or start a new --exp to change them"
         )
-    stored = dataclasses.replace(
-        state.config, **{name: getattr(asked, name) for name in KEPT_FROM_FLAGS if name in given}
-    )
+    kept = {name: getattr(asked, name) for name in KEPT_FROM_FLAGS if name in given}
+    stored = dataclasses.replace(state.config, **kept)
     source = build_source(stored)
     found, trained, split = DataFacts.of(source), state.facts, state.split
     if (found.class_names, found.in_channels) != (trained.class_names, trained.in_channels):
@@ -276,16 +275,16 @@ def describe(trainer: Trainer) -> None:
     if state.step == trainer.max_iteration:
         logger.info("steps: all %d are done", state.step)
     else:
-        batch = f"batch {config.batch_size} ({trainer.labeled_bs} labelled)"
+        steps = f"{state.step} to {trainer.max_iteration}, batch {config.batch_size} ({trainer.labeled_bs} labelled)"
         patch = "x".join(map(str, config.patch_size or ()))
-        logger.info(
-            "steps: %d to %d, %s, patch %s, autocast %s", state.step, trainer.max_iteration, batch, patch, trainer.amp
-        )
+        logger.info("steps: %s, patch %s, autocast %s", steps, patch, trainer.amp)
     logger.info("run: %s", trainer.folder)
 
 
 def how_to_go_on(trainer: Trainer) -> str:
     """The command that goes on from the run's last checkpoint, be it with the training or with the evaluation."""
+    if not (trainer.folder / "last.pt").exists():
+        return f"Nothing was saved: delete {trainer.folder} and start again"
     place = ["--output_dir", str(trainer.folder.parent), "--exp", trainer.folder.name]
     return f"Go on from the last checkpoint with:\n  python train_cov_dfp_3d.py {shlex.join(place)} --resume"
 

@@ -1,10 +1,15 @@
-"""The folder of a run: a used one is refused, a free one is claimed."""
+"""The folder of a run: a used one is refused, a free one is claimed, and one process at a time trains in it."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
 
 
 def refuse_used_name(folder: Path) -> None:
@@ -25,14 +30,45 @@ def claim_folder(folder: Path, *, chosen: bool) -> Path:
     number, candidate = 1, folder
     while True:
         try:
-            candidate.mkdir(parents=True, exist_ok=chosen)
+            make_folder(candidate, "--output_dir", exist_ok=chosen)
         except FileExistsError:
-            if chosen:
-                raise
             number += 1
             candidate = folder.with_name(f"{folder.name}_{number}")
         else:
             return candidate
+
+
+def make_folder(folder: Path, flag: str, *, exist_ok: bool = True) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        FileExistsError: If there is one, without ``exist_ok``.
+        OSError: If it cannot be made, naming the ``flag`` that asked for it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=exist_ok)
+    except OSError as error:
+        if not exist_ok and folder.is_dir():
+            raise
+        raise OSError(f"{flag}: cannot make {folder}: {error.strerror}; pass a folder that can be written") from error
+
+
+def hold(folder: Path) -> IO[str]:
+    """Keep other processes from training in the folder until the file that this returns is closed.
+
+    Raises:
+        ValueError: If another process holds it.
+    """
+    lock = (folder / ".lock").open("w")
+    try:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ValueError(f"another process trains in {folder}; wait for its end, or stop it first") from None
+    except OSError:  # a file system without locks
+        pass
+    return lock
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

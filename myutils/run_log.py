@@ -15,15 +15,19 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dataloaders.patches import Batch
 from myutils.methods.base import StepOutput
+from myutils.run_folder import hold
 
 
 class RunLog:
-    """Writer of one run; silent on ranks other than 0.
+    """Writer of one run, which it holds until it is closed; silent on ranks other than 0.
 
     Args:
         folder: The run's folder.
         first_step: Steps done before; entries beyond it, left by a run that was killed, are dropped.
         enabled: Whether this rank writes.
+
+    Raises:
+        ValueError: If another process trains in the folder.
     """
 
     def __init__(self, folder: Path, first_step: int = 0, *, enabled: bool = True) -> None:
@@ -32,6 +36,7 @@ class RunLog:
         if not enabled:
             return
         with _named_errors(folder):
+            self._lock = hold(folder)
             _drop_after(self._path, first_step)
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
@@ -62,6 +67,7 @@ class RunLog:
         if self.enabled:
             with _named_errors(self._path.parent):
                 self._writer.close()
+            self._lock.close()
 
 
 @contextmanager

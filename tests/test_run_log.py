@@ -29,13 +29,21 @@ def test_scalars_go_to_the_file_and_to_tensorboard(tmp_path: Path) -> None:
     assert [point.step for point in events.Scalars("Loss/total")] == [1, 2]
 
 
+def test_one_process_at_a_time_writes_a_run(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    with pytest.raises(ValueError, match="another process trains in"):
+        RunLog(tmp_path)
+    log.close()
+    RunLog(tmp_path).close()
+
+
 def test_resumed_log_drops_what_lies_beyond_the_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"st')
     log = RunLog(tmp_path, first_step=2)
     log.scalars(3, {"a": 9.0})
     log.close()
     assert read_metrics(tmp_path, "a") == ([1, 2, 3], [1, 2, 9.0])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "metrics.jsonl", "tensorboard"]
 
 
 def test_numbers_that_json_cannot_hold_are_null_and_left_out_of_curves(tmp_path: Path) -> None:

@@ -180,6 +180,19 @@ def test_full_disk_keeps_the_last_checkpoint_and_says_how_to_go_on(
     assert different(weights(folder, "a"), weights(folder, "b")) == []
 
 
+def test_full_disk_at_the_first_checkpoint_says_to_start_again(
+    folder: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.torch, "save", full)
+        assert train.main(job(folder, "--no-evaluate", exp="a")) == 1
+    message = capsys.readouterr().err
+    assert f"delete {folder / 'runs' / 'a'} and start again" in message and "--resume" not in message
+
+
 def test_full_disk_in_the_log_is_no_traceback(folder: Path, monkeypatch: Patch, capsys: Capture) -> None:
     original = Path.open
 

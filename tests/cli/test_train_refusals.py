@@ -84,7 +84,7 @@ def test_folder_of_a_run_that_never_began_is_not_taken(folder: Path, capsys: Cap
 
 def test_output_dir_that_is_a_file_is_refused(folder: Path, capsys: Capture) -> None:
     (folder / "runs").write_text("a file")
-    assert_refused(job(folder), capsys, "runs")
+    assert_refused(job(folder), capsys, "--output_dir: cannot make", "Not a directory; pass a folder that can be")
 
 
 def test_resume_needs_the_name_of_a_run(folder: Path, capsys: Capture) -> None:
