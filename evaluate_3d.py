@@ -27,6 +27,7 @@ way, 2 refused at the start, 130 stopped. ``--help`` lists all flags.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,7 @@ from myutils.evaluation_cases import SPLITS, choose_cases, is_training_data, req
 from myutils.flags import option
 from myutils.inference import InferenceOptions
 from myutils.inference_flags import InferenceFlags, inference_options, start
+from myutils.run_folder import make_folder
 
 logger = logging.getLogger("evaluate")
 
@@ -98,7 +100,7 @@ class Job:
     @property
     def checkpoints(self) -> str:
         """Their paths, for the log and the summary."""
-        return ", ".join(map(str, self.flags.checkpoint or ()))
+        return paths_of(self.flags.checkpoint or ())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,7 +143,8 @@ def prepare(flags: EvaluateFlags) -> Job:
     if drawn and len(flags.checkpoint) == 1 and is_training_data(source, bundle):
         warn_if_moved(case_ids, flags.checkpoint[0].parent)
     folder = flags.output_dir or default_folder(flags, bundle, source)
-    folder.mkdir(parents=True, exist_ok=True)
+    refuse_other_results(folder, flags.checkpoint)
+    make_folder(folder, "--output_dir")
     return Job(flags, bundle, config, source, case_ids, options, device, folder)
 
 
@@ -166,6 +169,20 @@ def default_folder(flags: EvaluateFlags, bundle: InferenceBundle, source: CaseSo
     return first.parent / "evaluation" / name
 
 
+def refuse_other_results(folder: Path, checkpoints: Sequence[Path]) -> None:
+    """Raise a ValueError if the folder holds the results of other checkpoints."""
+    path = folder / "summary.json"
+    scored = json.loads(path.read_text(encoding="utf-8")).get("checkpoint", "") if path.is_file() else ""
+    before, now = ([Path(name).parts[-2:] for name in names.split(", ")] for names in (scored, paths_of(checkpoints)))
+    if scored and before != now:  # run and file, for a run may have moved
+        raise ValueError(f"{folder} holds the results of {scored}; pass another --output_dir, or delete it")
+
+
+def paths_of(checkpoints: Sequence[Path]) -> str:
+    """The checkpoints in one line, wherever they are named from."""
+    return ", ".join(str(path.resolve()) for path in checkpoints)
+
+
 def run(job: Job) -> None:
     """Score all cases, write the files, print the table and where the files are."""
     bundle, folder = job.bundle, job.folder
@@ -183,6 +200,8 @@ def run(job: Job) -> None:
             save_dir=folder / "predictions",
         )
     except DamagedCasesError as error:
+        if not error.results:
+            raise ValueError(f"{error}; nothing was scored, and nothing in {folder} was changed") from error
         if is_main_rank():
             write_cases_csv(folder / "cases.csv", error.results, bundle.class_names)
             (folder / "summary.json").unlink(missing_ok=True)  # that of an evaluation before

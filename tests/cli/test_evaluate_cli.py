@@ -223,3 +223,29 @@ def test_damaged_cases_end_with_code_1_after_all_others_are_scored(
     assert cases_in(tmp_path / "out") == ["other00"]
     assert [path.name for path in (tmp_path / "out" / "predictions").iterdir()] == ["other00.nii.gz"]
     assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_results_of_before_survive_where_nothing_can_be_scored(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, out = write_cohort(tmp_path / "clinic", cases=1, labeled=1, prefix="other"), tmp_path / "out"
+    command = ("--dataset_path", other, "--output_dir", out)
+    assert evaluate(checkpoint, *command) == 0
+    before = {name: (out / name).read_bytes() for name in ("cases.csv", "summary.json")}
+    (other / "labels" / "other00.nii.gz").write_bytes(b"nonsense")
+    assert evaluate(checkpoint, *command) == 1
+    assert "nothing was scored" in capsys.readouterr().err
+    assert before == {name: (out / name).read_bytes() for name in before}
+
+
+def test_results_of_another_checkpoint_are_not_replaced(
+    cohort: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert evaluate(checkpoint, "--output_dir", out) == 0
+    other = shutil.copy(checkpoint, checkpoint.parent / "best.pt")
+    message = refused(capsys, other, "--output_dir", out)
+    assert f"{out} holds the results of" in message and "another --output_dir" in message
+    other.unlink()
+    moved = shutil.copytree(checkpoint.parent, tmp_path / "elsewhere" / checkpoint.parent.name)
+    assert evaluate(moved / "last.pt", "--output_dir", out) == 0
