@@ -12,8 +12,8 @@ those of the first.
 Several processes share the scans out: ``torchrun --nproc_per_node=2 predict_3d.py ...``.
 
 It writes ``<name>.nii.gz`` (class ids, uint8) and with ``--probabilities`` ``<name>_prob.nii.gz`` (float32, one volume
-per class along the fourth axis). A bad scan is reported and skipped. Exit code 0 all done, 1 some failed, 2 refused at
-the start, 130 stopped. ``--help`` lists all flags.
+per class along the fourth axis), over files of before with ``--overwrite`` alone. A bad scan is reported and skipped.
+Exit code 0 all done, 1 some failed, 2 refused at the start, 130 stopped. ``--help`` lists all flags.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from dataloaders.geometry import READ_ERRORS, reason_of, states_orientation
 from dataloaders.orientation import axis_names, note_stored_axes
 from myutils.build import kept_parts
 from myutils.checkpoint import InferenceBundle
-from myutils.distributed import is_main_rank, join_shares, own_share, start_process_group, stop_process_group
+from myutils.distributed import barrier, is_main_rank, join_shares, own_share, start_process_group, stop_process_group
 from myutils.ensemble import load_together
 from myutils.flags import option
 from myutils.inference import InferenceOptions, label_map_from, predict_label_map, predict_probabilities
 from myutils.inference_flags import InferenceFlags, inference_options, start
 from myutils.label_files import save_in_geometry_of, save_volume
+from myutils.run_folder import make_folder
 from myutils.scan_inputs import Scan, find_scans, join_channels, require_free_outputs
 
 logger = logging.getLogger("predict")
@@ -58,6 +59,7 @@ class PredictFlags(InferenceFlags):
     )
     output: Path | None = option(None, help="folder for the label maps; else none, it is required", group=FILES)
     probabilities: bool = option(False, help="write the probabilities of all classes too", group=FILES)
+    overwrite: bool = option(False, help="replace files that lie in --output already", group=FILES)
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def prepare(flags: PredictFlags) -> Job:
 
     Raises:
         FileNotFoundError: If the checkpoint or the input is missing.
-        ValueError: If a flag is missing, or an output would overwrite an input.
+        ValueError: If a flag is missing, or an output would overwrite a file.
     """
     if not flags.checkpoint or flags.input is None or flags.output is None:
         missing = [name for name in ("checkpoint", "input", "output") if not getattr(flags, name)]
@@ -115,8 +117,9 @@ def prepare(flags: PredictFlags) -> Job:
     scans = join_channels(scans, bundle.in_channels)
     kept = kept_parts(config, bundle.facts)
     job = Job(bundle, options, kept, device, scans, flags.output, flags.probabilities)
-    require_free_outputs(scans, [path for scan in scans for path in job.outputs(scan)])
-    flags.output.mkdir(parents=True, exist_ok=True)
+    require_free_outputs(scans, [path for scan in scans for path in job.outputs(scan)], overwrite=flags.overwrite)
+    make_folder(flags.output, "--output")
+    barrier()  # no rank writes before all have looked
     return job
 
 

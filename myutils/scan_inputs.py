@@ -58,11 +58,12 @@ def find_scans(path: Path) -> list[Scan]:
     """All scans that ``path`` stands for, sorted by name.
 
     A file is one NIfTI scan. A folder with NIfTI files stands for these; one with DICOM files for its series; else
-    each of its folders is a series if at least one is, but for ``labels`` without one. Hidden ones are left out.
+    each of its folders is a series if at least one is, but for ``labels`` without one. NIfTI files that bear the names
+    of such folders are their labels. Hidden ones are left out.
 
     Raises:
         FileNotFoundError: If there is no such path, or no scan in it.
-        ValueError: If a file is not NIfTI by its name, or two files bear the same name.
+        ValueError: If a file is not NIfTI by its name, two files bear the same name, or a folder holds both kinds.
     """
     if path.is_file():
         if not path.name.endswith(NIFTI_SUFFIXES):
@@ -74,13 +75,19 @@ def find_scans(path: Path) -> list[Scan]:
         raise FileNotFoundError(f"--input {path} does not exist; pass a NIfTI file, a folder, or a DICOM folder")
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     files = list_nifti(path)
-    if files:
+    itself, inside = _holds_series(path), any(_holds_series(folder) for folder in folders)
+    labels = inside and set(files) <= {folder.name for folder in folders}  # of series, as training reads them
+    if files and (itself or inside) and not labels:
+        raise ValueError(f"--input {path} holds NIfTI files and DICOM series; pass a folder of either alone")
+    if files and not labels:
         if folders:
             logger.info("--input %s holds NIfTI files; its %d folders are left out", path, len(folders))
         return [Scan(name, file) for name, file in files.items()]
-    if _holds_series(path):
+    if itself:
         return [Scan(path.resolve().name, path)]
-    if any(_holds_series(folder) for folder in folders):
+    if inside:
+        if files:
+            logger.info("--input %s: its %d NIfTI files are taken for labels of the series", path, len(files))
         chosen = [folder for folder in folders if folder.name != LABEL_FOLDER or _holds_series(folder)]
         return [Scan(folder.name, folder) for folder in chosen]
     raise FileNotFoundError(f"--input {path} itself holds no .nii, no .nii.gz and no DICOM series")
@@ -125,8 +132,8 @@ def _holds_series(folder: Path) -> bool:
         sitk.ProcessObject.SetGlobalWarningDisplay(shown)
 
 
-def require_free_outputs(scans: Iterable[Scan], outputs: Iterable[Path]) -> None:
-    """Refuse outputs that are inputs or come twice; symbolic links and hard links are seen through.
+def require_free_outputs(scans: Iterable[Scan], outputs: Sequence[Path], *, overwrite: bool = False) -> None:
+    """Refuse outputs that are inputs, come twice or, without ``overwrite``, exist; links are seen through.
 
     Raises:
         ValueError: Naming the file and the fix.
@@ -141,3 +148,9 @@ def require_free_outputs(scans: Iterable[Scan], outputs: Iterable[Path]) -> None
         if output in seen:
             raise ValueError(f"two inputs would be written to {output}; rename one, or predict them separately")
         seen.add(output)
+    there = [output for output in outputs if output.exists()]
+    if there and not overwrite:
+        raise ValueError(
+            f"{there[0]} exists already ({len(there)} of {len(outputs)} files do); pass another --output, or "
+            "--overwrite to replace them"
+        )

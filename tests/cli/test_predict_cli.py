@@ -226,6 +226,36 @@ def test_inputs_are_never_overwritten(checkpoint: Path, tmp_path: Path, capsys: 
     assert path.read_bytes() == before and not out.exists()
 
 
+def test_files_of_before_are_replaced_on_request_alone(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        scan(tmp_path / "images" / f"{name}.nii.gz")
+    label = scan(tmp_path / "labels" / "b.nii.gz")  # an expert's
+    before = label.read_bytes()
+    message = refused(capsys, checkpoint, tmp_path / "images", label.parent)
+    assert "b.nii.gz exists already (1 of 2 files do)" in message and "--overwrite" in message
+    assert label.read_bytes() == before and len(list(label.parent.iterdir())) == 1
+    assert predict(checkpoint, tmp_path / "images", label.parent, "--overwrite") == 0
+    assert label.read_bytes() != before
+
+
+def test_labels_beside_series_are_not_segmented(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scans = tmp_path / "scans"
+    upright = np.diag([-1.0, -1.0, 2.0, 1.0])
+    write_dicom(scans / "patient01", np.random.default_rng(0).integers(0, 400, SHAPE), upright)
+    scan(scans / "patient01.nii.gz")  # its label, where training looks for it
+    assert predict(checkpoint, scans, tmp_path / "out") == 0
+    assert "1 NIfTI files are taken for labels" in capsys.readouterr().err
+    np.testing.assert_allclose(nib.load(tmp_path / "out/patient01.nii.gz").affine, upright, atol=1e-5)
+    scan(scans / "patient01" / "seg.nii.gz")
+    assert "NIfTI files and DICOM series" in refused(capsys, checkpoint, scans / "patient01", tmp_path / "other")
+    scan(scans / "patient02.nii.gz")
+    assert "NIfTI files and DICOM series" in refused(capsys, checkpoint, scans, tmp_path / "other")
+
+
 def test_impossible_requests_are_refused_in_one_line(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
