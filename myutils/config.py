@@ -215,7 +215,7 @@ class RunConfig:
     profile: int = option(0, help="time the parts of N steps, print them and stop; nothing is kept", group=RUN)
     log_every: int = option(10, help="steps between log entries, >= 1", group=RUN)
     save_every: int = option(250, help="steps between checkpoints and validations, >= 1", group=RUN)
-    image_every: int = option(250, help="steps between pictures in TensorBoard, >= 1", group=RUN)
+    image_every: int = option(250, help="steps between pictures in TensorBoard, >= 1; one is of the last", group=RUN)
 
     evaluate: bool = option(True, help="evaluate on the test cases after training", group=EVALUATION)
     baseline: bool | None = option(

@@ -9,13 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from dataloaders.patches import Batch
 from myutils.methods.base import StepOutput
+from myutils.overlay import class_colours, richest_slice
 from myutils.run_folder import hold
+
+_PICTURE_ROWS = 192  # at least half of this
 
 
 class RunLog:
@@ -52,15 +56,17 @@ class RunLog:
                 self._writer.add_scalar(name, value, step)
 
     def pictures(self, step: int, batch: Batch, output: StepOutput) -> None:
-        """Middle slices of the first labelled and unlabelled patch: image, label, prediction, pseudo-label."""
+        """The first labelled patch, its label and the prediction; the first unlabelled one and its pseudo-label."""
         if not self.enabled or output.logits_l is None:
             return
-        classes = output.logits_l.shape[1]
-        rows = [batch.image_l[0, 0], batch.label_l[0] / (classes - 1), output.logits_l[0].argmax(0) / (classes - 1)]
-        self._writer.add_image("labeled/image_label_prediction", _panel(rows), step)
+        colours = class_colours(output.logits_l.shape[1])
+        image, label = batch.image_l[0, 0], batch.label_l[0]
+        shown = [(image, None), (image, label), (image, output.logits_l[0].argmax(0))]
+        self._writer.add_image("labeled/image_label_prediction", _panel(shown, label, colours), step)
         if output.pseudo_labels is not None and len(batch.image_u):
-            rows = [batch.image_u[0, 0], batch.image_u_strong[0, 0], output.pseudo_labels[0] / (classes - 1)]
-            self._writer.add_image("unlabeled/weak_strong_pseudo", _panel(rows), step)
+            image, strong, label = batch.image_u[0, 0], batch.image_u_strong[0, 0], output.pseudo_labels[0]
+            shown = [(image, None), (strong, None), (image, label)]
+            self._writer.add_image("unlabeled/weak_strong_pseudo", _panel(shown, label, colours), step)
 
     def close(self) -> None:
         """Flush everything to the disk."""
@@ -95,14 +101,24 @@ def step_scalars(output: StepOutput, lr: float) -> dict[str, Tensor | float]:
     return values
 
 
-def _panel(volumes: list[Tensor]) -> Tensor:
-    """Middle X-Y slices of volumes (X, Y, Z) side by side, each in 0..1: (1, Y, columns)."""
-    slices = []
-    for volume in volumes:
-        plane = volume[..., volume.shape[-1] // 2].detach().float().cpu()
-        low, high = (0.0, 1.0) if plane.min() >= 0 and plane.max() <= 1 else (plane.min(), plane.max())
-        slices.append(((plane - low) / max(float(high - low), 1e-6)).T.flip(0))
-    return torch.cat(slices, dim=1).unsqueeze(0)
+def _panel(shown: list[tuple[Tensor, Tensor | None]], chosen_by: Tensor, colours: np.ndarray) -> np.ndarray:
+    """X-Y slices of images (X, Y, Z) side by side, enlarged, with classes in colour: (3, rows, columns) in 0..1.
+
+    The slice is the one where ``chosen_by`` (X, Y, Z) shows most.
+    """
+    place = richest_slice(chosen_by.cpu().numpy().clip(min=0), 2)
+    tiles = []
+    for image, label in shown:
+        plane = image[..., place].detach().float().cpu().numpy()
+        grey = (plane - plane.min()) / max(float(np.ptp(plane)), 1e-6)
+        tile = np.repeat(grey[None], 3, axis=0)  # (3, X, Y)
+        if label is not None:
+            classes = label[..., place].cpu().numpy().clip(min=0)
+            tile = np.where(classes > 0, 0.5 * tile + 0.5 * np.moveaxis(colours[classes], -1, 0), tile)
+        tiles.append(tile.transpose(0, 2, 1)[:, ::-1])  # X to the right, Y up
+    panel = np.concatenate(tiles, axis=2)
+    times = max(1, _PICTURE_ROWS // panel.shape[1])
+    return panel.repeat(times, axis=1).repeat(times, axis=2)
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -198,7 +198,7 @@ class Trainer:
         """Log, validate and save where it is time to; stop where it was asked for."""
         config, done = self.state.config, self.state.step
         last = done == self.max_iteration
-        log_now, picture = done % config.log_every == 0 or last, done % config.image_every == 0
+        log_now, picture = done % config.log_every == 0 or last, last or done % config.image_every == 0
         stop, regular = self._stop_now(done), last or done % config.save_every == 0
         if log_now or picture or stop or regular:
             self.watch.check()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers_runs import random_batch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from myutils.methods.base import LossTerm, StepOutput
@@ -93,7 +96,10 @@ def test_pictures_show_image_label_prediction_and_pseudo_label(tmp_path: Path) -
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     labeled = events.Images("labeled/image_label_prediction")
     assert [picture.step for picture in labeled] == [5, 6]
-    assert (labeled[0].width, labeled[0].height) == (24, 8)
+    assert (labeled[0].width, labeled[0].height) == (3 * 192, 192)
+    panel = np.asarray(Image.open(io.BytesIO(labeled[0].encoded_image_string)).convert("RGB")).astype(int)
+    coloured = [(np.ptp(tile, axis=2) > 0).mean() for tile in np.split(panel, 3, axis=1)]
+    assert coloured[0] == 0 and min(coloured[1:]) > 0.3  # the image alone is grey
     assert [picture.step for picture in events.Images("unlabeled/weak_strong_pseudo")] == [5]
 
 
