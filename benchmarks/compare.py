@@ -18,7 +18,8 @@ test time, whatever its method's default (``-- --tta_flips``: all are), and all 
 --no-use_contrastive_prototype"``. Everything after ``--`` goes to every training unchanged.
 
 Finished runs are kept and interrupted ones resumed, so that the same command goes on where it stopped; it also redraws
-the table. A run whose settings differ from those asked for is refused; rows of different code are named below it.
+the table. A trained run whose settings differ from those asked for is refused before anything is trained; rows of
+different code are named below it.
 Written to ``--output_dir``: ``table_N.md`` and ``table_N.png`` per number of labels N, ``sweep.png``, and one folder,
 log and ``.plan.json`` per run.
 """
@@ -26,32 +27,26 @@ log and ``.plan.json`` per run.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import os
+import itertools
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from benchmarks.comparison_cases import write_lists
+from benchmarks.comparison_flags import check_flags, read_flags
+from benchmarks.comparison_runs import ALL_PARTS, Run, check, code_note, train
 from benchmarks.comparison_tables import Row, draw_rows, draw_sweep, format_rows
 from dataloaders.base import CaseSource
 from dataloaders.case_lists import read_case_list
 from myutils.build import build_source, resolve_config
 from myutils.config import RunConfig
 from myutils.fitting import fit_to_cases
-from myutils.flags import SuggestingParser, add_flags, given_flags
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("dataloaders", "myutils", "networks")
 DECIDES_FLAT_LEVELS = {"--model", "--spacing", "--orientation"}
-ALL_PARTS = "--no-largest_component"
 SUPERVISED, FULL = "supervised", "supervised, all labels"
 Flags = tuple[str, ...]
 
@@ -79,7 +74,12 @@ def main() -> None:
         lists = write_lists(settings, source)
         fitted = fitted_flags(settings, config, source, lists[0])
         plans = make_plans(settings, fitted)
-        rows = train_all(settings, plans, lists)
+        runs = make_runs(settings, plans, lists)
+        for run in itertools.chain.from_iterable(runs.values()):
+            check(run)
+            if not run.finished:
+                check_flags(run, config, source)
+        rows = train_all(settings, runs)
         report(settings, rows)
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"compare: {error}") from error
@@ -134,10 +134,8 @@ def numbers(text: str) -> list[int]:
 
 def asked_config(settings: argparse.Namespace) -> RunConfig:
     """What all rows have in common."""
-    parser = SuggestingParser(prog="compare: flags after --")
-    add_flags(parser, RunConfig)
     own = {name: getattr(settings, name) for name in ("dataset_name", "dataset_path", "num_classes")}
-    return RunConfig(**(own | given_flags(parser, settings.flags)))
+    return RunConfig(**(own | read_flags(settings.flags, "after --")))
 
 
 def fitted_flags(settings: argparse.Namespace, config: RunConfig, source: CaseSource, pool: Path) -> dict[str, Flags]:
@@ -177,8 +175,8 @@ def _common_flags(fitted: Mapping[str, Flags], plan: Plan) -> list[str]:
     return [flag for name, flags in fitted.items() if not (own and name == "flat_levels") for flag in flags]
 
 
-def train_all(settings: argparse.Namespace, plans: list[Plan], lists: tuple[Path, Path]) -> dict[Plan, Row]:
-    """Run, resume or skip every training, seed by seed, so that an early end leaves whole seeds."""
+def make_runs(settings: argparse.Namespace, plans: Sequence[Plan], lists: tuple[Path, Path]) -> dict[Plan, list[Run]]:
+    """The trainings of each row, one per seed."""
     common = ["--no-tta_flips", ALL_PARTS]  # best would be mirrored and the others not; later flags win
     common += ["--dataset_name", settings.dataset_name]
     common += ["--dataset_path", str(settings.dataset_path.absolute())] if settings.dataset_path else []
@@ -186,67 +184,26 @@ def train_all(settings: argparse.Namespace, plans: list[Plan], lists: tuple[Path
     common += ["--max_iteration", str(settings.max_iteration), *settings.flags]
     if settings.num_classes:
         common += ["--num_classes", str(settings.num_classes)]
-    jobs: dict[Plan, list[Future[Path]]] = {plan: [] for plan in plans}
-    with ThreadPoolExecutor(settings.jobs) as pool:
+    runs: dict[Plan, list[Run]] = {plan: [] for plan in plans}
+    for plan in plans:
         for seed in settings.seeds:
-            for plan in plans:
-                flags = [*common, *plan.flags, "--labelnum", str(plan.labelnum), "--seed", str(seed)]
-                jobs[plan].append(pool.submit(train, settings, plan.folder_name(seed), flags))
+            flags = (*common, *plan.flags, "--labelnum", str(plan.labelnum), "--seed", str(seed))
+            runs[plan].append(Run(settings.output_dir / plan.folder_name(seed), flags))
+    return runs
+
+
+def train_all(settings: argparse.Namespace, runs: Mapping[Plan, Sequence[Run]]) -> dict[Plan, Row]:
+    """Run, resume or skip every training, seed by seed, so that an early end leaves whole seeds."""
+    jobs: dict[Plan, list[Future[Path]]] = {plan: [] for plan in runs}
+    with ThreadPoolExecutor(settings.jobs) as pool:
+        for place in range(len(settings.seeds)):
+            for plan, found in runs.items():
+                jobs[plan].append(pool.submit(train, found[place], settings.threads))
         try:
-            return {plan: Row(plan.name, tuple(job.result() for job in found)) for plan, found in jobs.items()}
+            return {plan: Row(plan.name, tuple(job.result() for job in done)) for plan, done in jobs.items()}
         except BaseException:  # Ctrl-C too: those at work save and end, the others must not begin
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def train(settings: argparse.Namespace, name: str, flags: list[str]) -> Path:
-    """Run, resume or skip one training; returns its folder."""
-    folder: Path = settings.output_dir / name
-    remembered = beside(folder, ".plan.json")
-    plan: dict[str, Any] = {"flags": flags, "code": ""}
-    if remembered.exists():
-        plan = json.loads(remembered.read_text("utf-8"))
-    if plan["flags"] not in (flags, [flag for flag in flags if flag != ALL_PARTS]):  # once it was no flag, but the rule
-        raise ValueError(f"{folder} was trained with other flags ({remembered}); use another --output_dir")
-    if (folder / "test" / "summary.json").exists():
-        return folder
-    codes = dict.fromkeys([*plan["code"].split("+"), code_digest()])  # one that others resumed has several
-    remembered.write_text(json.dumps(plan | {"code": "+".join(filter(None, codes))}), encoding="utf-8")
-    command = [sys.executable, str(ROOT / "train_cov_dfp_3d.py"), "--output_dir", str(settings.output_dir)]
-    command += ["--exp", name] + (["--resume"] if (folder / "last.pt").exists() else flags)
-    environment = os.environ | {"OMP_NUM_THREADS": str(settings.threads)}
-    with beside(folder, ".log").open("a") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
-    if code != 0:
-        raise RuntimeError(f"{name} ended with exit code {code}; see {beside(folder, '.log')}")
-    return folder
-
-
-def beside(folder: Path, ending: str) -> Path:
-    """The file of a run that lies beside its folder; names of rows may hold dots."""
-    return folder.with_name(folder.name + ending)
-
-
-def code_digest() -> str:
-    """Short hash of the source files that train and score."""
-    files = [path for folder in PACKAGES for path in sorted((ROOT / folder).rglob("*.py"))]
-    content = hashlib.sha256()
-    for path in [ROOT / "train_cov_dfp_3d.py", *files]:
-        content.update(path.read_bytes())
-    return content.hexdigest()[:8]
-
-
-def code_note(rows: Sequence[Row]) -> str:
-    """A line for below the table that names the rows of each code; empty if all runs were started by the same."""
-    names_by_code: dict[str, set[str]] = {}
-    for row in rows:
-        for folder in row.folders:
-            code = json.loads(beside(folder, ".plan.json").read_text("utf-8"))["code"]
-            names_by_code.setdefault(code, set()).add(row.name)
-    if len(names_by_code) < 2:
-        return ""
-    found = "; ".join(f"{code}: {', '.join(sorted(names))}" for code, names in names_by_code.items())
-    return f"\nTrained by different code ({found}); delete a run's folder and .plan.json to train it again.\n"
 
 
 def report(settings: argparse.Namespace, rows: dict[Plan, Row]) -> None:

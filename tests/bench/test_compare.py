@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import pytest
 from conftest import BallSource
-from helpers_runs import write_run
 
 from benchmarks import compare
 from benchmarks.comparison_cases import write_lists
+from benchmarks.comparison_runs import Run
 from dataloaders.base import TrainingDefaults
 
 
@@ -120,16 +119,14 @@ def test_lists_of_trained_runs_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("asked", "last"), [([], "--no-tta_flips"), (["--tta_flips"], "--tta_flips")])
-def test_rows_are_mirrored_at_test_time_all_or_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str], last: str
-) -> None:
-    seen: list[list[str]] = []
-    monkeypatch.setattr(compare, "train", lambda _, name, flags: (seen.append(flags), tmp_path / name)[1])
+def test_rows_are_mirrored_at_test_time_all_or_none(tmp_path: Path, asked: list[str], last: str) -> None:
     more = {"dataset_name": "ball", "dataset_path": tmp_path, "num_classes": None, "max_iteration": 1, "flags": asked}
-    settings = make_settings(tmp_path, methods=["supervised", "best"], row=[], jobs=1, seeds=[0], **more)
-    compare.train_all(settings, compare.make_plans(settings, {}), (tmp_path / "train.txt", tmp_path / "test.txt"))
-    assert len(seen) == 5
-    assert all([flag for flag in flags if "tta_flips" in flag][-1] == last for flags in seen)
+    settings = make_settings(tmp_path, methods=["supervised", "best"], row=[], seeds=[0], **more)
+    runs = compare.make_runs(
+        settings, compare.make_plans(settings, {}), (tmp_path / "train.txt", tmp_path / "test.txt")
+    )
+    assert len(runs) == 5
+    assert all([flag for flag in run.flags if "tta_flips" in flag][-1] == last for [run] in runs.values())
 
 
 def test_what_is_fitted_to_cases_is_the_same_for_all_rows(tmp_path: Path) -> None:
@@ -169,16 +166,17 @@ def test_a_row_of_its_own_voxels_or_network_fits_its_own_flat_levels(tmp_path: P
 def test_ctrl_c_starts_no_further_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str] = []
 
-    def stop(_: object, name: str, __: object) -> Path:
-        begun.append(name)
+    def stop(run: Run, _: int) -> Path:
+        begun.append(run.folder.name)
         time.sleep(0.2)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compare, "train", stop)
     more = {"dataset_name": "ball", "dataset_path": tmp_path, "num_classes": None, "max_iteration": 1, "flags": []}
     settings = make_settings(tmp_path, jobs=1, seeds=[0, 1], **more)
+    lists = tmp_path / "train.txt", tmp_path / "test.txt"
     with pytest.raises(KeyboardInterrupt):
-        compare.train_all(settings, compare.make_plans(settings, {}), (tmp_path / "train.txt", tmp_path / "test.txt"))
+        compare.train_all(settings, compare.make_runs(settings, compare.make_plans(settings, {}), lists))
     assert len(begun) <= 2  # of 14
 
 
@@ -230,44 +228,3 @@ def test_plans_hold_every_row_once_and_the_ceiling_first(tmp_path: Path) -> None
 def test_impossible_rows_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compare.make_plans(make_settings(tmp_path, **changes), {})
-
-
-def test_finished_runs_are_kept_and_other_flags_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[list[str]] = []
-
-    def fake_run(command: list[str], **_: object) -> argparse.Namespace:
-        calls.append(command)
-        folder = tmp_path / command[command.index("--exp") + 1]
-        if "--resume" in command:
-            write_run(folder, {"a": [0.5]})
-        else:  # killed after its first checkpoint
-            folder.mkdir()
-            (folder / "last.pt").touch()
-        return argparse.Namespace(returncode=0 if "--resume" in command else 9)
-
-    monkeypatch.setattr(compare.subprocess, "run", fake_run)
-    monkeypatch.setattr(compare, "code_digest", lambda: "first")
-    settings = make_settings(tmp_path)
-    with pytest.raises(RuntimeError, match="exit code 9"):
-        compare.train(settings, "weight_0.5", ["--seed", "0"])
-    monkeypatch.setattr(compare, "code_digest", lambda: "second")
-    compare.train(settings, "weight_0.5", ["--seed", "0"])
-    compare.train(settings, "weight_0.5", ["--seed", "0"])
-    assert len(calls) == 2
-    assert "--seed" not in calls[1]
-    monkeypatch.setattr(compare, "code_digest", lambda: "other")  # a finished run keeps the codes that trained it
-    compare.train(settings, "weight_0.5", ["--seed", "0"])
-    assert json.loads((tmp_path / "weight_0.5.plan.json").read_text(encoding="utf-8"))["code"] == "first+second"
-    assert (tmp_path / "weight_0.5.log").exists()
-    compare.train(settings, "weight_0.5", [compare.ALL_PARTS, "--seed", "0"])  # what was the rule before it was a flag
-    with pytest.raises(ValueError, match="other flags"):
-        compare.train(settings, "weight_0.5", ["--seed", "1"])
-
-
-def test_the_code_is_that_of_every_source_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "ROOT", tmp_path)
-    (tmp_path / "networks" / "blocks").mkdir(parents=True)
-    (tmp_path / "train_cov_dfp_3d.py").write_text("1", encoding="utf-8")
-    first = compare.code_digest()
-    (tmp_path / "networks" / "blocks" / "new.py").write_text("2", encoding="utf-8")
-    assert compare.code_digest() != first

@@ -10,7 +10,7 @@ import pytest
 from helpers_runs import write_run
 from scipy import stats
 
-from benchmarks import compare
+from benchmarks.comparison_runs import beside, code_note
 from benchmarks.comparison_tables import (
     Row,
     draw_rows,
@@ -94,6 +94,6 @@ def test_table_and_plots(rows: tuple[Row, Row, Row], tmp_path: Path) -> None:
 def test_rows_of_different_code_are_named(rows: tuple[Row, Row, Row]) -> None:
     base, ours, _ = rows
     for folder, code in zip((*base.folders, *ours.folders), ("aaaa", "aaaa", "bbbb"), strict=True):
-        compare.beside(folder, ".plan.json").write_text(json.dumps({"flags": [], "code": code}), encoding="utf-8")
-    assert compare.code_note([base]) == ""
-    assert "aaaa: ours, supervised; bbbb: ours" in compare.code_note([base, ours])
+        beside(folder, ".plan.json").write_text(json.dumps({"flags": [], "code": code}), encoding="utf-8")
+    assert code_note([base]) == ""
+    assert "aaaa: ours, supervised; bbbb: ours" in code_note([base, ours])

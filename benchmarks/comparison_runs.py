@@ -1,0 +1,112 @@
+"""Runs of a comparison: the ``.plan.json`` beside a run's folder holds what was asked of it, and binds once trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.comparison_tables import Row
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("dataloaders", "myutils", "networks")
+ALL_PARTS = "--no-largest_component"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: its folder and the flags that it starts with."""
+
+    folder: Path
+    flags: tuple[str, ...]
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is trained and scored."""
+        return (self.folder / "test" / "summary.json").exists()
+
+    @property
+    def resumable(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return (self.folder / "last.pt").exists()
+
+
+def check(run: Run) -> None:
+    """Refuse a run whose folder holds another one; a plan of which nothing was trained does not bind.
+
+    Raises:
+        ValueError: If the run there has no checkpoint to go on from, or other flags.
+    """
+    if not run.folder.exists():
+        return
+    if not (run.finished or run.resumable):
+        raise ValueError(
+            f"{run.folder} holds a run that has not reached its first checkpoint; delete it if nothing runs in it"
+        )
+    remembered = beside(run.folder, ".plan.json")
+    flags = json.loads(remembered.read_text("utf-8"))["flags"] if remembered.exists() else list(run.flags)
+    if flags not in (list(run.flags), [flag for flag in run.flags if flag != ALL_PARTS]):  # once the rule, no flag
+        raise ValueError(f"{run.folder} was trained with other flags ({remembered}); use another --output_dir")
+
+
+def train(run: Run, threads: int) -> Path:
+    """Run, resume or skip one training that ``check`` let pass; returns its folder."""
+    folder, log = run.folder, beside(run.folder, ".log")
+    if run.finished:
+        return folder
+    remember(run)
+    command = [sys.executable, str(ROOT / "train_cov_dfp_3d.py"), "--output_dir", str(folder.parent)]
+    command += ["--exp", folder.name, *(["--resume"] if run.resumable else run.flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with log.open("a") as file:
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+    if code != 0:
+        trained = run.resumable or (folder / "metrics.jsonl").exists()
+        if code != 2 and not trained:  # 2: refused at the start, so that a folder there is not of this training
+            shutil.rmtree(folder, ignore_errors=True)
+        raise RuntimeError(f"{folder.name} ended with exit code {code}; see {log}")
+    return folder
+
+
+def remember(run: Run) -> None:
+    """Write down the flags of a training that starts, and its code: one that others resumed has several."""
+    path = beside(run.folder, ".plan.json")
+    plan: dict[str, Any] = {"flags": list(run.flags), "code": ""}
+    if run.resumable and path.exists():
+        plan = json.loads(path.read_text("utf-8"))
+    codes = dict.fromkeys([*plan["code"].split("+"), code_digest()])
+    path.write_text(json.dumps(plan | {"code": "+".join(filter(None, codes))}), encoding="utf-8")
+
+
+def beside(folder: Path, ending: str) -> Path:
+    """The file of a run that lies beside its folder; names of rows may hold dots."""
+    return folder.with_name(folder.name + ending)
+
+
+def code_digest() -> str:
+    """Short hash of the source files that train and score."""
+    files = [path for folder in PACKAGES for path in sorted((ROOT / folder).rglob("*.py"))]
+    content = hashlib.sha256()
+    for path in [ROOT / "train_cov_dfp_3d.py", *files]:
+        content.update(path.read_bytes())
+    return content.hexdigest()[:8]
+
+
+def code_note(rows: Sequence[Row]) -> str:
+    """A line for below the table that names the rows of each code; empty if all runs were started by the same."""
+    names_by_code: dict[str, set[str]] = {}
+    for row in rows:
+        for folder in row.folders:
+            code = json.loads(beside(folder, ".plan.json").read_text("utf-8"))["code"]
+            names_by_code.setdefault(code, set()).add(row.name)
+    if len(names_by_code) < 2:
+        return ""
+    found = "; ".join(f"{code}: {', '.join(sorted(names))}" for code, names in names_by_code.items())
+    return f"\nTrained by different code ({found}); delete a run's folder and .plan.json to train it again.\n"
