@@ -36,12 +36,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.comparison_cases import write_lists
+from benchmarks.comparison_cases import choose_cases, list_files
 from benchmarks.comparison_flags import check_flags, read_flags
 from benchmarks.comparison_runs import ALL_PARTS, Run, check, code_note, train
 from benchmarks.comparison_tables import Row, draw_rows, draw_sweep, format_rows
 from dataloaders.base import CaseSource
-from dataloaders.case_lists import read_case_list
 from myutils.build import build_source, resolve_config
 from myutils.config import RunConfig
 from myutils.fitting import fit_to_cases
@@ -71,14 +70,17 @@ def main() -> None:
     try:
         config = asked_config(settings)
         source = build_source(config)
-        lists = write_lists(settings, source)
-        fitted = fitted_flags(settings, config, source, lists[0])
-        plans = make_plans(settings, fitted)
-        runs = make_runs(settings, plans, lists)
+        cases = choose_cases(settings, source)
+        lists = list_files(settings.output_dir, cases)
+        plans = make_plans(settings, fitted_flags(settings, config, source, cases[0]))
+        runs = make_runs(settings, plans, list(lists))
         for run in itertools.chain.from_iterable(runs.values()):
             check(run)
             if not run.finished:
                 check_flags(run, config, source)
+        settings.output_dir.mkdir(parents=True, exist_ok=True)
+        for path, content in lists.items():
+            path.write_text(content, encoding="utf-8")
         rows = train_all(settings, runs)
         report(settings, rows)
     except (ValueError, OSError, RuntimeError) as error:
@@ -138,10 +140,12 @@ def asked_config(settings: argparse.Namespace) -> RunConfig:
     return RunConfig(**(own | read_flags(settings.flags, "after --")))
 
 
-def fitted_flags(settings: argparse.Namespace, config: RunConfig, source: CaseSource, pool: Path) -> dict[str, Flags]:
+def fitted_flags(
+    settings: argparse.Namespace, config: RunConfig, source: CaseSource, pool: Sequence[str]
+) -> dict[str, Flags]:
     """What a training would fit to its own labelled cases, by setting: fitted once, to those that all rows have."""
     known = set(source.labeled_ids())
-    labeled = [case_id for case_id in read_case_list(pool) if case_id in known][: min(settings.labelnum)]
+    labeled = [case_id for case_id in pool if case_id in known][: min(settings.labelnum)]
     fitted = fit_to_cases(resolve_config(config, source), source, labeled)
     flags = {}
     for name in ("orientation", "flat_levels", "patch_size", "ct_range"):
@@ -175,7 +179,7 @@ def _common_flags(fitted: Mapping[str, Flags], plan: Plan) -> list[str]:
     return [flag for name, flags in fitted.items() if not (own and name == "flat_levels") for flag in flags]
 
 
-def make_runs(settings: argparse.Namespace, plans: Sequence[Plan], lists: tuple[Path, Path]) -> dict[Plan, list[Run]]:
+def make_runs(settings: argparse.Namespace, plans: Sequence[Plan], lists: Sequence[Path]) -> dict[Plan, list[Run]]:
     """The trainings of each row, one per seed."""
     common = ["--no-tta_flips", ALL_PARTS]  # best would be mirrored and the others not; later flags win
     common += ["--dataset_name", settings.dataset_name]

@@ -1,4 +1,4 @@
-"""Which cases a comparison trains on and scores: list files that all its runs share."""
+"""Which cases a comparison trains on and scores, and the list files of them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from pathlib import Path
 from dataloaders.base import CaseSource
 from dataloaders.splits import of_patients
 
+Cases = tuple[list[str], list[str]]
 
-def write_lists(settings: argparse.Namespace, source: CaseSource) -> tuple[Path, Path]:
-    """Two list files in the output folder: the first ``--pool`` cases and the rest.
+
+def choose_cases(settings: argparse.Namespace, source: CaseSource) -> Cases:
+    """The first ``--pool`` cases and the rest, for the test.
 
     Fills ``settings.pool`` where no flag gives it, and ``settings.labels``, how many cases of the pool have a label.
 
     Raises:
-        ValueError: If no case is left for the test, ``--labelnum`` exceeds the labels, a cut parts the cases of a
-            patient, or runs of other cases lie in the output folder.
+        ValueError: If no case is left for the test, ``--labelnum`` exceeds the labels, or a cut parts the cases of a
+            patient.
     """
     ids = list(source.official_train() or source.labeled_ids())
     first = {source.patient(case_id): place for place, case_id in reversed(list(enumerate(ids)))}
@@ -33,17 +35,22 @@ def write_lists(settings: argparse.Namespace, source: CaseSource) -> tuple[Path,
     settings.labels = len(set(ids[: settings.pool]) & set(source.labeled_ids()))
     if max(settings.labelnum) > settings.labels:
         raise ValueError(f"--labelnum {max(settings.labelnum)}: the pool has {settings.labels} labelled cases")
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
-    paths = settings.output_dir / "train.txt", settings.output_dir / "test.txt"
-    trained = any(settings.output_dir.glob("*.plan.json"))
-    for path, part in zip(paths, (ids[: settings.pool], ids[settings.pool :]), strict=True):
-        content = "\n".join(part) + "\n"
-        if trained and (not path.exists() or path.read_text(encoding="utf-8") != content):
-            raise ValueError(
-                f"the runs in {settings.output_dir} have other cases than {path}; use another --output_dir"
-            )
-        path.write_text(content, encoding="utf-8")
-    return paths
+    return ids[: settings.pool], ids[settings.pool :]
+
+
+def list_files(folder: Path, cases: Cases) -> dict[Path, str]:
+    """The list files of the output folder, which all runs share, and their content; nothing is written yet.
+
+    Raises:
+        ValueError: If a file of that name is another one, or runs of other cases lie in the folder.
+    """
+    trained = any(folder.glob("*.plan.json"))
+    files = {folder / name: "\n".join(ids) + "\n" for name, ids in zip(("train.txt", "test.txt"), cases, strict=True)}
+    for path, content in files.items():
+        there = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
+        if there != content and (trained or there is not None):
+            raise ValueError(f"{path} is not the list of the cases that are asked for; use another --output_dir")
+    return files
 
 
 def _require_whole_patients(source: CaseSource, ids: list[str], count: int | None, flag: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from conftest import BallSource
 
 from benchmarks import compare
-from benchmarks.comparison_cases import write_lists
+from benchmarks.comparison_cases import choose_cases, list_files
 from benchmarks.comparison_runs import Run
 from dataloaders.base import TrainingDefaults
 
@@ -35,31 +35,31 @@ def make_settings(tmp_path: Path, **changes: object) -> argparse.Namespace:
 
 def test_lists_split_the_cases_that_are_used(tmp_path: Path) -> None:
     settings = make_settings(tmp_path, dataset_name="ball", dataset_path=tmp_path, num_classes=None, cases=5, pool=4)
-    train, test = write_lists(settings, BallSource())
-    assert train.read_text(encoding="utf-8").split() == ["ball00", "ball01", "ball02", "ball03"]
-    assert test.read_text(encoding="utf-8").split() == ["ball04"]
+    train, test = choose_cases(settings, BallSource())
+    assert train == ["ball00", "ball01", "ball02", "ball03"]
+    assert test == ["ball04"]
     with pytest.raises(ValueError, match="--pool 5"):
-        write_lists(make_settings(tmp_path, **(vars(settings) | {"pool": 5})), BallSource())
+        choose_cases(make_settings(tmp_path, **(vars(settings) | {"pool": 5})), BallSource())
     with pytest.raises(ValueError, match="--labelnum 9"):
-        write_lists(make_settings(tmp_path, **(vars(settings) | {"labelnum": [9]})), BallSource())
+        choose_cases(make_settings(tmp_path, **(vars(settings) | {"labelnum": [9]})), BallSource())
 
 
 def test_a_pool_that_parts_the_cases_of_a_patient_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BallSource, "patient", lambda self, case_id: str(int(case_id[-1]) // 2))
     settings = make_settings(tmp_path, dataset_name="ball", dataset_path=None, cases=6, pool=3, labelnum=[2])
     with pytest.raises(ValueError, match="--pool 3 parts the cases of a patient; 2 is the next smaller"):
-        write_lists(settings, BallSource())
+        choose_cases(settings, BallSource())
     with pytest.raises(ValueError, match="--cases 5 parts the cases of a patient; 4 is the next smaller"):
-        write_lists(make_settings(tmp_path, **(vars(settings) | {"cases": 5})), BallSource())
-    train, _ = write_lists(make_settings(tmp_path, **(vars(settings) | {"cases": 4, "pool": None})), BallSource())
-    assert train.read_text(encoding="utf-8").split() == ["ball00", "ball01"]  # four fifths are 3
+        choose_cases(make_settings(tmp_path, **(vars(settings) | {"cases": 5})), BallSource())
+    train, _ = choose_cases(make_settings(tmp_path, **(vars(settings) | {"cases": 4, "pool": None})), BallSource())
+    assert train == ["ball00", "ball01"]  # four fifths are 3
 
 
 def test_four_fifths_are_the_pool_unless_told_otherwise(tmp_path: Path) -> None:
     settings = make_settings(tmp_path, dataset_name="ball", dataset_path=None, num_classes=None, cases=6, pool=None)
-    train, test = write_lists(settings, BallSource())
+    train, test = choose_cases(settings, BallSource())
     assert settings.pool == 4
-    assert [len(path.read_text(encoding="utf-8").split()) for path in (train, test)] == [4, 2]
+    assert (len(train), len(test)) == (4, 2)
 
 
 def test_a_test_list_of_the_data_is_the_test(tmp_path: Path) -> None:
@@ -71,18 +71,18 @@ def test_a_test_list_of_the_data_is_the_test(tmp_path: Path) -> None:
             return ("ball02",)
 
     more = {"dataset_name": "ball", "dataset_path": None, "num_classes": None, "pool": None, "labelnum": [1]}
-    train, test = write_lists(make_settings(tmp_path / "all", cases=None, **more), Listed())
-    assert (train.read_text(encoding="utf-8"), test.read_text(encoding="utf-8")) == ("ball03\nball01\n", "ball02\n")
-    developed = write_lists(make_settings(tmp_path / "few", cases=2, **more), Listed())  # no test case in it
-    assert [path.read_text(encoding="utf-8") for path in developed] == ["ball03\n", "ball01\n"]
+    train, test = choose_cases(make_settings(tmp_path / "all", cases=None, **more), Listed())
+    assert (train, test) == (["ball03", "ball01"], ["ball02"])
+    developed = choose_cases(make_settings(tmp_path / "few", cases=2, **more), Listed())  # no test case in it
+    assert developed == (["ball03"], ["ball01"])
 
 
 def test_a_patient_s_cases_follow_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BallSource, "patient", lambda self, case_id: str(int(case_id[-1]) % 3))  # two visits of three
     settings = make_settings(tmp_path, dataset_name="ball", dataset_path=None, cases=None, pool=4, labelnum=[2])
-    train, test = write_lists(settings, BallSource())
-    assert train.read_text(encoding="utf-8").split() == ["ball00", "ball03", "ball01", "ball04"]
-    assert test.read_text(encoding="utf-8").split() == ["ball02", "ball05"]
+    train, test = choose_cases(settings, BallSource())
+    assert train == ["ball00", "ball03", "ball01", "ball04"]
+    assert test == ["ball02", "ball05"]
 
 
 def test_unlabelled_cases_of_the_pool_are_no_labels(tmp_path: Path) -> None:
@@ -94,10 +94,10 @@ def test_unlabelled_cases_of_the_pool_are_no_labels(tmp_path: Path) -> None:
             return ("ball02",)
 
     settings = make_settings(tmp_path, dataset_name="ball", cases=None, pool=None, labelnum=[2])
-    write_lists(settings, Listed())
+    choose_cases(settings, Listed())
     assert (settings.pool, settings.labels) == (4, 2)
     with pytest.raises(ValueError, match="--labelnum 3: the pool has 2 labelled cases"):
-        write_lists(make_settings(tmp_path, **(vars(settings) | {"labelnum": [3], "pool": None})), Listed())
+        choose_cases(make_settings(tmp_path, **(vars(settings) | {"labelnum": [3], "pool": None})), Listed())
 
 
 def test_only_data_labels_and_steps_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,15 +107,18 @@ def test_only_data_labels_and_steps_must_be_named(monkeypatch: pytest.MonkeyPatc
     assert settings.output_dir == Path("runs/compare_ball")
 
 
-def test_lists_of_trained_runs_are_kept(tmp_path: Path) -> None:
-    settings = make_settings(tmp_path, dataset_name="ball", dataset_path=tmp_path, num_classes=None, cases=6, pool=4)
-    lists = write_lists(settings, BallSource())
+def test_list_files_are_those_of_the_cases_or_refused(tmp_path: Path) -> None:
+    cases = ["a", "b"], ["c"]
+    files = list_files(tmp_path, cases)
+    assert files == {tmp_path / "train.txt": "a\nb\n", tmp_path / "test.txt": "c\n"}
     (tmp_path / "supervised_4labels_seed0.plan.json").touch()
-    assert write_lists(settings, BallSource()) == lists
-    before = lists[1].read_text(encoding="utf-8")
-    with pytest.raises(ValueError, match="use another --output_dir"):
-        write_lists(make_settings(tmp_path, **(vars(settings) | {"cases": 5})), BallSource())
-    assert lists[1].read_text(encoding="utf-8") == before
+    with pytest.raises(ValueError, match=r"train\.txt is not the list"):  # what the run was trained on is not known
+        list_files(tmp_path, cases)
+    for path, content in files.items():
+        path.write_text(content, encoding="utf-8")
+    assert list_files(tmp_path, cases) == files
+    with pytest.raises(ValueError, match=r"test\.txt is not the list .* use another --output_dir"):
+        list_files(tmp_path, (["a", "b"], ["d"]))
 
 
 @pytest.mark.parametrize(("asked", "last"), [([], "--no-tta_flips"), (["--tta_flips"], "--tta_flips")])
@@ -133,13 +136,12 @@ def test_what_is_fitted_to_cases_is_the_same_for_all_rows(tmp_path: Path) -> Non
     class Open(BallSource):
         defaults = TrainingDefaults()
 
-    source, lists = Open(), tmp_path / "train.txt"
-    lists.write_text("ball03\nball00\nball01\n", encoding="utf-8")
+    source, pool = Open(), ["ball03", "ball00", "ball01"]
     more = {"dataset_name": "nifti", "dataset_path": tmp_path, "num_classes": None}
 
     def flags(*asked: str) -> list[str]:
         settings = make_settings(tmp_path, flags=list(asked), **more)
-        fitted = compare.fitted_flags(settings, compare.asked_config(settings), source, lists)
+        fitted = compare.fitted_flags(settings, compare.asked_config(settings), source, pool)
         plans = compare.make_plans(settings, fitted)
         common = [flag for found in fitted.values() for flag in found]
         assert all(list(plan.flags[: len(common)]) == common for plan in plans)

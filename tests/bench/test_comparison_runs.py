@@ -87,6 +87,22 @@ def test_a_row_that_the_trainer_would_refuse_is_refused_first(
     assert not bench.commands
 
 
+@pytest.mark.parametrize("flags", [["--seeds", "0"], ["--methods", "nonsense"]])
+def test_a_file_of_the_user_is_not_overwritten(bench: Bench, flags: list[str]) -> None:
+    bench.folder.mkdir()
+    (bench.folder / "test.txt").write_bytes(b"\xe4 my own notes")
+    before = bench.files()
+    with pytest.raises(SystemExit, match="use another --output_dir"):
+        bench("--max_iteration", "9", *flags)
+    assert bench.files() == before
+
+
+def test_a_refused_command_writes_nothing(bench: Bench) -> None:
+    with pytest.raises(SystemExit, match="nonsense"):
+        bench("--max_iteration", "9", "--methods", "supervised,nonsense")
+    assert not bench.folder.exists()
+
+
 @pytest.mark.parametrize("code", [1, 2])
 def test_a_row_of_which_nothing_was_trained_may_take_new_flags(bench: Bench, code: int) -> None:
     asked = ["--max_iteration", "9", "--seeds", "0", "--row"]
