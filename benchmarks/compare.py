@@ -15,7 +15,8 @@ test time, whatever its method's default (``-- --tta_flips``: all are), and all 
 2,4,8,16,all``) give a table each and a plot of Dice against labels; ``all`` is ``--full``.
 
 ``--row "NAME=FLAGS"`` adds a row with any flags, such as ``--row "no prototypes=--method best
---no-use_contrastive_prototype"``. Everything after ``--`` goes to every training unchanged.
+--no-use_contrastive_prototype"``. Everything after ``--`` goes to every training unchanged; what the bench sets itself,
+such as ``--seed``, is refused there.
 
 Finished runs are kept and interrupted ones resumed, so that the same command goes on where it stopped; it also redraws
 the table. A trained run whose settings differ from those asked for is refused before anything is trained; rows of
@@ -37,7 +38,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.comparison_cases import choose_cases, list_files
-from benchmarks.comparison_flags import check_flags, read_flags
+from benchmarks.comparison_flags import OWN, OWN_IN_ROWS, check_flags, read_flags, refuse_own
 from benchmarks.comparison_runs import ALL_PARTS, Run, check, code_note, train
 from benchmarks.comparison_tables import Row, draw_rows, draw_sweep, format_rows
 from dataloaders.base import CaseSource
@@ -136,8 +137,10 @@ def numbers(text: str) -> list[int]:
 
 def asked_config(settings: argparse.Namespace) -> RunConfig:
     """What all rows have in common."""
+    given = read_flags(settings.flags, "after --")
+    refuse_own(given, OWN, "after --")
     own = {name: getattr(settings, name) for name in ("dataset_name", "dataset_path", "num_classes")}
-    return RunConfig(**(own | read_flags(settings.flags, "after --")))
+    return RunConfig(**own, **given)
 
 
 def fitted_flags(
@@ -165,6 +168,7 @@ def make_plans(settings: argparse.Namespace, fitted: Mapping[str, Flags]) -> lis
         if name.strip() in asked:
             raise ValueError(f"--row {row!r}: there is a row of this name already")
         asked[name.strip()] = tuple(shlex.split(flags))
+        refuse_own(read_flags(asked[name.strip()], f"--row {name.strip()}"), OWN_IN_ROWS, f"in --row {row!r}")
     if settings.baseline not in asked:
         raise ValueError(f"--baseline {settings.baseline}: no such row; there are {', '.join(asked)}")
     plans = [Plan(name, count, flags) for count in settings.labelnum for name, flags in asked.items()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from benchmarks.comparison_runs import Run
@@ -10,6 +10,33 @@ from dataloaders.base import CaseSource
 from myutils.build import build_source, resolve_config
 from myutils.config import RunConfig
 from myutils.flags import SuggestingParser, add_flags, given_flags
+
+# What the bench decides for every training, and what to do instead.
+OWN = {
+    "dataset_name": "give it before --",
+    "dataset_path": "give it before --",
+    "num_classes": "give it before --",
+    "max_iteration": "give it before --",
+    "output_dir": "give it before --",
+    "method": "use --methods or --row",
+    "labelnum": "use --labelnum before --",
+    "labeled_list": "use --labelnum before --",
+    "train_list": "use --pool or --cases",
+    "test_list": "use --pool or --cases",
+    "seed": "use --seeds",
+    "exp": "use --row, whose name is the run's",
+    "resume": "the same command goes on by itself",
+    "evaluate": "all runs are scored",
+    "profile": "use benchmarks.step_cost",
+}
+OWN_IN_ROWS = {"output_dir", "labelnum", "test_list", "seed", "exp", "resume", "evaluate", "profile"}
+
+
+def refuse_own(given: Collection[str], own: Collection[str], where: str) -> None:
+    """Raise a ValueError for a flag that the bench sets itself: it would change what the table says, or leave none."""
+    for name in given:
+        if name in own:
+            raise ValueError(f"--{name} {where}: the bench sets it for every run; {OWN[name]}")
 
 
 def read_flags(words: Sequence[str], where: str) -> dict[str, Any]:
