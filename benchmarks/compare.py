@@ -61,8 +61,12 @@ class Plan:
 
     def folder_name(self, seed: int) -> str:
         """Name of a run's folder; the number of labels tells full supervision from the rest."""
-        plain = re.sub(r"[^A-Za-z0-9_.+-]+", "_", self.name)
-        return f"{plain}_{self.labelnum}labels_seed{seed}"
+        return f"{plain_name(self.name)}_{self.labelnum}labels_seed{seed}"
+
+
+def plain_name(name: str) -> str:
+    """The name of a row as a part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "_", name)
 
 
 def main() -> None:
@@ -119,9 +123,13 @@ def parse() -> argparse.Namespace:
         settings.labelnum = [int(count) for count in settings.labelnum if count != "all"]
     except ValueError as error:
         parser.error(f"--labelnum: {error}; write numbers or all, with commas")
-    settings.output_dir = settings.output_dir or Path("runs") / f"compare_{settings.dataset_name}"
     if not settings.labelnum:
-        parser.error("--labelnum all: name a number of labels too, such as 8,all")
+        parser.error("--labelnum: name a number of labels, such as 8, or 8,all")
+    for name, least in (("seeds", 0), ("labelnum", 1)):
+        given = getattr(settings, name)
+        if not given or min(given) < least or len(set(given)) < len(given):
+            parser.error(f"--{name} {','.join(map(str, given))}: write numbers from {least} on, each once, with commas")
+    settings.output_dir = settings.output_dir or Path("runs") / f"compare_{settings.dataset_name}"
     return settings
 
 
@@ -162,13 +170,16 @@ def make_plans(settings: argparse.Namespace, fitted: Mapping[str, Flags]) -> lis
     """All rows of all tables, the baseline and the ceiling first, with the settings that were fitted for all."""
     asked: dict[str, Flags] = {name: ("--method", name) for name in settings.methods}
     for row in settings.row:
-        name, equals, flags = row.partition("=")
-        if not equals or not name.strip():
+        name, equals, flags = (part.strip() for part in row.partition("="))
+        if not equals or not name:
             raise ValueError(f"--row {row!r}: write NAME=FLAGS")
-        if name.strip() in asked:
-            raise ValueError(f"--row {row!r}: there is a row of this name already")
-        asked[name.strip()] = tuple(shlex.split(flags))
-        refuse_own(read_flags(asked[name.strip()], f"--row {name.strip()}"), OWN_IN_ROWS, f"in --row {row!r}")
+        for other in (*asked, FULL):
+            if plain_name(other) == plain_name(name):
+                raise ValueError(
+                    f"--row {row!r}: {other!r} has this folder already; names must differ in letters or digits"
+                )
+        asked[name] = tuple(shlex.split(flags))
+        refuse_own(read_flags(asked[name], f"--row {name}"), OWN_IN_ROWS, f"in --row {row!r}")
     if settings.baseline not in asked:
         raise ValueError(f"--baseline {settings.baseline}: no such row; there are {', '.join(asked)}")
     plans = [Plan(name, count, flags) for count in settings.labelnum for name, flags in asked.items()]

@@ -33,6 +33,11 @@ def make_settings(tmp_path: Path, **changes: object) -> argparse.Namespace:
     return settings
 
 
+def parsed(monkeypatch: pytest.MonkeyPatch, *flags: str) -> argparse.Namespace:
+    monkeypatch.setattr("sys.argv", ["compare", "--dataset_name", "ball", "--max_iteration", "1", *flags])
+    return compare.parse()
+
+
 def test_lists_split_the_cases_that_are_used(tmp_path: Path) -> None:
     settings = make_settings(tmp_path, dataset_name="ball", dataset_path=tmp_path, num_classes=None, cases=5, pool=4)
     train, test = choose_cases(settings, BallSource())
@@ -101,8 +106,7 @@ def test_unlabelled_cases_of_the_pool_are_no_labels(tmp_path: Path) -> None:
 
 
 def test_only_data_labels_and_steps_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["compare", "--dataset_name", "ball", "--labelnum", "8", "--max_iteration", "9"])
-    settings = compare.parse()
+    settings = parsed(monkeypatch, "--labelnum", "8")
     assert settings.pool is None and settings.dataset_path is None
     assert settings.output_dir == Path("runs/compare_ball")
 
@@ -186,30 +190,22 @@ def test_ctrl_c_starts_no_further_training(tmp_path: Path, monkeypatch: pytest.M
     assert len(begun) <= 2  # of 14
 
 
-def parsed(monkeypatch: pytest.MonkeyPatch, labelnum: str) -> argparse.Namespace:
-    flags = [
-        "--dataset_name",
-        "ball",
-        "--dataset_path",
-        "x",
-        "--pool",
-        "8",
-        "--max_iteration",
-        "1",
-        "--output_dir",
-        "y",
-    ]
-    monkeypatch.setattr("sys.argv", ["compare", *flags, "--labelnum", labelnum])
-    return compare.parse()
+@pytest.mark.parametrize("flags", ["--seeds 0,0", "--seeds=", "--seeds=-1", "--labelnum 0", "--labelnum 4,4"])
+def test_numbers_that_give_no_table_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: str
+) -> None:
+    with pytest.raises(SystemExit):
+        parsed(monkeypatch, "--labelnum", "4", *flags.split())
+    assert "each once, with commas" in capsys.readouterr().err
 
 
 def test_all_labels_are_the_ceiling(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = parsed(monkeypatch, "2,4,all")
+    settings = parsed(monkeypatch, "--labelnum", "2,4,all")
     assert settings.full and settings.labelnum == [2, 4]
-    assert not parsed(monkeypatch, "2").full
-    for wrong, message in (("all", "name a number of labels too"), ("2,some", "write numbers or all")):
+    assert not parsed(monkeypatch, "--labelnum", "2").full
+    for wrong, message in (("all", "name a number of labels, such as 8"), ("2,some", "write numbers or all")):
         with pytest.raises(SystemExit):
-            parsed(monkeypatch, wrong)
+            parsed(monkeypatch, "--labelnum", wrong)
         assert message in capsys.readouterr().err
 
 
@@ -229,6 +225,8 @@ def test_plans_hold_every_row_once_and_the_ceiling_first(tmp_path: Path) -> None
         ({"baseline": "nope"}, "no such row"),
         ({"row": ["no equals sign"]}, "NAME=FLAGS"),
         ({"row": ["supervised=--method x"]}, "already"),
+        ({"row": ["a b=--method best", "a_b=--method bcp"]}, "'a b' has this folder already; names must differ in"),
+        ({"row": ["supervised all labels=--method best"]}, "'supervised, all labels' has this folder already"),
     ],
 )
 def test_impossible_rows_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
