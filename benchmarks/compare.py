@@ -234,7 +234,8 @@ def report(settings: argparse.Namespace, rows: dict[Plan, Row]) -> None:
         base = next(row for row in chosen if row.name == settings.baseline)
         shown = [*chosen, *([full] if full else [])]
         table = f"{format_rows(shown, base, full)}\n{code_note(shown)}"
-        title = f"{settings.dataset_name}: {count} of {settings.pool} labelled, {settings.max_iteration} steps"
+        size = f"{count} of {settings.pool} labelled, {len(base.cases())} test cases, {settings.max_iteration} steps"
+        title = f"{settings.dataset_name}: {size}"
         (settings.output_dir / f"table_{count}.md").write_text(f"{title}\n\n{table}", encoding="utf-8")
         draw_rows(settings.output_dir / f"table_{count}.png", shown, title)
         sys.stdout.write(f"\n{title}\n\n{table}")

@@ -105,7 +105,7 @@ def format_rows(rows: Sequence[Row], base: Row, full: Row | None) -> str:
     """Markdown table; ``base`` is what every row is paired with, ``full`` the ceiling."""
     lines = [
         f"| row | {' | '.join(title for title, _ in METRICS.values())} | missed | Dice per seed | sd over cases "
-        f"| against {base.name}, paired | gap closed | minutes | s per step | peak MB |",
+        f"| against {base.name}, paired over {len(base.cases())} cases | gap closed | minutes | s per step | peak MB |",
         "|" + "---|" * (9 + len(METRICS)),
     ]
     for row in rows:

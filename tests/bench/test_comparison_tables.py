@@ -84,6 +84,7 @@ def test_table_and_plots(rows: tuple[Row, Row, Row], tmp_path: Path) -> None:
     assert "58.33 ± 7.07" in ours_line
     assert "+8.33" in ours_line
     assert " 21% " in ours_line
+    assert "paired over 3 cases" in table.splitlines()[0]
     assert len({line.count("|") for line in table.splitlines()}) == 1
     draw_rows(tmp_path / "rows.png", [base, ours, full], "title")
     draw_sweep(tmp_path / "sweep.png", {"ours": {2: base, 4: ours}, "full": {8: full}}, "title")
