@@ -136,15 +136,17 @@ def draw_rows(path: Path, rows: Sequence[Row], title: str) -> None:
     """PNG: Dice of each row, the mean and one standard deviation over seeds, each seed as a point."""
     figure = Figure(figsize=(7.0, 1.2 + 0.4 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    values = [100 * row.case_values("dice").mean(1) for row in rows]
-    for place, seeds in enumerate(values):
-        spread = seeds.std(ddof=1) if len(seeds) > 1 else 0.0
-        axes.errorbar(seeds.mean(), place, xerr=spread, fmt="|", color="#222222", markersize=14, capsize=3)
+    lows, highs = [], []
+    for place, row in enumerate(rows):
+        seeds = 100 * row.case_values("dice").mean(1)
+        mean, spread = seeds.mean(), seeds.std(ddof=1) if len(seeds) > 1 else 0.0
+        lows.append(min(seeds.min(), mean - spread))
+        highs.append(max(seeds.max(), mean + spread))
+        axes.errorbar(mean, place, xerr=spread, fmt="|", color="#222222", markersize=14, capsize=3)
         axes.plot(seeds, np.full(len(seeds), place), "o", color=COLOURS[0], markersize=4)
-        axes.annotate(f"{seeds.mean():.2f}", (seeds.max(), place), (6, -3), textcoords="offset points", fontsize=8)
-    low, high = min(map(np.min, values)), max(map(np.max, values))
-    margin = max(1.0, 0.2 * (high - low))
-    axes.set_xlim(low - margin, high + margin)
+        axes.annotate(f"{mean:.2f}", (highs[-1], place), (6, -3), textcoords="offset points", fontsize=8)
+    margin = max(1.0, 0.2 * (max(highs) - min(lows)))
+    axes.set_xlim(min(lows) - margin, max(highs) + margin)
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("Dice %, mean over cases; points: seeds, bars: mean ± sd")

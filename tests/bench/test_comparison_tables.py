@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers_runs import write_run
+from matplotlib.figure import Figure
 from scipy import stats
 
+from benchmarks import comparison_tables
 from benchmarks.comparison_runs import beside, code_note
 from benchmarks.comparison_tables import (
     Row,
@@ -90,6 +92,17 @@ def test_table_and_plots(rows: tuple[Row, Row, Row], tmp_path: Path) -> None:
     draw_sweep(tmp_path / "sweep.png", {"ours": {2: base, 4: ours}, "full": {8: full}}, "title")
     assert (tmp_path / "rows.png").stat().st_size > 5_000
     assert (tmp_path / "sweep.png").stat().st_size > 5_000
+
+
+def test_the_value_stands_beside_the_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = tuple(write_run(tmp_path / str(dice), {"a": [dice]}) for dice in (0.4, 0.6))
+    figures: list[Figure] = []
+    monkeypatch.setattr(comparison_tables, "_save", lambda figure, _: figures.append(figure))
+    draw_rows(tmp_path / "rows.png", [Row("wide", seeds)], "title")
+    [axes] = figures[0].axes
+    end = 50 + 20 / math.sqrt(2)  # mean + sd, beyond the better seed
+    assert [text.xy[0] for text in axes.texts] == [pytest.approx(end)]
+    assert axes.get_xlim()[0] < 100 - end < end < axes.get_xlim()[1]
 
 
 def test_rows_of_different_code_are_named(rows: tuple[Row, Row, Row]) -> None:
