@@ -117,7 +117,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
     parser.add_argument("flags", nargs="*", help="flags of the trainer for every row, after --")
-    settings = parser.parse_args()
+    settings, unknown = parser.parse_known_args()
+    if unknown:
+        hint = "flags of the trainer go to the end, after --, such as: -- --optimizer adamw"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; {hint}")
     try:
         settings.full |= "all" in settings.labelnum
         settings.labelnum = [int(count) for count in settings.labelnum if count != "all"]

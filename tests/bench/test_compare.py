@@ -38,6 +38,17 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *flags: str) -> argparse.Namespace:
     return compare.parse()
 
 
+def test_trainer_flags_without_dashes_are_told_where_to_stand(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = ["--voxel_size", "1", "1", "1", "--optimizer", "adamw"]
+    assert parsed(monkeypatch, "--labelnum", "4", "--", *trainer).flags == trainer
+    with pytest.raises(SystemExit):
+        parsed(monkeypatch, "--labelnum", "4", *trainer)
+    error = capsys.readouterr().err
+    assert "unrecognized arguments: --voxel_size" in error and "after --, such as: -- --optimizer adamw" in error
+
+
 def test_lists_split_the_cases_that_are_used(tmp_path: Path) -> None:
     settings = make_settings(tmp_path, dataset_name="ball", dataset_path=tmp_path, num_classes=None, cases=5, pool=4)
     train, test = choose_cases(settings, BallSource())
