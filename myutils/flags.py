@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import sys
 import types
 import typing
@@ -15,12 +16,37 @@ from typing import Any, NoReturn
 METAVARS = {int: "N", float: "VALUE", str: "NAME", Path: "PATH"}
 
 
-def option(default: Any, *, help: str, group: str = "options", choices: Sequence[str] | None = None) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    group: str = "options",
+    choices: Sequence[str] | None = None,
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> Any:
     """A dataclass field that becomes ``--name``; ``help`` states the meaning and the unit.
 
-    What follows ``; else`` in the help of a field with default None is shown as its default.
+    What follows ``; else`` in the help of a field with default None is shown as its default. ``low`` and ``high`` are
+    the least and the largest number allowed; the help shows them, ``check_limits`` refuses others.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "group": group, "choices": choices})
+    metadata = {"help": help, "group": group, "choices": choices, "limits": (low, high)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_limits(settings: Any) -> None:
+    """Refuse numbers of a dataclass of options beyond their limits, naming the flag, the value and the limit."""
+    for field in dataclasses.fields(settings):
+        value, (low, high), limits = getattr(settings, field.name), field.metadata["limits"], _limits(field)
+        if limits and value is not None and not (low <= value <= high and math.isfinite(value)):
+            raise ValueError(f"--{field.name} {value}: must be {limits}")
+
+
+def _limits(field: dataclasses.Field[Any]) -> str:
+    low, high = field.metadata["limits"]
+    if (low, high) == (-math.inf, math.inf):
+        return ""
+    return f"at least {low}" if high == math.inf else f"in {low}..{high}"
 
 
 class SuggestingParser(argparse.ArgumentParser):
@@ -69,7 +95,8 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
         if field.default is None:
             meaning, _, stated = meaning.partition("; else ")
             shown = stated or "chosen from the data"
-        settings["help"] = f"{meaning} (default: {shown})".replace("%", "%%")
+        limits = _limits(field)
+        settings["help"] = f"{meaning} ({limits and limits + ', '}default: {shown})".replace("%", "%%")
         if field.metadata["choices"] is not None:
             settings["choices"] = list(field.metadata["choices"])
             settings["metavar"] = "|".join(settings["choices"])

@@ -14,7 +14,7 @@ from dataloaders.transforms import AugmentOptions
 from myutils.build import DataFacts, build_augmentation, build_network, resolve_config
 from myutils.config import RunConfig
 from myutils.fitting import fit_to_cases
-from myutils.flags import SuggestingParser, add_flags, given_flags
+from myutils.flags import SuggestingParser, add_flags, check_limits, given_flags, option
 
 PROMISED = """dataset_name dataset_path exp model method max_iteration batch_size labeled_bs base_lr labelnum seed gpu
 deterministic patch_size embedding_dim consistency consistency_rampup ema_decay confidence_threshold
@@ -34,7 +34,7 @@ def test_every_promised_flag_exists_and_is_explained() -> None:
         assert f"--{name}" in text
     for field in dataclasses.fields(RunConfig):
         assert field.metadata["help"] and field.metadata["group"]
-    assert "prototypes:" in text and "default: 0.99" in text
+    assert "prototypes:" in text and "(in 0..1, default: 0.99)" in text
 
 
 def test_only_given_flags_are_returned_with_their_types() -> None:
@@ -90,6 +90,18 @@ def test_a_typo_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
 def test_impossible_values_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RunConfig(**changes)
+
+
+def test_a_flag_without_limits_takes_any_number_and_one_with_them_none_beyond() -> None:
+    @dataclasses.dataclass
+    class Flags:
+        free: float = option(0.0, "any number")
+        share: float | None = option(None, "a share", low=0, high=1)
+
+    check_limits(Flags(free=-3.0))
+    check_limits(Flags(share=1.0))
+    with pytest.raises(ValueError, match=r"--share 1\.5: must be in 0\.\.1"):
+        check_limits(Flags(share=1.5))
 
 
 def test_config_survives_json() -> None:
