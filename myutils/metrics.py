@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
@@ -33,9 +34,9 @@ ONE_EMPTY = CaseMetrics(0.0, 0.0, math.inf, math.inf)
 
 
 def segmentation_metrics(
-    prediction: np.ndarray, truth: np.ndarray, *, num_classes: int, spacing: Sequence[float]
+    prediction: ArrayLike, truth: ArrayLike, *, num_classes: int, spacing: Sequence[float]
 ) -> dict[int, CaseMetrics]:
-    """Compare two label maps class by class.
+    """Compare two label maps class by class, NumPy arrays or tensors on the CPU.
 
     Args:
         prediction: Predicted class ids (X, Y, Z), integer.
@@ -47,6 +48,7 @@ def segmentation_metrics(
         ValueError: If the shapes differ, a map is not of integers, an id is outside 0..K-1 or a spacing is not
             positive.
     """
+    prediction, truth = np.asarray(prediction), np.asarray(truth)
     _check_inputs(prediction, truth, num_classes, spacing)
     boxes_prediction, boxes_truth = class_boxes(prediction, num_classes), class_boxes(truth, num_classes)
     figures: dict[int, CaseMetrics] = {}
@@ -64,7 +66,7 @@ def segmentation_metrics(
     return figures
 
 
-def mask_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> CaseMetrics:
+def mask_metrics(prediction: ArrayLike, truth: ArrayLike, spacing: Sequence[float]) -> CaseMetrics:
     """Compare two masks (X, Y, Z), bool; the same policy and errors as :func:`segmentation_metrics`."""
     as_labels = [np.asarray(mask).astype(bool).astype(np.uint8) for mask in (prediction, truth)]
     return segmentation_metrics(*as_labels, num_classes=2, spacing=spacing)[1]

@@ -26,7 +26,12 @@ def window_starts(size: int, window: int, overlap: float) -> list[int]:
         size: Voxels along the axis, at least ``window``.
         window: Extent of a window.
         overlap: 0 <= overlap < 1.
+
+    Raises:
+        ValueError: If the overlap is out of range.
     """
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap {overlap}: must be at least 0 and below 1, a share of the window")
     step = max(1, int(window * (1 - overlap)))
     count = -(-(size - window) // step) + 1
     return [round(start) for start in np.linspace(0, size - window, count)]
@@ -39,8 +44,13 @@ def axis_weights(starts: list[int], window: int, size: int, sigma: float) -> lis
         starts: First voxel of each window.
         window: Extent of a window.
         size: Voxels along the axis.
-        sigma: Standard deviation as a share of ``window``.
+        sigma: Standard deviation as a share of ``window``, > 0.
+
+    Raises:
+        ValueError: If ``sigma`` is not positive.
     """
+    if not sigma > 0:
+        raise ValueError(f"sigma {sigma}: must be above 0, a share of the window")
     distance = np.arange(window) - (window - 1) / 2
     bell = np.exp(-0.5 * np.square(distance / (sigma * window)))
     total = np.zeros(size)
@@ -62,20 +72,25 @@ def stitched_rows(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Class scores of a whole image, a few rows along X at a time, in order.
 
-    A voxel's scores are the mean over the windows that show it, with Gaussian weights about each window's centre.
+    A voxel's scores are the mean over the windows that show it, with Gaussian weights about each window's centre. All
+    rows share one buffer, so use or copy them before the next ones are asked for;
+    ``myutils.inference.sliding_window_probabilities`` gives whole maps.
 
     Args:
-        scores: Called with windows on ``device``.
+        scores: Called with windows on ``device``; of a network, ``lambda windows: network(windows).logits``.
         image: (C, X, Y, Z), float32; one smaller than the window is padded with its least value, evenly on both sides.
         num_classes: Number of scores K of a voxel.
         window: Extent of a window in voxels.
         overlap: Share of a window that its neighbour covers too, 0 <= overlap < 1.
-        sigma: Standard deviation of the weights as a share of the window.
+        sigma: Standard deviation of the weights as a share of the window, > 0.
         window_batch: Windows per call of ``scores``.
         device: Where ``scores`` runs.
 
     Yields:
-        Rows of the image, and their scores (K, rows, Y, Z), float32, where the image lies; overwritten afterwards.
+        Rows of the image, and their scores (K, rows, Y, Z), float32, where the image lies.
+
+    Raises:
+        ValueError: If ``overlap`` or ``sigma`` is out of range, when the first rows are asked for.
     """
     image, inner = _padded(image, window)
     size = image.shape[1:]

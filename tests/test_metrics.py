@@ -80,6 +80,14 @@ def test_shifted_slab_has_values_by_hand() -> None:
     assert found == CaseMetrics(pytest.approx(2 / 3), pytest.approx(0.5), 2.0, pytest.approx(2 * 16 / 48))
 
 
+def test_tensors_are_taken_as_arrays_are() -> None:
+    prediction, truth = (blob.astype(np.uint8) for blob in blob_pair(0))
+    tensors = torch.from_numpy(prediction), torch.from_numpy(truth)
+    expected = segmentation_metrics(prediction, truth, num_classes=2, spacing=ANISOTROPIC)
+    assert segmentation_metrics(*tensors, num_classes=2, spacing=ANISOTROPIC) == expected
+    assert mask_metrics(*tensors, ANISOTROPIC) == expected[1]
+
+
 def test_identical_masks_are_perfect() -> None:
     mask, _ = blob_pair(0)
     assert mask_metrics(mask, mask, ANISOTROPIC) == CaseMetrics(1.0, 1.0, 0.0, 0.0)

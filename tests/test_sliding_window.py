@@ -89,3 +89,12 @@ def test_no_whole_map_is_held() -> None:
         assert sum(values.shape[1] for _, values in pieces) == length
         stores.append({values.untyped_storage().nbytes() for _, values in pieces})
     assert stores[0] == stores[1] == {2 * 8 * 4 * 4 * 4}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"), [({"overlap": 1.5}, "overlap 1.5: .* below 1"), ({"sigma": 0}, "sigma 0:")]
+)
+def test_impossible_windows_are_refused(wrong: dict, message: str) -> None:
+    settings = {"window": (4, 4, 4), "overlap": 0.5, "sigma": 0.2, "window_batch": 2, "device": CPU} | wrong
+    with pytest.raises(ValueError, match=message):
+        next(stitched_rows(window_score, torch.rand(1, 8, 8, 8), 2, **settings))  # type: ignore[arg-type]
