@@ -28,7 +28,7 @@ class SegmentationOutput(NamedTuple):
         logits: (B, K, X, Y, Z).
         features: Last decoder features (B, E, X, Y, Z).
         coarse: Features (B, E_l, X_l, Y_l, Z_l) of the decoder's other levels, the coarsest first, of the padded input;
-            empty where no gradient is recorded.
+            empty where no gradient is recorded, unless the branch ``keeps_coarse``.
     """
 
     logits: Tensor
@@ -77,7 +77,12 @@ class Branch(nn.Module):
     Args:
         decoder: A ``Decoder``, or any module that maps as it does.
         classifier: Maps these to logits (B, K, X, Y, Z), voxel by voxel.
+
+    Attributes:
+        keeps_coarse: Whether coarse features are handed out where no gradient is recorded too: they hold memory.
     """
+
+    keeps_coarse: bool = False
 
     def __init__(self, decoder: nn.Module, classifier: nn.Module) -> None:
         super().__init__()
@@ -87,7 +92,8 @@ class Branch(nn.Module):
     def forward(self, encoded: list[Tensor]) -> SegmentationOutput:
         """Logits and decoder features."""
         *coarse, features = self.decoder(encoded)
-        return SegmentationOutput(self.classifier(features), features, tuple(coarse) if torch.is_grad_enabled() else ())
+        wanted = self.keeps_coarse or torch.is_grad_enabled()
+        return SegmentationOutput(self.classifier(features), features, tuple(coarse) if wanted else ())
 
 
 class Segmenter(nn.Module, ABC):

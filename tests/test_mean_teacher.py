@@ -166,6 +166,16 @@ def test_teacher_flips_average_the_views_with_mirrored_ones() -> None:
     assert labeled is not None and len(labeled.logits) == 2
 
 
+def test_the_teacher_hands_out_coarse_features_where_its_branch_keeps_them() -> None:
+    method, views = make(), torch.randn(2, 1, 17, 16, 16)
+    assert method.teach(random_batch(), views, with_labeled=False)[1].coarse == ()
+    method.teacher.branch.keeps_coarse = True
+    coarse = method.teach(random_batch(), views, with_labeled=False)[1].coarse
+    for ours, theirs in zip(coarse, method.student(views).coarse, strict=True):  # equal weights so far
+        torch.testing.assert_close(ours, theirs)
+        assert theirs.requires_grad and not ours.requires_grad
+
+
 def test_each_strong_view_learns_the_same_pseudo_label() -> None:
     """Two equal views without pasting give the loss of one; the second one alone moves it."""
     torch.manual_seed(0)

@@ -44,7 +44,8 @@ class TeacherMethod(Method):
         """Teacher outputs of the labelled patches, where asked for, and of ``views`` (B, C, X, Y, Z), in one pass.
 
         With ``--teacher_flips`` the probabilities of the views are averaged with those of the views mirrored along one
-        random axis of ``--flip_axes``; the logits are the logarithms of the mean.
+        random axis of ``--flip_axes``; the logits are the logarithms of the mean. Coarse features are handed out where
+        ``teacher.branch.keeps_coarse`` is set, those of the views as they are.
         """
         count, size, axis = len(batch.image_l) if with_labeled else 0, len(views), self._mirror_axis()
         images = [batch.image_l] * with_labeled + [views] + ([] if axis is None else [views.flip(axis)])
