@@ -48,20 +48,6 @@ def test_voxels_without_a_label_do_not_count() -> None:
     assert (features.grad.abs().sum((0, 1, 3, 4)) > 0).tolist() == [True, True, False, False]
 
 
-@pytest.mark.parametrize("name", NETWORKS.names())
-@pytest.mark.parametrize("size", [(16, 16, 16), (17, 9, 21)])
-def test_networks_hand_out_their_coarse_levels_for_training_alone(name: str, size: tuple[int, int, int]) -> None:
-    network = NETWORKS.get(name)(1, 2)
-    images = torch.randn(1, 1, *size)
-    coarse = network(images).coarse
-    frame = network.pad(images).shape[2:]
-    assert [level.shape[1] for level in coarse] == list(network.coarse_dims)
-    for halvings, level in enumerate(reversed(coarse), start=1):
-        assert list(level.shape[2:]) == [n // 2**halvings for n in frame]
-    with torch.no_grad():
-        assert network(images).coarse == ()
-
-
 def test_padding_is_that_of_the_forward_pass() -> None:
     network = NETWORKS.get("unet_3d")(1, 2)
     padded = network.pad(torch.ones(1, 1, 17, 9, 21))

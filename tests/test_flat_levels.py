@@ -18,9 +18,6 @@ from myutils.checkpoint import load_for_inference
 from myutils.fitting import fit_to_cases
 from networks.base import NETWORKS, make_network
 
-FLAT = [name for name in NETWORKS.names() if NETWORKS.get(name).takes_flat_levels]
-
-
 # Sizes along Z of the kernels with two flat levels, from the finest level to the coarsest and back, without those that
 # halve or mix channels alone. The decoder of MONAI's DynUNet has the kernels of the level below.
 KERNELS = {
@@ -41,7 +38,7 @@ def kernels_along(network: nn.Module, axis: int) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("name", FLAT)
+@pytest.mark.parametrize("name", KERNELS)
 def test_flat_levels_keep_the_slices_and_look_at_one(name: str) -> None:
     usual, network = NETWORKS.get(name)(1, 2), make_network(NETWORKS.get(name), 1, 2, (0, 0, 2))
     assert network.stride == (usual.stride[0], usual.stride[1], usual.stride[2] // 4)
@@ -54,15 +51,6 @@ def test_flat_levels_keep_the_slices_and_look_at_one(name: str) -> None:
     assert set(kernels_along(network, 0)) == {3} == set(kernels_along(usual, 2))
     assert kernels_along(network, 2) == KERNELS[name]
     assert network(torch.randn(1, 1, 21, 9, 3)).logits.shape == (1, 2, 21, 9, 3)
-
-
-@pytest.mark.parametrize("name", FLAT)
-def test_flat_networks_train_every_parameter_and_copy_themselves(name: str) -> None:
-    network = make_network(NETWORKS.get(name), 2, 3, (1, 0, 3))
-    network(torch.randn(2, 2, 8, 32, 16)).logits.square().mean().backward()
-    assert [key for key, parameter in network.named_parameters() if parameter.grad is None] == []
-    shapes = [value.shape for value in network.state_dict().values()]
-    assert [value.shape for value in network.fresh_copy().state_dict().values()] == shapes
 
 
 @pytest.mark.parametrize(("name", "levels"), [("unet_3d", 4), ("vnet", 5), ("dynunet", 4)])

@@ -45,7 +45,7 @@ def test_guard_reaches_every_convolution_and_changes_no_weight(name: str) -> Non
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 
 
-FLAT = [(name, (0, 0, 2), (16, 16, 4)) for name in NETWORKS.names() if NETWORKS.get(name).takes_flat_levels]
+FLAT = [(name, (0, 0, 1), (16, 16, 8)) for name in NETWORKS.names() if NETWORKS.get(name).takes_flat_levels]
 CUBES = [(name, (0, 0, 0), (16, 16, 16)) for name in NETWORKS.names()]
 
 
