@@ -20,7 +20,6 @@ from myutils.report import evaluate_run
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-WITH_SCIPY = ("bcp", "dtc")  # their published forms label components or measure distances on the CPU
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def no_waiting() -> Iterator[None]:
 @pytest.mark.usefixtures("no_waiting")
 @pytest.mark.parametrize(
     ("name", "amp"),
-    [(name, "bf16") for name in METHODS.names() if name not in WITH_SCIPY] + [("mean_teacher", "fp16")],
+    [(name, "bf16") for name in METHODS.names() if not METHODS.get(name).on_host] + [("mean_teacher", "fp16")],
 )
 def test_a_step_never_waits_for_the_device(tmp_path: Path, name: str, amp: str) -> None:
     changes = {"use_contrastive_prototype": True, "memory_interval": 1, "amp": amp, "warmup_iteration": 0}

@@ -82,6 +82,8 @@ class Method(nn.Module, ABC):
         pastes_unlabeled: Whether it can paste boxes of unlabelled patches (``--paste_unlabeled``), and stop pasting
             (``--perturbed_share``).
         deepens: Whether it has one decoder, whose coarse levels can learn the labels (``--deep_supervision``).
+        on_host: Whether its steps compute on the host (components, distances), so that it waits for the device.
+        probes: Names of loss terms that train a head on detached features, and not the student.
         defaults: Settings that differ from ``COMMON_DEFAULTS`` when no flag says so.
     """
 
@@ -89,6 +91,8 @@ class Method(nn.Module, ABC):
     uses_strong_views: bool = False
     pastes_unlabeled: bool = False
     deepens: bool = True
+    on_host: bool = False
+    probes: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:

@@ -46,6 +46,7 @@ _START_SHARE = 0.2
 class CovarianceFeaturePools(MeanTeacher):
     """Mean teacher with feature pools; the prototype term is off unless its flag says otherwise."""
 
+    probes = ("dfp_selector",)
     defaults = MappingProxyType({"consistency": CONSISTENCY})
 
     def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:

@@ -55,6 +55,7 @@ def signed_distances(labels: Tensor, num_classes: int) -> Tensor:
 class DualTaskConsistency(Method):
     """Student with a distance head."""
 
+    on_host = True  # distance transforms, as published
     defaults = MappingProxyType({"consistency": 0.1})
 
     def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:
