@@ -55,17 +55,18 @@ def test_padding_is_that_of_the_forward_pass() -> None:
     assert padded[0, 0, 3:20, 3:12, 1:22].min() == 1 and padded.sum() == 17 * 9 * 21
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS.names() if METHODS.get(name).deepens])
-def test_methods_train_the_classifiers_on_labelled_patches(name: str) -> None:
-    method = small_method(name, deep_supervision=True)
-    for batch in (batch_for(method), random_batch(4, 0)):  # a step of its own, and one of labelled patches alone
-        method.zero_grad(set_to_none=True)
-        term = method(batch, 3).terms["deep_supervision"]
-        term.value.backward()
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in method.deep.parameters())
-        reached = {key.split(".")[0] for key, p in method.student.named_parameters() if p.grad is not None}
-        assert "encoder" in reached
-        assert all(p.grad is None for p in method.student.branch.classifier.parameters())
+@pytest.mark.parametrize(
+    ("flag", "left_out"), [("deep_supervision", "coarse_terms"), ("use_contrastive_prototype", "prototype_terms")]
+)
+def test_a_method_without_the_term_of_a_flag_is_refused(
+    flag: str, left_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be ignored with one process, and stop DDP at the second step with several."""
+    method = small_method("fixmatch", **{flag: True})
+    monkeypatch.setattr(method, left_out, lambda *_, **__: {})
+    for batch in (random_batch(), random_batch(4, 0)):
+        with pytest.raises(ValueError, match=rf"--{flag}: fixmatch returns no term .* add {left_out}\("):
+            method(batch, 0)
 
 
 def test_no_unlabelled_patch_is_supervised() -> None:

@@ -104,8 +104,23 @@ class Method(nn.Module, ABC):
         self.deep = DeepSupervision(network.coarse_dims, network.num_classes) if config.deep_supervision else None
 
     def forward(self, batch: Batch, step: int) -> StepOutput:
-        """Loss terms of one batch at ``step``; a batch of labelled patches alone is a supervised step."""
-        return self.losses(batch, step) if len(batch.image_u) else self.supervised_losses(batch, step)
+        """Loss terms of one batch at ``step``; a batch of labelled patches alone is a supervised step.
+
+        Raises:
+            ValueError: If deep supervision or the prototype term is on and its loss is missing.
+        """
+        output = self.losses(batch, step) if len(batch.image_u) else self.supervised_losses(batch, step)
+        switches = (
+            ("deep_supervision", self.deep, "deep_supervision", "coarse_terms"),
+            ("use_contrastive_prototype", self.prototypes, "contrastive_loss", "prototype_terms"),
+        )
+        for flag, part, term, source in switches:
+            if part is not None and term not in output.terms:
+                raise ValueError(
+                    f"--{flag}: {self.config.method} returns no term {term!r}; add {source}(...) to its losses, or "
+                    f"use --no-{flag}"
+                )
+        return output
 
     @abstractmethod
     def losses(self, batch: Batch, step: int) -> StepOutput:
