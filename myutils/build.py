@@ -93,7 +93,7 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
         )
     if (config.strong_views or 1) > 1 and not method.uses_strong_views:
         raise ValueError(f"--strong_views {config.strong_views}: {config.method} has no use for strong views")
-    if config.feature_perturbation and not method.uses_strong_views:
+    if config.feature_perturbation and not method.drops_features:
         raise ValueError(f"--feature_perturbation: {config.method} has no stream whose features it drops")
     if config.deep_supervision and not method.deepens:
         raise ValueError(f"--deep_supervision: {config.method} has several decoders; use another --method")

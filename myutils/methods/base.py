@@ -79,6 +79,7 @@ class Method(nn.Module, ABC):
     Attributes:
         uses_unlabeled: Whether steps hold unlabelled patches; if not, all patches of a step are labelled.
         uses_strong_views: Whether it learns from ``image_u_strong``.
+        drops_features: Whether it can drop encoder channels (``--feature_perturbation``).
         pastes_unlabeled: Whether it can paste boxes of unlabelled patches (``--paste_unlabeled``), and stop pasting
             (``--perturbed_share``).
         deepens: Whether it has one decoder, whose coarse levels can learn the labels (``--deep_supervision``).
@@ -89,6 +90,7 @@ class Method(nn.Module, ABC):
 
     uses_unlabeled: bool = True
     uses_strong_views: bool = False
+    drops_features: bool = False
     pastes_unlabeled: bool = False
     deepens: bool = True
     on_host: bool = False

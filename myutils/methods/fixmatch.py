@@ -29,6 +29,7 @@ class FixMatch(Method):
     """One network; labels come from it without gradient."""
 
     uses_strong_views = True
+    drops_features = True
 
     def losses(self, batch: Batch, step: int) -> StepOutput:
         """See the base class."""

@@ -54,6 +54,7 @@ class MeanTeacher(TeacherMethod):
     """Student, its moving average, and the prototype term on both."""
 
     uses_strong_views = True
+    drops_features = True
     pastes_unlabeled = True
     defaults = MappingProxyType({"consistency": CONSISTENCY, "use_contrastive_prototype": True})
 
