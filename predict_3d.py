@@ -12,12 +12,14 @@ those of the first.
 Several processes share the scans out: ``torchrun --nproc_per_node=2 predict_3d.py ...``.
 
 It writes ``<name>.nii.gz`` (class ids, uint8) and with ``--probabilities`` ``<name>_prob.nii.gz`` (float32, one volume
-per class along the fourth axis), over files of before with ``--overwrite`` alone. A bad scan is reported and skipped.
-Exit code 0 all done, 1 some failed, 2 refused at the start, 130 stopped. ``--help`` lists all flags.
+per class along the fourth axis), over files of before with ``--existing replace`` alone; ``--existing keep`` goes on
+after an interruption. A bad scan is reported and skipped. Exit code 0 all done, 1 some failed, 2 refused at the start,
+130 stopped. ``--help`` lists all flags.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -44,7 +46,7 @@ from myutils.scan_inputs import Scan, find_scans, join_channels, require_free_ou
 
 logger = logging.getLogger("predict")
 
-FILES = "files"
+FILES, EXISTING = "files", ("refuse", "replace", "keep")
 SCAN_ERRORS = (*READ_ERRORS, RuntimeError, MemoryError)
 
 
@@ -59,7 +61,12 @@ class PredictFlags(InferenceFlags):
     )
     output: Path | None = option(None, help="folder for the label maps; else none, it is required", group=FILES)
     probabilities: bool = option(False, help="write the probabilities of all classes too", group=FILES)
-    overwrite: bool = option(False, help="replace files that lie in --output already", group=FILES)
+    existing: str = option(
+        "refuse",
+        "what to do about files of before in --output; keep: leave their scans out",
+        group=FILES,
+        choices=EXISTING,
+    )
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if failed and is_main_rank():
             logger.error("failed: %s", ", ".join(failed))
     except KeyboardInterrupt:
-        logger.info("stopped; the label maps in %s are whole", job.folder)
+        logger.info("stopped; the label maps in %s are whole, --existing keep does the others", job.folder)
         return 130
     finally:
         stop_process_group()
@@ -117,10 +124,30 @@ def prepare(flags: PredictFlags) -> Job:
     scans = join_channels(scans, bundle.in_channels)
     kept = kept_parts(config, bundle.facts)
     job = Job(bundle, options, kept, device, scans, flags.output, flags.probabilities)
-    require_free_outputs(scans, [path for scan in scans for path in job.outputs(scan)], overwrite=flags.overwrite)
+    require_free_outputs(scans, [path for scan in scans for path in job.outputs(scan)])
     make_folder(flags.output, "--output")
-    barrier()  # no rank writes before all have looked
+    if flags.existing != "replace":
+        job = without_done(job, refuse=flags.existing == "refuse")
+        barrier()  # no rank writes before all have looked
     return job
+
+
+def without_done(job: Job, *, refuse: bool) -> Job:
+    """The job without the scans whose files lie there already.
+
+    Raises:
+        ValueError: To ``refuse``, if there is any of these files.
+    """
+    there = [path for scan in job.scans for path in job.outputs(scan) if path.exists()]
+    if refuse and there:
+        raise ValueError(
+            f"{there[0]} exists already, and {len(there) - 1} more; pass another --output, --existing replace, or "
+            "--existing keep to leave their scans out"
+        )
+    left = [scan for scan in job.scans if not all(path.exists() for path in job.outputs(scan))]
+    if there:
+        logger.info("%d of %d scans are done already", len(job.scans) - len(left), len(job.scans))
+    return dataclasses.replace(job, scans=left)
 
 
 def run(job: Job) -> list[str]:

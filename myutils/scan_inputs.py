@@ -132,8 +132,8 @@ def _holds_series(folder: Path) -> bool:
         sitk.ProcessObject.SetGlobalWarningDisplay(shown)
 
 
-def require_free_outputs(scans: Iterable[Scan], outputs: Sequence[Path], *, overwrite: bool = False) -> None:
-    """Refuse outputs that are inputs, come twice or, without ``overwrite``, exist; links are seen through.
+def require_free_outputs(scans: Iterable[Scan], outputs: Iterable[Path]) -> None:
+    """Refuse outputs that are inputs or come twice; symbolic links and hard links are seen through.
 
     Raises:
         ValueError: Naming the file and the fix.
@@ -148,9 +148,3 @@ def require_free_outputs(scans: Iterable[Scan], outputs: Sequence[Path], *, over
         if output in seen:
             raise ValueError(f"two inputs would be written to {output}; rename one, or predict them separately")
         seen.add(output)
-    there = [output for output in outputs if output.exists()]
-    if there and not overwrite:
-        raise ValueError(
-            f"{there[0]} exists already ({len(there)} of {len(outputs)} files do); pass another --output, or "
-            "--overwrite to replace them"
-        )

@@ -234,9 +234,13 @@ def test_files_of_before_are_replaced_on_request_alone(
     label = scan(tmp_path / "labels" / "b.nii.gz")  # an expert's
     before = label.read_bytes()
     message = refused(capsys, checkpoint, tmp_path / "images", label.parent)
-    assert "b.nii.gz exists already (1 of 2 files do)" in message and "--overwrite" in message
+    assert "b.nii.gz exists already, and 0 more" in message and "--existing replace" in message
     assert label.read_bytes() == before and len(list(label.parent.iterdir())) == 1
-    assert predict(checkpoint, tmp_path / "images", label.parent, "--overwrite") == 0
+    assert predict(checkpoint, tmp_path / "images", label.parent, "--existing", "keep") == 0
+    assert label.read_bytes() == before and (label.parent / "a.nii.gz").exists()
+    assert "1 of 2 scans are done already" in capsys.readouterr().err
+    assert predict(checkpoint, tmp_path / "images", label.parent, "--existing", "keep") == 0  # nothing is left to do
+    assert predict(checkpoint, tmp_path / "images", label.parent, "--existing", "replace") == 0
     assert label.read_bytes() != before
 
 
