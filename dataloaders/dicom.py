@@ -12,8 +12,9 @@ import SimpleITK as sitk  # noqa: N813 - its usual name
 from dataloaders.base import SOURCES
 from dataloaders.case_lists import some
 from dataloaders.class_names import choose_modality, fit_class_names, stated_class_names
+from dataloaders.dicom_series import read_dicom_series
 from dataloaders.file_source import FileSource
-from dataloaders.geometry import Spacing, read_dicom_series
+from dataloaders.geometry import Spacing
 from dataloaders.nifti_folder import list_nifti
 
 logger = logging.getLogger(__name__)

@@ -1,28 +1,22 @@
-"""Reading images with their geometry: NIfTI through nibabel, DICOM through SimpleITK, both as RAS+ millimetres."""
+"""Reading NIfTI images with their geometry through nibabel, as RAS+ millimetres."""
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import SimpleITK as sitk  # noqa: N813 - its usual name
 from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from dataloaders.base import Grid, check_label
 
-logger = logging.getLogger(__name__)
-
 Spacing = tuple[float, float, float]
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 MILLIMETRES = {"meter": 1000.0, "micron": 0.001}
 GRID_TOLERANCE = 1e-3
-GAP_TOLERANCE = 0.1
 READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError)
 
 
@@ -177,82 +171,3 @@ def read_label(path: Path, case_id: str, *, image: np.ndarray, affine: np.ndarra
             "is wrong"
         )
     return label
-
-
-def sitk_affine(image: sitk.Image) -> np.ndarray:
-    """Affine (4, 4) from the (X, Y, Z) index of a 3D SimpleITK image to RAS+ mm; ITK itself works in LPS."""
-    affine = np.eye(4)
-    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())
-    affine[:3, 3] = image.GetOrigin()
-    return LPS_TO_RAS @ affine
-
-
-def sitk_to_array(image: sitk.Image) -> np.ndarray:
-    """Voxels of a 3D SimpleITK image as (C, X, Y, Z), float32."""
-    voxels = sitk.GetArrayFromImage(image).astype(np.float32)  # (Z, Y, X) or (Z, Y, X, C)
-    if image.GetNumberOfComponentsPerPixel() == 1:
-        voxels = voxels[..., None]  # (Z, Y, X, 1)
-    return np.ascontiguousarray(voxels.transpose(3, 2, 1, 0))  # (C, X, Y, Z)
-
-
-def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
-    """Read the one DICOM series of a folder; GDCM orders the slices by position.
-
-    Returns:
-        Image (C, X, Y, Z) float32 after rescale slope and intercept, affine (4, 4) float64 to RAS+ mm, spacing in mm.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If the folder holds no series or several, or a DICOM file in it cannot be read.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; a DICOM case is a folder with the files of one series")
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    if len(series) != 1:
-        found = f"{len(series)} DICOM series: {', '.join(series)}" if series else "no DICOM series"
-        raise ValueError(f"{folder} holds {found}; put the files of exactly one series into each case folder")
-    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
-    _refuse_lost_slices(folder, files)
-    try:
-        image = sitk.ReadImage(files[0]) if len(files) == 1 else _read_slices(files, folder)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"{folder}: the series cannot be read ({reason}); export it again") from error
-    if image.GetDimension() != 3:
-        raise ValueError(f"{folder}: the series has {image.GetDimension()} dimensions; export a 3D series")
-    affine = sitk_affine(image)
-    return sitk_to_array(image), affine, affine_spacing(affine, str(folder))
-
-
-def _refuse_lost_slices(folder: Path, files: tuple[str, ...]) -> None:
-    """Raise a ValueError for a DICOM file outside the series: GDCM leaves damaged slices out without a word."""
-    kept = {Path(name).name for name in files} | {"DICOMDIR"}
-    for path in sorted(folder.iterdir()):
-        if path.name in kept or path.name.startswith(".") or not path.is_file():
-            continue
-        with path.open("rb") as file:
-            marked = file.read(132)[128:] == b"DICM"
-        if marked or path.suffix.lower() == ".dcm":
-            raise ValueError(
-                f"{path} is no readable slice of the series; export it again, or remove it if it is no slice"
-            )
-
-
-def _read_slices(files: tuple[str, ...], folder: Path) -> sitk.Image:
-    """Stack ordered slices, and warn where their distances say that one is missing."""
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(files)
-    reader.MetaDataDictionaryArrayUpdateOn()
-    image = reader.Execute()
-    if not all(reader.HasMetaDataKey(k, "0020|0032") for k in range(len(files))):
-        return image
-    positions = np.array([reader.GetMetaData(k, "0020|0032").split("\\") for k in range(len(files))], dtype=float)
-    gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
-    if np.ptp(gaps) > GAP_TOLERANCE * np.median(gaps):
-        logger.warning(
-            "%s: slice distances run from %.4g to %.4g mm; a slice may be missing, distances in mm are not exact",
-            folder,
-            gaps.min(),
-            gaps.max(),
-        )
-    return image

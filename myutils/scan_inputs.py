@@ -13,7 +13,8 @@ import SimpleITK as sitk  # noqa: N813 - its usual name
 from dataloaders.base import Volume
 from dataloaders.case_lists import CHANNEL_SUFFIX, NIFTI_SUFFIXES, strip_nifti_suffix
 from dataloaders.dicom import LABEL_FOLDER
-from dataloaders.geometry import READ_ERRORS, nifti_channels, read_dicom_series, read_nifti_channels
+from dataloaders.dicom_series import read_dicom_series
+from dataloaders.geometry import READ_ERRORS, nifti_channels, read_nifti_channels
 from dataloaders.nifti_folder import list_nifti
 
 logger = logging.getLogger(__name__)

@@ -80,11 +80,12 @@ def write_dicom(
     modality: str = "MR",
     patient: str = "",
     skip: Sequence[int] = (),
+    shift: float = 0.0,
 ) -> Path:
     """Save voxels (X, Y, Z) as one DICOM series, a file per slice; spacing, origin, direction as in ITK (LPS).
 
     The names run against the slice order, so that a reader that sorts by name gets it wrong. ``skip`` leaves slices
-    out.
+    out; each lies ``shift`` mm further along x, as with a tilted gantry.
     """
     folder.mkdir(parents=True, exist_ok=True)
     image = sitk.GetImageFromArray(voxels.astype(np.int16).transpose(2, 1, 0))  # (X, Y, Z) in ITK
@@ -95,13 +96,13 @@ def write_dicom(
     depth = image.GetDepth()
     for k in (k for k in range(depth) if k not in skip):
         plane = image[:, :, k]
-        position = image.TransformIndexToPhysicalPoint((0, 0, k))
+        x, y, z = image.TransformIndexToPhysicalPoint((0, 0, k))
         tags = {
             "0008|0060": modality,
             "0010|0020": patient,
             "0020|000e": series,
             "0020|000d": series + ".9",
-            "0020|0032": "\\".join(str(value) for value in position),
+            "0020|0032": "\\".join(str(value) for value in (x + shift * k, y, z)),
             "0020|0037": "\\".join(rows),
             "0020|0013": str(k),
             "0018|0050": str(spacing[2]),

@@ -12,7 +12,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813 - its usual name
 
 from dataloaders.dicom import DicomFolders
-from dataloaders.geometry import read_dicom_series
+from dataloaders.dicom_series import read_dicom_series
 
 # ITK's LPS: spacing (0.5, 0.75, 2), origin (-10, 20, 30), axes along L, P, S. RAS turns the signs of x and y.
 RAS = np.array([[-0.5, 0, 0, 10], [0, -0.75, 0, -20], [0, 0, 2, 30], [0, 0, 0, 1.0]])

@@ -1,0 +1,149 @@
+"""Reading a DICOM series through SimpleITK as one image in RAS+ millimetres; one that is no regular grid is refused."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk  # noqa: N813 - its usual name
+
+from dataloaders.geometry import Spacing, affine_spacing
+
+logger = logging.getLogger(__name__)
+
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+GAP_TOLERANCE = 0.1  # of the usual slice distance
+SAME_PLACE = 0.01  # mm; no two slices lie closer
+LARGEST_SHIFT = 0.5  # of a pixel, beside the line through the first slice
+LARGEST_TURN = 1e-3  # of a direction's entries between two slices: rounding in the header
+POSITION, ORIENTATION = "0020|0032", "0020|0037"
+
+
+def sitk_affine(image: sitk.Image) -> np.ndarray:
+    """Affine (4, 4) from the (X, Y, Z) index of a 3D SimpleITK image to RAS+ mm; ITK itself works in LPS."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    return LPS_TO_RAS @ affine
+
+
+def sitk_to_array(image: sitk.Image) -> np.ndarray:
+    """Voxels of a 3D SimpleITK image as (C, X, Y, Z), float32."""
+    voxels = sitk.GetArrayFromImage(image).astype(np.float32)  # (Z, Y, X) or (Z, Y, X, C)
+    if image.GetNumberOfComponentsPerPixel() == 1:
+        voxels = voxels[..., None]  # (Z, Y, X, 1)
+    return np.ascontiguousarray(voxels.transpose(3, 2, 1, 0))  # (C, X, Y, Z)
+
+
+def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
+    """Read the one DICOM series of a folder; GDCM orders the slices by position.
+
+    Returns:
+        Image (C, X, Y, Z) float32 after rescale slope and intercept, affine (4, 4) float64 to RAS+ mm, spacing in mm.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If the folder holds no series or several, a DICOM file in it cannot be read, or the slices lie on no
+            common orthogonal grid.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder; a DICOM case is a folder with the files of one series")
+    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    if len(series) != 1:
+        found = f"{len(series)} DICOM series: {', '.join(series)}" if series else "no DICOM series"
+        raise ValueError(f"{folder} holds {found}; put the files of exactly one series into each case folder")
+    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
+    _refuse_lost_slices(folder, files)
+    try:
+        image = sitk.ReadImage(files[0]) if len(files) == 1 else _read_slices(files, folder)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(
+            f"{folder}: the series cannot be read ({reason}); export it again, and move slices of another "
+            "kind, such as a localiser, away"
+        ) from error
+    if image.GetDimension() != 3:
+        raise ValueError(f"{folder}: the series has {image.GetDimension()} dimensions; export a 3D series")
+    affine = sitk_affine(image)
+    return sitk_to_array(image), affine, affine_spacing(affine, str(folder))
+
+
+def _refuse_lost_slices(folder: Path, files: tuple[str, ...]) -> None:
+    """Raise a ValueError for a DICOM file outside the series: GDCM leaves damaged slices out without a word."""
+    kept = {Path(name).name for name in files} | {"DICOMDIR"}
+    for path in sorted(folder.iterdir()):
+        if path.name in kept or path.name.startswith(".") or not path.is_file():
+            continue
+        with path.open("rb") as file:
+            marked = file.read(132)[128:] == b"DICM"
+        if marked or path.suffix.lower() == ".dcm":
+            raise ValueError(
+                f"{path} is no readable slice of the series; export it again, or remove it if it is no slice"
+            )
+
+
+def _read_slices(files: tuple[str, ...], folder: Path) -> sitk.Image:
+    """Stack ordered slices that lie on one grid, and warn where their distances say that one is missing."""
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(files)
+    reader.MetaDataDictionaryArrayUpdateOn()
+    image = reader.Execute()
+    positions, directions = _numbers(reader, len(files), POSITION, 3), _numbers(reader, len(files), ORIENTATION, 6)
+    if positions is None or directions is None:
+        logger.warning("%s: slices do not say where they lie; their order and distances are guessed", folder)
+        return image
+    names = [Path(name).name for name in files]
+    _require_grid(folder, names, positions, directions.reshape(-1, 2, 3), min(image.GetSpacing()[:2]))
+    return image
+
+
+def _numbers(reader: sitk.ImageSeriesReader, slices: int, tag: str, count: int) -> np.ndarray | None:
+    """The ``count`` numbers of a tag in each slice (N, count); None where one lacks them."""
+    texts = [reader.GetMetaData(k, tag).split("\\") for k in range(slices) if reader.HasMetaDataKey(k, tag)]
+    complete = len(texts) == slices and all(len(text) == count for text in texts)
+    return np.array(texts, dtype=float) if complete else None
+
+
+def _require_grid(folder: Path, names: list[str], positions: np.ndarray, directions: np.ndarray, pixel: float) -> None:
+    """Refuse slices that are turned, doubled or shifted against each other; unequal distances are a warning.
+
+    Args:
+        folder: For messages.
+        names: File name per slice.
+        positions: Of each slice's first pixel (N, 3), in mm.
+        directions: Of its rows and columns (N, 2, 3).
+        pixel: Smaller side of a pixel in mm.
+    """
+    turned = np.flatnonzero(np.abs(directions - directions[0]).max((1, 2)) > LARGEST_TURN)
+    if len(turned):
+        raise ValueError(
+            f"{folder}: {len(turned)} of {len(names)} slices have another orientation than {names[0]}, the first is "
+            f"{names[turned[0]]}; keep the slices of one orientation, and move others, such as a localiser, away"
+        )
+    normal = np.cross(*directions[0])
+    normal /= np.linalg.norm(normal)
+    heights = positions @ normal
+    order = np.argsort(heights, kind="stable")
+    gaps = np.diff(heights[order])
+    doubled = np.flatnonzero(gaps < SAME_PLACE)
+    if len(doubled):
+        first, second = (names[order[doubled[0] + k]] for k in (0, 1))
+        raise ValueError(
+            f"{folder}: {len(doubled)} of {len(names)} slices lie where another does, within {SAME_PLACE} mm, such as "
+            f"{second} on {first}; keep one time point, echo or copy per folder, or mend the positions"
+        )
+    beside = positions - positions[0] - np.outer(heights - heights[0], normal)
+    shift = float(np.linalg.norm(beside, axis=1).max())
+    if shift > LARGEST_SHIFT * pixel:
+        raise ValueError(
+            f"{folder}: slices are shifted sideways by up to {shift:.3g} mm, more than {LARGEST_SHIFT:g} of a pixel of "
+            f"{pixel:.3g} mm, as with a tilted gantry; resample the series to an orthogonal grid first"
+        )
+    if np.ptp(gaps) > GAP_TOLERANCE * np.median(gaps):
+        logger.warning(
+            "%s: slice distances run from %.4g to %.4g mm; a slice may be missing, distances in mm are not exact",
+            folder,
+            gaps.min(),
+            gaps.max(),
+        )
