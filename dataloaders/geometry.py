@@ -36,14 +36,18 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated, not a NIfTI image, complex, not 3D or 4D, or its affine not invertible.
+        ValueError: If the file is truncated, not a NIfTI image, complex or in colour, not 3D or
+            4D, or its affine not invertible.
     """
     image = _open_nifti(path)
-    if image.get_data_dtype().kind == "c":
+    kind = image.get_data_dtype().kind
+    if kind == "c":
         raise ValueError(f"{path}: the voxels are complex numbers; export the magnitude image")
+    if kind == "V":
+        raise ValueError(f"{path}: the voxels are colours (RGB), as of a screenshot; export the scan's own intensities")
     try:
         voxels = image.get_fdata(dtype=np.float32, caching="unchanged")
-    except (*READ_ERRORS, TypeError) as error:
+    except READ_ERRORS as error:
         raise ValueError(f"{path}: the voxels cannot be read ({error}); the file is damaged, copy it again") from error
     affine = _affine_mm(image)
     return _channels_first(voxels, path), affine, affine_spacing(affine, str(path))

@@ -88,10 +88,11 @@ def test_other_numbers_of_axes_are_refused(tmp_path: Path, shape: tuple[int, ...
         read_nifti(path)
 
 
-def test_colour_voxels_are_refused(tmp_path: Path) -> None:
-    colour = np.zeros(make.SHAPE, dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+@pytest.mark.parametrize("channels", ["RGB", "RGBA"])
+def test_colour_voxels_are_refused(tmp_path: Path, channels: str) -> None:
+    colour = np.zeros(make.SHAPE, dtype=[(name, "u1") for name in channels])
     path = make.write_nifti(tmp_path / "a.nii.gz", colour)
-    with pytest.raises(ValueError, match=r"a.nii.gz: the voxels cannot be read"):
+    with pytest.raises(ValueError, match=r"a.nii.gz: the voxels are colours \(RGB\), as of a screenshot; export"):
         read_nifti(path)
 
 
