@@ -13,6 +13,7 @@ import numpy as np
 from myutils.registry import Registry
 
 Triple = tuple[int, int, int]
+MAX_CLASSES = 256  # labels are uint8
 
 
 @dataclass(frozen=True)
@@ -190,11 +191,23 @@ def check_label(label: np.ndarray, image_shape: Sequence[int], num_classes: int,
     low, high = int(whole.min(initial=0)), int(whole.max(initial=0))
     if low < 0 or high >= num_classes:
         bad = low if low < 0 else high
-        raise ValueError(
-            f"case {case_id}: class id {bad} is outside 0..{num_classes - 1}; pass --num_classes {high + 1} "
-            "or correct the label"
-        )
+        advice = _advice_on(whole, low, high, num_classes)
+        raise ValueError(f"case {case_id}: class id {bad} is outside 0..{num_classes - 1}; {advice}")
     return whole.astype(np.uint8)
+
+
+def _advice_on(label: np.ndarray, low: int, high: int, num_classes: int) -> str:
+    """What to do about a label whose ids from ``low`` to ``high`` are no classes."""
+    if low < 0:
+        return "no class has a negative id: store such voxels as 0, the background, or leave the case out"
+    if high == MAX_CLASSES - 1 and np.isin(label, (0, high)).all():
+        return f"store a mask of 0 and {high} as 0 and 1"
+    if high >= MAX_CLASSES:
+        return f"no class id is above {MAX_CLASSES - 1}: number the classes anew"
+    return (
+        f"pass --num_classes {high + 1} to the training, or correct the label; a checkpoint of {num_classes} classes "
+        "cannot be scored on it"
+    )
 
 
 def lookup_case(case_id: str, table: Mapping[str, T], root: Path) -> T:

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dataloaders.base import MAX_CLASSES
+
 MODALITIES = ("mr", "ct")
-MAX_CLASSES = 256  # labels are uint8
 
 
 def read_dataset_json(path: Path) -> dict[str, Any]:

@@ -110,7 +110,13 @@ def test_case_with_other_channels_is_refused(tmp_path: Path) -> None:
     ("label", "message"),
     [
         (make.corner_label((5, 5, 4)), r"label shape \(5, 5, 4\) differs"),
-        (make.corner_label(class_id=7), "class id 7 is outside 0..1; pass --num_classes 8"),
+        (
+            make.corner_label(class_id=7),
+            "class id 7 is outside 0..1; pass --num_classes 8 .* a checkpoint of 2 classes cannot",
+        ),
+        (make.corner_label(class_id=255), "class id 255 is outside 0..1; store a mask of 0 and 255 as 0 and 1"),
+        (-make.corner_label().astype(np.int16), "class id -1 is outside 0..1; no class has a negative id: store such"),
+        (300 * make.corner_label().astype(np.int16), "class id 300 is .* above 255: number the classes anew"),
         (make.corner_label().astype(np.float32) + 0.25, "fractional values"),
     ],
 )
