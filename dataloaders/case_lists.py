@@ -11,10 +11,15 @@ NIFTI_SUFFIXES = (".nii.gz", ".nii")
 CHANNEL_SUFFIX = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")  # nnU-Net: one file per channel, from _0000
 
 
+def is_nifti(name: str) -> bool:
+    """Whether a file is NIfTI by its name, in small letters or capitals."""
+    return name.lower().endswith(NIFTI_SUFFIXES)
+
+
 def strip_nifti_suffix(name: str) -> str:
-    """The name without a trailing ``.nii.gz`` or ``.nii``."""
+    """The name without a trailing ``.nii.gz`` or ``.nii``, in small letters or capitals."""
     for suffix in NIFTI_SUFFIXES:
-        if name.endswith(suffix):
+        if name.lower().endswith(suffix):
             return name[: -len(suffix)]
     return name
 

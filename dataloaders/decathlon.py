@@ -21,6 +21,7 @@ from dataloaders.class_names import (
 )
 from dataloaders.file_source import FileSource
 from dataloaders.geometry import Spacing, nifti_channels, nifti_grid, read_nifti_channels
+from dataloaders.nifti_folder import list_nifti
 
 CaseTable = dict[str, tuple[tuple[Path, ...], Path | None]]  # id -> (channel files, label file)
 
@@ -73,16 +74,16 @@ def training_cases(root: Path, content: dict[str, Any]) -> CaseTable:
         ValueError: If an entry has no image, or an id comes twice.
     """
     if not content.get("training") and not content.get("dataset"):
-        grouped = group_channels(root / "imagesTr", content)
-        ending = content.get("file_ending", ".nii.gz")
-        return {case: (files, _existing(root / "labelsTr" / f"{case}{ending}")) for case, files in grouped.items()}
+        grouped, folder = group_channels(root / "imagesTr", content), root / "labelsTr"
+        labels = list_nifti(folder) if folder.is_dir() else {}
+        return {case_id: (files, labels.get(case_id)) for case_id, files in grouped.items()}
     cases: CaseTable = {}
     for case_id, images, label in _entries(content):
         files = _image_files(root, images)
         name = case_id or strip_nifti_suffix(Path(images[0]).name)
         if name in cases:
             raise ValueError(f"{root / 'dataset.json'} lists case {name!r} twice; remove one entry")
-        cases[name] = (files, _existing(root / label) if label else None)
+        cases[name] = (files, root / label if label and (root / label).is_file() else None)
     return cases
 
 
@@ -106,16 +107,16 @@ def group_channels(folder: Path, content: dict[str, Any]) -> dict[str, tuple[Pat
         ValueError: If ``file_ending`` is no NIfTI suffix.
     """
     ending = content.get("file_ending", ".nii.gz")
-    if ending not in NIFTI_SUFFIXES:
+    if str(ending).lower() not in NIFTI_SUFFIXES:
         raise ValueError(f"{folder.parent / 'dataset.json'}: file_ending {ending!r}; convert the images to .nii.gz")
-    files = [path for path in sorted(folder.glob(f"*{ending}")) if not path.name.startswith(".")]  # macOS's ._ copies
-    grouped: dict[str, list[Path]] = {}
-    for path in files:
-        match = CHANNEL_SUFFIX.match(strip_nifti_suffix(path.name))
-        grouped.setdefault(match["case"] if match else "", []).append(path)
-    if any(not paths[0].name.endswith(f"_0000{ending}") for paths in grouped.values()):
-        return {strip_nifti_suffix(path.name): (path,) for path in files}
-    return {case_id: tuple(paths) for case_id, paths in grouped.items()}
+    files = list_nifti(folder) if folder.is_dir() else {}
+    grouped: dict[str, list[str]] = {}
+    for name in files:
+        match = CHANNEL_SUFFIX.match(name)
+        grouped.setdefault(match["case"] if match else "", []).append(name)
+    if any(not names[0].endswith("_0000") for names in grouped.values()):
+        return {name: (path,) for name, path in files.items()}
+    return {case_id: tuple(files[name] for name in names) for case_id, names in grouped.items()}
 
 
 def _entries(content: dict[str, Any]) -> list[tuple[str | None, list[str], str | None]]:
@@ -154,7 +155,3 @@ def _image_files(root: Path, images: list[str]) -> tuple[Path, ...]:
     if missing:
         raise FileNotFoundError(f"{missing[0]} is listed in {root / 'dataset.json'} but does not exist; copy it there")
     return tuple(files)
-
-
-def _existing(path: Path) -> Path | None:
-    return path if path.is_file() else None

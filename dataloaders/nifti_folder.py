@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections import Counter
+from functools import cache
 from pathlib import Path
 
 from dataloaders.base import SOURCES
-from dataloaders.case_lists import NIFTI_SUFFIXES, strip_nifti_suffix
+from dataloaders.case_lists import is_nifti, strip_nifti_suffix
 from dataloaders.class_names import (
     choose_modality,
     fit_class_names,
@@ -17,16 +20,26 @@ from dataloaders.class_names import (
 from dataloaders.file_source import NiftiFiles
 from dataloaders.geometry import nifti_channels
 
+logger = logging.getLogger(__name__)
+
+OTHER_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".hdr")  # of images; .img and .raw go with a header
+
 
 def list_nifti(folder: Path, names: re.Pattern[str] | None = None) -> dict[str, Path]:
     """NIfTI files of a folder by name without suffix, sorted; hidden files, and other names, are left out.
+
+    Scans in other formats are a warning.
 
     Raises:
         ValueError: If ``a.nii`` and ``a.nii.gz`` are both there.
     """
     files: dict[str, Path] = {}
+    others: Counter[str] = Counter()
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.name.endswith(NIFTI_SUFFIXES) or not path.is_file():
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        if not is_nifti(path.name):
+            others[path.suffix.lower()] += path.suffix.lower() in OTHER_SUFFIXES
             continue
         case_id = strip_nifti_suffix(path.name)
         if names is not None and not names.fullmatch(case_id):
@@ -34,7 +47,15 @@ def list_nifti(folder: Path, names: re.Pattern[str] | None = None) -> dict[str, 
         if case_id in files:
             raise ValueError(f"{folder} holds {files[case_id].name} and {path.name}; keep one file per case")
         files[case_id] = path
+    if others.total():
+        _warn_of_others(folder, ", ".join(f"{count} {suffix}" for suffix, count in others.items() if count))
     return files
+
+
+@cache
+def _warn_of_others(folder: Path, found: str) -> None:
+    """Say once per folder which scans are not read."""
+    logger.warning("%s: files that are not NIfTI are left out: %s; convert them to .nii.gz", folder, found)
 
 
 @SOURCES.register("nifti")

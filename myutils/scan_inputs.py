@@ -11,7 +11,7 @@ import nibabel as nib
 import SimpleITK as sitk  # noqa: N813 - its usual name
 
 from dataloaders.base import Volume
-from dataloaders.case_lists import CHANNEL_SUFFIX, NIFTI_SUFFIXES, strip_nifti_suffix
+from dataloaders.case_lists import CHANNEL_SUFFIX, is_nifti, strip_nifti_suffix
 from dataloaders.dicom import LABEL_FOLDER
 from dataloaders.dicom_series import read_dicom_series
 from dataloaders.geometry import READ_ERRORS, nifti_channels, read_nifti_channels
@@ -67,7 +67,7 @@ def find_scans(path: Path) -> list[Scan]:
         ValueError: If a file is not NIfTI by its name, two files bear the same name, or a folder holds both kinds.
     """
     if path.is_file():
-        if not path.name.endswith(NIFTI_SUFFIXES):
+        if not is_nifti(path.name):
             raise ValueError(
                 f"--input {path}: pass a .nii or .nii.gz file, a folder of them, or a DICOM series' folder"
             )

@@ -161,6 +161,17 @@ def test_bad_files_are_named_and_skipped(checkpoint: Path, tmp_path: Path, capsy
     assert "Traceback" not in err
 
 
+def test_suffixes_in_capitals_are_read_and_other_formats_named(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scan(tmp_path / "in" / "a.nii.gz").rename(tmp_path / "in" / "a.NII.GZ")
+    (tmp_path / "in" / "b.mha").write_bytes(b"")
+    assert predict(checkpoint, tmp_path / "in", tmp_path / "out") == 0
+    assert predict(checkpoint, tmp_path / "in" / "a.NII.GZ", tmp_path / "out") == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.nii.gz"]
+    assert capsys.readouterr().err.count("left out: 1 .mha; convert them to .nii.gz") == 1
+
+
 def test_dicom_series_and_folders_of_series(checkpoint: Path, tmp_path: Path) -> None:
     voxels = np.random.default_rng(0).integers(0, 400, SHAPE)
     right_handed = oblique_affine() @ np.diag([-1.0, 1.0, 1.0, 1.0])

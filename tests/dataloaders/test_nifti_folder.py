@@ -33,6 +33,32 @@ def test_images_and_labels_match_by_name(tmp_path: Path) -> None:
         source.load("a", with_label=True)
 
 
+def test_suffixes_may_be_in_capitals(tmp_path: Path) -> None:
+    for name in ("images/a.NII.GZ", "labels/a.nii.GZ", "images/b.NII"):
+        voxels = make.corner_label() if name.startswith("labels") else make.counting_image()
+        path = make.write_nifti(tmp_path / "small" / name.lower(), voxels)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        path.rename(tmp_path / name)
+    source = NiftiFolder(tmp_path, num_classes=2)
+    assert source.case_ids() == ["a", "b"] and source.labeled_ids() == ["a"]
+    volume = source.load("a", with_label=True)
+    assert volume.image[0, 5, 4, 3] == 119 and volume.label is not None and volume.label.sum() == 8
+    assert source.load("b", with_label=False).image[0, 5, 4, 3] == 119
+
+
+def test_scans_in_other_formats_are_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_pair(tmp_path, "a")
+    for name in ("images/b.nrrd", "images/c.NRRD", "images/d.mha", "images/e.json", "labels/b.seg.nrrd"):
+        (tmp_path / name).write_bytes(b"")
+    for _ in range(2):
+        NiftiFolder(tmp_path, num_classes=2)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"{tmp_path}/images: files that are not NIfTI are left out: 2 .nrrd, 1 .mha; convert them to .nii.gz",
+        f"{tmp_path}/labels: files that are not NIfTI are left out: 1 .nrrd; convert them to .nii.gz",
+    ]
+
+
 def test_folder_without_labels_is_unlabeled(tmp_path: Path) -> None:
     make.write_nifti(tmp_path / "images/a.nii.gz", make.counting_image())
     assert NiftiFolder(tmp_path, num_classes=2).labeled_ids() == []
