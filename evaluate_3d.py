@@ -37,6 +37,7 @@ from pathlib import Path
 import torch
 
 from dataloaders.base import CaseSource
+from dataloaders.orientation import warn_of_unstated
 from myutils.build import build_source, kept_parts
 from myutils.checkpoint import InferenceBundle
 from myutils.config import RunConfig
@@ -188,6 +189,8 @@ def run(job: Job) -> None:
     bundle, folder = job.bundle, job.folder
     logger.info("checkpoint: %s, step %d, %s", job.checkpoints, bundle.step, bundle.config.model)
     logger.info("cases: %d (%s)", len(job.case_ids), job.flags.split)
+    if is_main_rank():
+        warn_of_unstated(job.source, job.case_ids, bundle.preprocess.orientation)
     try:
         results = evaluate_cases(
             bundle.network,

@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 
+from dataloaders.orientation import warn_of_unstated
 from dataloaders.splits import make_test_ids, make_training_split
 from myutils.build import DataFacts, build_source, kept_parts, resolve_config
 from myutils.checkpoint import RunState, read_checkpoint
@@ -140,6 +141,8 @@ def start_run(config: RunConfig, ranks: RankInfo, device: torch.device) -> Train
     resolved = resolve_config(config, source)
     split = make_training_split(source, resolved.split_request())
     resolved = fit_to_cases(resolved, source, split.labeled)
+    if ranks.is_main:
+        warn_of_unstated(source, (*split.labeled, *split.val, *split.unlabeled), str(resolved.orientation))
     state = RunState(resolved, DataFacts.of(source), split)
     trainer = Trainer(state, source, resolved.output_dir / str(resolved.exp), ranks, device)
     trainer.read_labels()
@@ -171,8 +174,8 @@ def resume_run(config: RunConfig, given: dict[str, Any], ranks: RankInfo, device
             f"--resume: the run has {', '.join(f'--{name} {getattr(before, name)}' for name in changed)}, and keeps "
             "that; leave the flags out, or start a new --exp to change them"
         )
-    kept = {name: getattr(asked, name) for name in KEPT_FROM_FLAGS if name in given}
-    stored = dataclasses.replace(state.config, **kept)
+    taken = {name: getattr(asked, name) for name in KEPT_FROM_FLAGS if name in given}
+    stored = dataclasses.replace(state.config, **taken)
     source = build_source(stored)
     found, trained, split = DataFacts.of(source), state.facts, state.split
     if (found.class_names, found.in_channels) != (trained.class_names, trained.in_channels):
@@ -214,10 +217,8 @@ def fit(trainer: Trainer) -> Path:
     try:
         trainer.fit()
     except TrainingInterrupted:
-        state = trainer.state
-        raise TrainingInterrupted(
-            f"stopped {state.config.method} at step {state.step} of {trainer.max_iteration}, saved"
-        ) from None
+        state, steps = trainer.state, trainer.max_iteration
+        raise TrainingInterrupted(f"stopped {state.config.method} at step {state.step} of {steps}, saved") from None
     return trainer.folder
 
 

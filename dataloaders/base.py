@@ -131,6 +131,10 @@ class CaseSource(ABC):
         x, y, z = volume.image.shape[1:]
         return Grid((x, y, z), volume.affine)
 
+    def states_orientation(self, case_id: str) -> bool:
+        """Whether a case's file says how it lies in the body, by its header alone; formats that always say so do."""
+        return True
+
     def patient(self, case_id: str) -> str:
         """Whom a case shows: cases with the same answer are kept together by the splits. By default the case itself."""
         return case_id

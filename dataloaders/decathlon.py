@@ -65,6 +65,10 @@ class DecathlonFolder(FileSource):
         """From the header of the first channel."""
         return nifti_grid(lookup_case(case_id, self.images, self.root)[0])
 
+    def states_orientation(self, case_id: str) -> bool:
+        """Whether the header has a qform or an sform."""
+        return self.grid(case_id).oriented
+
 
 def training_cases(root: Path, content: dict[str, Any]) -> CaseTable:
     """Cases by id from ``training``, else ``dataset``, else the folders; a label that is not there is None.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TypeVar
@@ -14,7 +15,8 @@ from typing import TypeVar
 import numpy as np
 from nibabel.orientations import aff2axcodes, io_orientation
 
-from dataloaders.base import Triple, Volume
+from dataloaders.base import CaseSource, Triple, Volume
+from dataloaders.case_lists import some
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +107,27 @@ def warn_if_oblique(volume: Volume) -> None:
     degrees = tilt(volume.affine)
     if degrees > LARGEST_TILT:
         _warn_once(volume.case_id, round(degrees))
+
+
+def warn_of_unstated(source: CaseSource, case_ids: Sequence[str], orientation: str) -> None:
+    """Say once which cases are turned by directions that nobody stated; a file that cannot be read is named later."""
+    unstated = []
+    for case_id in case_ids if orientation == "ras" else ():
+        with suppress(ValueError, OSError):
+            if not source.states_orientation(case_id):
+                unstated.append(case_id)
+    if unstated:
+        _warn_of_unstated(f"{len(unstated)} of {len(case_ids)}", some(unstated))
+
+
+@cache
+def _warn_of_unstated(share: str, names: str) -> None:
+    logger.warning(
+        "%s cases do not say how they lie in the body, having neither qform nor sform, and may be mirrored to the "
+        "others: %s; write their headers, or leave them out",
+        share,
+        names,
+    )
 
 
 @cache

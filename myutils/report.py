@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dataloaders.base import CaseSource
+from dataloaders.orientation import warn_of_unstated
 from dataloaders.splits import ids_digest
 from myutils.build import build_inference, kept_parts
 from myutils.checkpoint import load_for_inference
@@ -41,6 +42,8 @@ def evaluate_run(
     """
     checkpoint = result_checkpoint(folder)
     bundle = load_for_inference(checkpoint, device)
+    if is_main_rank():
+        warn_of_unstated(source, case_ids, bundle.preprocess.orientation)
     results = evaluate_cases(
         bundle.network,
         source,

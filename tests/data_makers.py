@@ -39,6 +39,13 @@ def write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray = AFFINE, uni
     return path
 
 
+def forget_orientation(path: Path) -> None:
+    """Take qform and sform out of a NIfTI file, so that nibabel makes an affine up."""
+    image = nib.load(path)
+    voxels = np.asarray(image.dataobj)
+    nib.save(nib.Nifti1Image(voxels, None), path)
+
+
 def write_la_case(root: Path, case_id: str, image: np.ndarray, label: np.ndarray | None = None) -> Path:
     """Save one case as the UA-MT release does."""
     return write_h5(root / "2018LA_Seg_Training Set" / case_id / "mri_norm2.h5", image, label)

@@ -8,6 +8,7 @@ import logging
 import shutil
 from pathlib import Path
 
+import data_makers as make
 import nibabel as nib
 import numpy as np
 import pytest
@@ -207,6 +208,21 @@ def test_validation_without_validation_cases_names_the_flag(
     plain = trained_run(cohort, tmp_path / "run", method="supervised", flip_axes=())
     assert "--val_num 0" in refused(capsys, plain, "--split", "val")
     assert "without mirroring" in refused(capsys, plain, "--flips")
+
+
+def test_cases_that_may_be_mirrored_are_named(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained_run(cohort, tmp_path / "run", method="supervised", orientation="ras")
+    other = write_cohort(tmp_path / "clinic", cases=3, labeled=3, prefix="other")
+    for name in ("images/other01.nii.gz", "labels/other01.nii.gz"):
+        make.forget_orientation(other / name)
+    (other / "images" / "other02.nii.gz").write_bytes(b"damaged")
+    assert evaluate(run, "--dataset_path", other, "--output_dir", tmp_path / "out") == 1
+    told = capsys.readouterr().err
+    assert (
+        "1 of 3 cases do not say how they lie in the body" in told
+        and "mirrored to the others: 'other01'; write" in told
+    )
+    assert "1 of 3 cases cannot be scored: case other02:" in told
 
 
 def test_damaged_cases_end_with_code_1_after_all_others_are_scored(

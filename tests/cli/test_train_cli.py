@@ -6,6 +6,7 @@ import csv
 import json
 from pathlib import Path
 
+import data_makers as make
 import nibabel as nib
 import numpy as np
 import pytest
@@ -61,6 +62,20 @@ def test_what_fits_the_labelled_cases_is_printed_and_kept(folder: Path, capsys: 
     assert evaluate_3d.main(["--checkpoint", str(folder / "runs" / "ct" / "last.pt")]) == 0
     again = (folder / "runs" / "ct" / "evaluation" / "test" / "cases.csv").read_text()
     assert again == (folder / "runs" / "ct" / "test" / "cases.csv").read_text()
+
+
+def test_cases_that_may_be_mirrored_are_named_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_list, test_list = write_list(folder / "train.txt", 0, 1, 6, 7, 8), write_list(folder / "test.txt", 2, 3)
+    for number in (2, 6, 8):  # a test case and two without labels
+        make.forget_orientation(folder / "data" / "images" / f"ball{number:02d}.nii.gz")
+    make.forget_orientation(folder / "data" / "labels" / "ball02.nii.gz")
+    assert (
+        train.main(job(folder, "--baseline", exp="a", max_iteration="1", train_list=train_list, test_list=test_list))
+        == 0
+    )
+    said = [line for line in capsys.readouterr().err.splitlines() if "neither qform nor sform" in line]
+    assert [line.partition(" cases ")[0] for line in said] == ["2 of 5", "1 of 2"]
+    assert "'ball06', 'ball08'; write their headers" in said[0] and "'ball02'" in said[1]
 
 
 def test_without_exp_a_free_folder_is_taken(folder: Path) -> None:
