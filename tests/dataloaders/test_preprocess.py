@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,6 +75,15 @@ def test_ct_without_any_foreground_is_zeros() -> None:
 @pytest.mark.parametrize("modality", ["mr", "ct"])
 def test_constant_image_gives_zeros(value: float, modality: str) -> None:
     assert not Preprocess(modality)(volume_of(np.full((1, 3, 3, 3), value))).image.any()
+
+
+def test_a_constant_channel_is_named_once_per_case(caplog: pytest.LogCaptureFixture) -> None:
+    image = np.concatenate([framed([1, 3]), np.full((1, 4, 4, 4), 7.0)])
+    for preprocess in (Preprocess("mr"), Preprocess("ct", ct_range=(0.0, 1.0)), Preprocess("mr")):
+        preprocess(replace(volume_of(image), case_id="blank"))
+    assert [record.getMessage()[:47] for record in caplog.records] == [
+        "case blank: every voxel of channel 1 is 7, so t"
+    ]
 
 
 def test_mask_image_is_scored_over_all_voxels() -> None:
