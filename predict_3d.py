@@ -42,7 +42,7 @@ from myutils.inference import InferenceOptions, label_map_from, predict_label_ma
 from myutils.inference_flags import InferenceFlags, inference_options, start
 from myutils.label_files import save_in_geometry_of, save_volume
 from myutils.run_folder import make_folder
-from myutils.scan_inputs import Scan, find_scans, join_channels, require_free_outputs
+from myutils.scan_inputs import Scan, find_scans, join_channels, require_free_outputs, warn_of_modality
 
 logger = logging.getLogger("predict")
 
@@ -171,6 +171,7 @@ def segment(scan: Scan, job: Job) -> None:
         ValueError: If the scan is damaged, has another number of channels, or voxels that are not finite.
     """
     volume = scan.read()
+    warn_of_modality(scan, job.bundle.preprocess.modality)
     channels, expected = volume.image.shape[0], job.bundle.in_channels
     if channels != expected:
         how = "; store them in one 4D file, or in NAME_0000.nii.gz, NAME_0001.nii.gz ..." if expected > 1 else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813 - its usual name
@@ -24,17 +25,24 @@ MODALITY_TAG = "0008|0060"
 PATIENT_TAG = "0010|0020"
 
 
+class Tags(NamedTuple):
+    """What a series says of itself, "" where it does not: modality in capitals, and PatientID."""
+
+    modality: str
+    patient: str
+
+
 @SOURCES.register("dicom")
 class DicomFolders(FileSource):
     """Cases ``<id>/`` with the files of one series; label ``<id>.nii.gz`` in the root or in its ``labels/``, or none.
 
     The number of classes comes from ``num_classes``, or from a ``dataset.json`` or ``classes.txt`` in the root, as in
-    ``NiftiFolder``. The modality is that of the first case's DICOM header, the patient of a case that of its own.
+    ``NiftiFolder``. The modality is that of the DICOM headers, which must agree, the patient of a case that of its own.
 
     Args:
         root: Folder of the case folders.
         num_classes: Classes with the background; None to take what the root states.
-        modality: "mr" or "ct"; None to take the DICOM header's.
+        modality: "mr" or "ct"; None to take the DICOM headers'.
     """
 
     in_channels = 1
@@ -57,9 +65,29 @@ class DicomFolders(FileSource):
         self.warn_of_orphans()
         self.class_names = fit_class_names(stated_class_names(root), num_classes, str(root))
         self.num_classes = len(self.class_names)
-        stated = header_tag(next(iter(self.images.values())), MODALITY_TAG)
-        self.modality = choose_modality(modality, "ct" if (stated or "").upper() == "CT" else "mr")
+        self._headers = {case_id: read_tags(folder) for case_id, folder in self.images.items()}
+        self.modality = self._fit_modality(modality)
         self._patients: dict[str, str] | None = None
+
+    def _fit_modality(self, asked: str | None) -> str:
+        """What was asked for, else that of the first header.
+
+        Raises:
+            ValueError: If nothing was asked for and the headers say both CT and another modality.
+        """
+        found = {case_id: header.modality for case_id, header in self._headers.items() if header and header.modality}
+        chosen = choose_modality(asked, kind_of(next(iter(found.values()), "")))
+        others = [case_id for case_id, stated in found.items() if kind_of(stated) != chosen]
+        if not others:
+            return chosen
+        fewer = f"{len(others)} of {len(found)} cases are {found[others[0]]} by their DICOM headers: {some(others)}"
+        if asked is None:
+            raise ValueError(
+                f"{self.root}: {fewer}, the first case is {chosen.upper()}; keep one modality per folder, or pass "
+                "--modality to have all normalised alike"
+            )
+        logger.warning("%s: %s; they are normalised as %s", self.root, fewer, chosen.upper())
+        return chosen
 
     def patient(self, case_id: str) -> str:
         """Cases with one PatientID are of one patient; without, as in the other folder formats."""
@@ -68,11 +96,11 @@ class DicomFolders(FileSource):
         return self._patients.get(case_id) or super().patient(case_id)
 
     def _patient_ids(self) -> dict[str, str]:
-        """PatientID per case, from a header each; but none that half of the cases have, for an anonymiser wrote it."""
-        ids = {case_id: header_tag(folder, PATIENT_TAG) for case_id, folder in self.images.items()}
-        empty = [case_id for case_id, found in ids.items() if found is None]
+        """PatientID per case by its header; but none that half of the cases have, for an anonymiser wrote it."""
+        empty = [case_id for case_id, header in self._headers.items() if header is None]
         if empty:
             raise ValueError(f"{self.root}: no DICOM file in {some(empty)}; put the series there, or remove the folder")
+        ids = {case_id: header.patient for case_id, header in self._headers.items() if header}
         nameless = [case_id for case_id, found in ids.items() if not found]
         if nameless:
             logger.warning(
@@ -98,8 +126,13 @@ class DicomFolders(FileSource):
         return read_dicom_series(self.images[case_id])
 
 
-def header_tag(folder: Path, tag: str) -> str | None:
-    """A tag of the folder's first DICOM header; "" without it, None without a DICOM file."""
+def kind_of(stated: str) -> str:
+    """How a DICOM modality is normalised: "ct" or "mr", which stands for all others."""
+    return "ct" if stated == "CT" else "mr"
+
+
+def read_tags(folder: Path) -> Tags | None:
+    """From the folder's first DICOM header; None without a DICOM file."""
     for path in sorted(folder.iterdir()):
         reader = sitk.ImageFileReader()
         reader.SetImageIO("GDCMImageIO")
@@ -108,5 +141,8 @@ def header_tag(folder: Path, tag: str) -> str | None:
             reader.ReadImageInformation()
         except RuntimeError:  # not a DICOM file, such as a note beside the slices
             continue
-        return str(reader.GetMetaData(tag)).strip() if reader.HasMetaDataKey(tag) else ""
+        modality, patient = (
+            reader.GetMetaData(tag).strip() if reader.HasMetaDataKey(tag) else "" for tag in (MODALITY_TAG, PATIENT_TAG)
+        )
+        return Tags(modality.upper(), patient)
     return None

@@ -12,7 +12,7 @@ import SimpleITK as sitk  # noqa: N813 - its usual name
 
 from dataloaders.base import Volume
 from dataloaders.case_lists import CHANNEL_SUFFIX, is_nifti, strip_nifti_suffix
-from dataloaders.dicom import LABEL_FOLDER
+from dataloaders.dicom import LABEL_FOLDER, kind_of, read_tags
 from dataloaders.dicom_series import read_dicom_series
 from dataloaders.geometry import READ_ERRORS, nifti_channels, read_nifti_channels
 from dataloaders.nifti_folder import list_nifti
@@ -53,6 +53,18 @@ class Scan:
     def header(self) -> nib.Nifti1Header | None:
         """The NIfTI header; None for DICOM."""
         return None if self.is_dicom else nib.load(self.path).header  # type: ignore[return-value]
+
+
+def warn_of_modality(scan: Scan, trained: str) -> None:
+    """Say that a DICOM series is of another modality than the network was trained for ("ct" or "mr")."""
+    tags = read_tags(scan.path) if scan.is_dicom else None
+    if tags and tags.modality and kind_of(tags.modality) != trained:
+        logger.warning(
+            "%s is %s by its header, and the network was trained with --modality %s: its segmentation may be wrong",
+            scan.path,
+            tags.modality,
+            trained,
+        )
 
 
 def find_scans(path: Path) -> list[Scan]:

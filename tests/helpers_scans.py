@@ -51,7 +51,7 @@ def oblique_affine(spacing: tuple[float, float, float] = (0.7, 1.2, 3.0)) -> np.
     return affine
 
 
-def write_dicom(folder: Path, voxels: np.ndarray, affine: np.ndarray) -> sitk.Image:
+def write_dicom(folder: Path, voxels: np.ndarray, affine: np.ndarray, modality: str = "MR") -> sitk.Image:
     """Write integer voxels (X, Y, Z) as one DICOM series; returns the image as ITK knows it.
 
     ``affine`` must be right-handed: DICOM derives the slice axis from the two others, and GDCM sorts slices along it.
@@ -71,7 +71,7 @@ def write_dicom(folder: Path, voxels: np.ndarray, affine: np.ndarray) -> sitk.Im
         plane = image[:, :, index]
         position = image.TransformIndexToPhysicalPoint((0, 0, index))
         tags = {
-            "0008|0060": "MR",
+            "0008|0060": modality,
             "0020|000d": f"{uid}.1",
             "0020|000e": uid,
             "0008|0018": f"{uid}.2.{index + 1}",

@@ -172,7 +172,9 @@ def test_suffixes_in_capitals_are_read_and_other_formats_named(
     assert capsys.readouterr().err.count("left out: 1 .mha; convert them to .nii.gz") == 1
 
 
-def test_dicom_series_and_folders_of_series(checkpoint: Path, tmp_path: Path) -> None:
+def test_dicom_series_and_folders_of_series(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     voxels = np.random.default_rng(0).integers(0, 400, SHAPE)
     right_handed = oblique_affine() @ np.diag([-1.0, 1.0, 1.0, 1.0])
     reference = write_dicom(tmp_path / "study" / "first", voxels, right_handed)
@@ -182,10 +184,16 @@ def test_dicom_series_and_folders_of_series(checkpoint: Path, tmp_path: Path) ->
     for name in ("GetOrigin", "GetSpacing", "GetDirection"):
         np.testing.assert_allclose(getattr(after, name)(), getattr(reference, name)(), atol=1e-4)
     assert nib.load(tmp_path / "one" / "first_prob.nii.gz").shape == (*SHAPE, 3)
-    write_dicom(tmp_path / "study" / "second", voxels, right_handed)
+    write_dicom(tmp_path / "study" / "second", voxels, right_handed, modality="CT")
+    capsys.readouterr()
     (tmp_path / "study" / "third").mkdir()
     assert predict(checkpoint, tmp_path / "study", tmp_path / "many") == 1  # the third folder is empty
     assert sorted(path.name for path in (tmp_path / "many").iterdir()) == ["first.nii.gz", "second.nii.gz"]
+    told = capsys.readouterr().err
+    assert (
+        told.count("by its header") == 1
+        and "second is CT by its header, and the network was trained with --modality mr" in told
+    )
     one, many = (nib.load(tmp_path / name / "first.nii.gz").get_fdata() for name in ("one", "many"))
     np.testing.assert_array_equal(one, many)
 

@@ -139,6 +139,17 @@ def test_modality_comes_from_the_header_unless_a_flag_gives_it(tmp_path: Path, s
     assert DicomFolders(tmp_path, num_classes=2, modality="ct").modality == "ct"
 
 
+def test_cases_of_two_modalities_are_refused_unless_a_flag_chooses(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, modality in (("a", "CT"), ("b", "MR"), ("c", "CT"), ("d", "MR"), ("e", "")):
+        make.write_dicom(tmp_path / name, make.counting_image(), modality=modality)
+    with pytest.raises(ValueError, match=r"2 of 4 cases are MR .*: 'b', 'd', the first case is CT; keep one modality"):
+        DicomFolders(tmp_path, num_classes=2)
+    assert DicomFolders(tmp_path, num_classes=2, modality="mr").modality == "mr"
+    assert "2 of 4 cases are CT by their DICOM headers: 'a', 'c'; they are normalised as MR" in caplog.text
+
+
 def test_class_names_come_from_the_root(tmp_path: Path) -> None:
     make.write_dicom(tmp_path / "a", make.counting_image())
     (tmp_path / "classes.txt").write_text("background\nliver\n")
