@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 SplineOrder = Literal[0, 1, 3]
 SPLINE_ORDER: dict[str, SplineOrder] = {"linear": 1, "cubic": 3}
 CT_PERCENTILES = (0.5, 99.5)
+FEWEST_VOXELS = 4  # along an axis, after resampling of at least twice as many
+MOST_VOXELS = 2**31  # after resampling: 8 GiB per channel
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Preprocess:
         """Normalised float32 image (C, X', Y', Z'), label on the same grid, and the new affine and spacing.
 
         Raises:
-            ValueError: If the image has non-finite voxels.
+            ValueError: If the image has non-finite voxels, or ``spacing`` leaves it far too few or too many.
         """
         bad = volume.image.size - int(np.isfinite(volume.image).sum())
         if bad:
@@ -76,11 +79,11 @@ class Preprocess:
         if self.orientation == "ras":
             warn_if_oblique(volume)
         volume = turned(volume, self.turn_of(volume))
+        size = self.working_shape(volume.case_id, volume.image.shape[1:], volume.spacing)
         image = np.stack([np.ascontiguousarray(self._normalize(channel)) for channel in volume.image])  # (C, X, Y, Z)
         if self.spacing is None:
             return replace(volume, image=image)
-        shape, ratio = image.shape[1:], self._ratio(volume.spacing)
-        size, order = _working_shape(shape, ratio), SPLINE_ORDER[self.interpolation]
+        shape, ratio, order = image.shape[1:], self._ratio(volume.spacing), SPLINE_ORDER[self.interpolation]
         image = np.stack([resample(channel, size, ratio, order=order) for channel in image])
         label = volume.label
         if label is not None:
@@ -121,7 +124,25 @@ class Preprocess:
         """How ``__call__`` turns a case."""
         return Turn.of(volume.affine, self.orientation)
 
-    def _ratio(self, spacing: tuple[float, float, float]) -> tuple[float, ...]:
+    def working_shape(self, case_id: str, shape: Sequence[int], spacing: Sequence[float]) -> tuple[int, ...]:
+        """Voxels per axis of a turned case of this ``shape`` and ``spacing`` after resampling.
+
+        Raises:
+            ValueError: If they are fewer than 4 where there were 8 or more, or too many in all.
+        """
+        size = _working_shape(tuple(shape), self._ratio(spacing))
+        few = any(new < FEWEST_VOXELS and old >= 2 * FEWEST_VOXELS for new, old in zip(size, shape, strict=True))
+        if self.spacing is None or not (few or math.prod(size) > MOST_VOXELS):
+            return size
+        rows = (self.spacing, size, shape, spacing)
+        asked, after, before, steps = (" x ".join(f"{value:g}" for value in row) for row in rows)
+        limit = f"fewer than {FEWEST_VOXELS} along an axis" if few else f"more than {MOST_VOXELS} in all"
+        raise ValueError(
+            f"case {case_id}: --spacing of {asked} mm makes {after} voxels out of {before} of {steps} mm, {limit}; "
+            f"train with a {'smaller' if few else 'larger'} one, or mend the voxel size or its unit in the header"
+        )
+
+    def _ratio(self, spacing: Sequence[float]) -> tuple[float, ...]:
         """Working voxel size over the turned volume's, per axis."""
         return tuple(new / old for new, old in zip(self.spacing or spacing, spacing, strict=True))
 

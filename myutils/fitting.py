@@ -6,8 +6,11 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 
+from nibabel.affines import voxel_sizes
+
 from dataloaders.base import CaseSource, Grid
-from dataloaders.orientation import LARGEST_TILT, axis_names, tilt
+from dataloaders.orientation import LARGEST_TILT, Turn, axis_names, tilt
+from dataloaders.preprocess import Preprocess
 from dataloaders.survey import fitting_flat_levels, fitting_patch, structure_range, survey_grids
 from myutils.config import RunConfig
 from networks.base import NETWORKS
@@ -19,13 +22,18 @@ def fit_to_cases(config: RunConfig, source: CaseSource, labeled: Sequence[str]) 
     """Fill what was left open: axes, flat levels and patch from headers, the range of a CT from voxels.
 
     Raises:
-        FileNotFoundError, ValueError: If a case cannot be read.
+        FileNotFoundError, ValueError: If a case cannot be read, or resampling it leaves far too few or too many voxels.
     """
     wants_range = config.modality == "ct" and config.ct_range is None
-    if None not in (config.orientation, config.flat_levels, config.patch_size) and not wants_range:
+    is_open = wants_range or None in (config.orientation, config.flat_levels, config.patch_size)
+    if not is_open and config.spacing is None:
         return config
     grids = [source.grid(case_id) for case_id in labeled]
     orientation = config.orientation or _fitting_orientation(grids)
+    preprocess = Preprocess(str(config.modality), config.spacing, orientation=orientation)
+    for case_id, grid in zip(labeled, grids, strict=True):
+        turn, steps = Turn.of(grid.affine, orientation), voxel_sizes(grid.affine)
+        preprocess.working_shape(case_id, turn.values_forth(grid.shape), turn.values_forth(steps))
     survey = survey_grids(grids, orientation)
     takes_flat_levels = NETWORKS.get(config.model).takes_flat_levels
     fitting = fitting_flat_levels(config.spacing or survey.spacing) if takes_flat_levels else (0, 0, 0)

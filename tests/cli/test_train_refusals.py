@@ -19,6 +19,11 @@ REFUSALS = {
     "labeled_bs": ({"labeled_bs": "4"}, "--labeled_bs 4: must be below --batch_size 4"),
     "patch": ({"patch_size": "16 16 4"}, "--patch_size 16 16 4: unet_3d divides the axes by 8 4 8"),
     "patch_zero": ({"patch_size": "16 0 16"}, "--patch_size 16 0 16: every value must be finite and above 0"),
+    "spacing": (
+        {"spacing": "900 900 900"},
+        "--spacing of 900 x 900 x 900 mm makes 1 x 1 x 1 voxels out of 20 x 18 x 16",
+    ),
+    "small": ({"spacing": "1e-3 1e-3 1e-3"}, "makes 20000 x 36000 x 16000 voxels", "train with a larger one"),
     "dataset": ({"dataset_name": "nifty"}, "unknown data set 'nifty'; did you mean 'nifti'?"),
     "model": ({"model": "unet3d"}, "unknown model 'unet3d'; did you mean 'unet_3d'?"),
     "method": ({"method": "meanteacher"}, "unknown method 'meanteacher'; did you mean 'mean_teacher'?"),
