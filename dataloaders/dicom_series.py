@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,7 @@ def _read_slices(files: tuple[str, ...], folder: Path) -> sitk.Image:
     image = reader.Execute()
     positions, directions = _numbers(reader, len(files), POSITION, 3), _numbers(reader, len(files), ORIENTATION, 6)
     if positions is None or directions is None:
-        logger.warning("%s: slices do not say where they lie; their order and distances are guessed", folder)
+        _warn_once(f"{folder}: slices do not say where they lie; their order and distances are guessed")
         return image
     names = [Path(name).name for name in files]
     _require_grid(folder, names, positions, directions.reshape(-1, 2, 3), min(image.GetSpacing()[:2]))
@@ -141,9 +142,13 @@ def _require_grid(folder: Path, names: list[str], positions: np.ndarray, directi
             f"{pixel:.3g} mm, as with a tilted gantry; resample the series to an orthogonal grid first"
         )
     if np.ptp(gaps) > GAP_TOLERANCE * np.median(gaps):
-        logger.warning(
-            "%s: slice distances run from %.4g to %.4g mm; a slice may be missing, distances in mm are not exact",
-            folder,
-            gaps.min(),
-            gaps.max(),
+        _warn_once(
+            f"{folder}: slice distances run from {gaps.min():.4g} to {gaps.max():.4g} mm; a slice may be missing, "
+            "distances in mm are not exact"
         )
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """A series is read several times: for its grid, for its label, and for the network."""
+    logger.warning(message)
