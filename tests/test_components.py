@@ -117,6 +117,7 @@ def test_evaluation_and_prediction_keep_the_largest_part(tmp_path: Path, asked: 
     evaluate_run(tmp_path / "run", source, ["ball00"], torch.device("cpu"))
     assert evaluate_3d.main(["--checkpoint", checkpoint]) == 0
     scan = ["--input", str(cohort / "images/ball05.nii.gz"), "--output", str(tmp_path / "out")]
+    scan += ["--existing", "replace"]
     assert predict_3d.main(["--checkpoint", checkpoint, *scan]) == 0
     assert predict_3d.main(["--checkpoint", checkpoint, *scan, "--probabilities"]) == 0
     assert asked == [(1, 2)] * 4

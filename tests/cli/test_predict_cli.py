@@ -167,7 +167,7 @@ def test_suffixes_in_capitals_are_read_and_other_formats_named(
     scan(tmp_path / "in" / "a.nii.gz").rename(tmp_path / "in" / "a.NII.GZ")
     (tmp_path / "in" / "b.mha").write_bytes(b"")
     assert predict(checkpoint, tmp_path / "in", tmp_path / "out") == 0
-    assert predict(checkpoint, tmp_path / "in" / "a.NII.GZ", tmp_path / "out") == 0
+    assert predict(checkpoint, tmp_path / "in" / "a.NII.GZ", tmp_path / "out", "--existing", "replace") == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.nii.gz"]
     assert capsys.readouterr().err.count("left out: 1 .mha; convert them to .nii.gz") == 1
 
