@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813 - its usual name
 
 from dataloaders.geometry import Spacing, affine_spacing
+from dataloaders.say_once import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def _read_slices(files: tuple[str, ...], folder: Path) -> sitk.Image:
     image = reader.Execute()
     positions, directions = _numbers(reader, len(files), POSITION, 3), _numbers(reader, len(files), ORIENTATION, 6)
     if positions is None or directions is None:
-        _warn_once(f"{folder}: slices do not say where they lie; their order and distances are guessed")
+        warn_once(logger, f"{folder}: slices do not say where they lie; their order and distances are guessed")
         return image
     names = [Path(name).name for name in files]
     _require_grid(folder, names, positions, directions.reshape(-1, 2, 3), min(image.GetSpacing()[:2]))
@@ -142,13 +142,8 @@ def _require_grid(folder: Path, names: list[str], positions: np.ndarray, directi
             f"{pixel:.3g} mm, as with a tilted gantry; resample the series to an orthogonal grid first"
         )
     if np.ptp(gaps) > GAP_TOLERANCE * np.median(gaps):
-        _warn_once(
+        warn_once(
+            logger,
             f"{folder}: slice distances run from {gaps.min():.4g} to {gaps.max():.4g} mm; a slice may be missing, "
-            "distances in mm are not exact"
+            "distances in mm are not exact",
         )
-
-
-@cache
-def _warn_once(message: str) -> None:
-    """A series is read several times: for its grid, for its label, and for the network."""
-    logger.warning(message)

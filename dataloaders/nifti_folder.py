@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from functools import cache
 from pathlib import Path
 
 from dataloaders.base import SOURCES
@@ -19,6 +18,7 @@ from dataloaders.class_names import (
 )
 from dataloaders.file_source import NiftiFiles
 from dataloaders.geometry import nifti_channels
+from dataloaders.say_once import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +48,9 @@ def list_nifti(folder: Path, names: re.Pattern[str] | None = None) -> dict[str, 
             raise ValueError(f"{folder} holds {files[case_id].name} and {path.name}; keep one file per case")
         files[case_id] = path
     if others.total():
-        _warn_of_others(folder, ", ".join(f"{count} {suffix}" for suffix, count in others.items() if count))
+        found = ", ".join(f"{count} {suffix}" for suffix, count in others.items() if count)
+        warn_once(logger, f"{folder}: files that are not NIfTI are left out: {found}; convert them to .nii.gz")
     return files
-
-
-@cache
-def _warn_of_others(folder: Path, found: str) -> None:
-    """Say once per folder which scans are not read."""
-    logger.warning("%s: files that are not NIfTI are left out: %s; convert them to .nii.gz", folder, found)
 
 
 @SOURCES.register("nifti")

@@ -17,6 +17,7 @@ from nibabel.orientations import aff2axcodes, io_orientation
 
 from dataloaders.base import CaseSource, Triple, Volume
 from dataloaders.case_lists import some
+from dataloaders.say_once import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,12 @@ def warn_if_oblique(volume: Volume) -> None:
     """Say once per case that its closest axes may be others than they should."""
     degrees = tilt(volume.affine)
     if degrees > LARGEST_TILT:
-        _warn_once(volume.case_id, round(degrees))
+        warn_once(
+            logger,
+            f"case {volume.case_id} lies {round(degrees)} degrees off the axes of the body: it is turned to the "
+            "closest, which may be others than in the other scans; look at its prediction, or train "
+            "with --orientation stored",
+        )
 
 
 def warn_of_unstated(source: CaseSource, case_ids: Sequence[str], orientation: str) -> None:
@@ -117,17 +123,11 @@ def warn_of_unstated(source: CaseSource, case_ids: Sequence[str], orientation: s
             if not source.states_orientation(case_id):
                 unstated.append(case_id)
     if unstated:
-        _warn_of_unstated(f"{len(unstated)} of {len(case_ids)}", some(unstated))
-
-
-@cache
-def _warn_of_unstated(share: str, names: str) -> None:
-    logger.warning(
-        "%s cases do not say how they lie in the body, having neither qform nor sform, and may be mirrored to the "
-        "others: %s; write their headers, or leave them out",
-        share,
-        names,
-    )
+        warn_once(
+            logger,
+            f"{len(unstated)} of {len(case_ids)} cases do not say how they lie in the body, having neither qform nor "
+            f"sform, and may be mirrored to the others: {some(unstated)}; write their headers, or leave them out",
+        )
 
 
 @cache
@@ -136,14 +136,4 @@ def note_stored_axes(names: str) -> None:
     logger.warning(
         "the network takes axes as stored, here %s: in each scan they must mean what they did in the training scans",
         names,
-    )
-
-
-@cache
-def _warn_once(case_id: str, degrees: int) -> None:
-    logger.warning(
-        "case %s lies %d degrees off the axes of the body: it is turned to the closest, which may be others than in "
-        "the other scans; look at its prediction, or train with --orientation stored",
-        case_id,
-        degrees,
     )

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -15,6 +14,7 @@ from scipy import ndimage
 from dataloaders.base import Volume
 from dataloaders.class_names import MODALITIES
 from dataloaders.orientation import ORIENTATIONS, Turn, turned, warn_if_oblique
+from dataloaders.say_once import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,11 @@ class Preprocess:
             raise ValueError(f"case {volume.case_id}: {bad} voxels are NaN or infinite; repair or leave out this case")
         for number, channel in enumerate(volume.image):
             if channel.size and channel.min() == channel.max():
-                _warn_of_constant(volume.case_id, number, float(channel.flat[0]))
+                warn_once(
+                    logger,
+                    f"case {volume.case_id}: every voxel of channel {number} is {float(channel.flat[0]):g}, so that it "
+                    "shows nothing; export the scan again, or leave it out",
+                )
         if self.orientation == "ras":
             warn_if_oblique(volume)
         volume = turned(volume, self.turn_of(volume))
@@ -157,17 +161,6 @@ class Preprocess:
             limits = tuple(np.percentile(foreground, CT_PERCENTILES))
             np.clip(foreground, *limits, out=foreground)
         return z_score(channel, foreground, limits)
-
-
-@cache
-def _warn_of_constant(case_id: str, channel: int, value: float) -> None:
-    """Say once per case and channel that there is nothing to see."""
-    logger.warning(
-        "case %s: every voxel of channel %d is %g, so that it shows nothing; export the scan again, or leave it out",
-        case_id,
-        channel,
-        value,
-    )
 
 
 def foreground_mask(channel: np.ndarray) -> np.ndarray:
