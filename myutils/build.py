@@ -16,7 +16,7 @@ from dataloaders.transforms import AugmentOptions
 from myutils.components import survey_parts
 from myutils.config import RunConfig, required
 from myutils.inference import InferenceOptions
-from myutils.methods.base import COMMON_DEFAULTS, METHODS, Method
+from myutils.methods.base import COMMON_DEFAULTS, METHODS, Method, unread_flags
 from myutils.muon import Muon, split_kernels
 from networks.base import NETWORKS, SegmentationNetwork, make_network
 from networks.checkpointing import checkpoint_blocks
@@ -86,20 +86,26 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
     labeled_bs = config.labeled_bs or max(1, config.batch_size // 2)
     flip_axes = config.flip_axes if config.flip_axes is not None else tuple(source.flip_axes)
     max_iteration = config.max_iteration or defaults.max_iteration
+    chosen = [field.name for field in dataclasses.fields(config) if getattr(config, field.name) != field.default]
     config = _with_method_defaults(config, method, flip_axes, max_iteration)
+    prototypes = bool(config.use_contrastive_prototype)
+    unread = ", ".join(f"--{name}" for name in unread_flags(chosen, method, prototypes=prototypes))
+    if unread:
+        kind = f"--method {config.method}{'' if prototypes else ' without prototypes'}"
+        logger.warning("without effect on %s: %s", kind, unread)
     if config.use_contrastive_prototype and config.use_learned_selector and config.embedding_dim < 2:
         raise ValueError(
             f"--embedding_dim {config.embedding_dim}: at least 2 with selectors (--no-use_learned_selector)"
         )
     if (config.strong_views or 1) > 1 and not method.uses_strong_views:
         raise ValueError(f"--strong_views {config.strong_views}: {config.method} has no use for strong views")
-    if config.feature_perturbation and not method.drops_features:
+    if config.feature_perturbation and "feature_perturbation" not in method.reads:
         raise ValueError(f"--feature_perturbation: {config.method} has no stream whose features it drops")
     if config.deep_supervision and not method.deepens:
         raise ValueError(f"--deep_supervision: {config.method} has several decoders; use another --method")
-    if config.paste_unlabeled and not method.pastes_unlabeled:
+    if config.paste_unlabeled and "paste_unlabeled" not in method.reads:
         raise ValueError(f"--paste_unlabeled {config.paste_unlabeled}: {config.method} pastes no unlabelled boxes")
-    if config.perturbed_share != 1 and not method.pastes_unlabeled:
+    if config.perturbed_share != 1 and "perturbed_share" not in method.reads:
         raise ValueError(f"--perturbed_share {config.perturbed_share}: {config.method} has no boxes to leave out")
     modality = config.modality or source.modality
     if config.ct_range is not None and modality != "ct":

@@ -165,3 +165,14 @@ def test_default_affine_changes_are_those_of_the_options() -> None:
     built, plain = build_augmentation(small_config(BallSource())), AugmentOptions((16, 16, 16))
     assert (built.affine_share, built.max_angle, built.max_scale) == (0.3, 12.0, 0.12)
     assert (plain.affine_share, plain.max_angle, plain.max_scale) == (0.3, 12.0, 0.12)
+
+
+def test_flags_that_the_method_does_not_read_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    resolve_config(RunConfig(method="fixmatch", decoders=3, strong_views=2, embedding_dim=32), BallSource())
+    assert caplog.messages == ["without effect on --method fixmatch without prototypes: --decoders, --embedding_dim"]
+    caplog.clear()
+    resolve_config(RunConfig(method="mean_teacher", ema_decay=0.9, embedding_dim=32, num_dfp=4), BallSource())
+    assert caplog.messages == ["without effect on --method mean_teacher: --num_dfp"]
+    caplog.clear()
+    resolve_config(RunConfig(method="supervised", use_contrastive_prototype=True, ema_decay=0.9), BallSource())
+    assert caplog.messages == []

@@ -22,6 +22,8 @@ class TeacherMethod(Method):
         Buffers are copied to the teacher, which stays in evaluation mode (see ``myutils.ema``).
     """
 
+    reads = frozenset({"ema_decay", "teacher_flips"})
+
     def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:
         super().__init__(network, config)
         self.teacher = make_teacher(network)

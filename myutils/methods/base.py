@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dataloaders.patches import Batch
-from myutils.config import RunConfig, required
+from myutils.config import DFP, METHOD, PROTOTYPES, RunConfig, required
 from myutils.losses.deep_supervision import DeepSupervision
 from myutils.losses.segmentation import dice_ce_loss, one_hot_labels
 from myutils.prototype_term import IGNORE, PrototypeTerm, PseudoVoxels
@@ -79,22 +80,19 @@ class Method(nn.Module, ABC):
     Attributes:
         uses_unlabeled: Whether steps hold unlabelled patches; if not, all patches of a step are labelled.
         uses_strong_views: Whether it learns from ``image_u_strong``.
-        drops_features: Whether it can drop encoder channels (``--feature_perturbation``).
-        pastes_unlabeled: Whether it can paste boxes of unlabelled patches (``--paste_unlabeled``), and stop pasting
-            (``--perturbed_share``).
         deepens: Whether it has one decoder, whose coarse levels can learn the labels (``--deep_supervision``).
         on_host: Whether its steps compute on the host (components, distances), so that it waits for the device.
         probes: Names of loss terms that train a head on detached features, and not the student.
+        reads: Flags of the groups METHOD and DFP that it reads itself; a run says which of the others do nothing.
         defaults: Settings that differ from ``COMMON_DEFAULTS`` when no flag says so.
     """
 
     uses_unlabeled: bool = True
     uses_strong_views: bool = False
-    drops_features: bool = False
-    pastes_unlabeled: bool = False
     deepens: bool = True
     on_host: bool = False
     probes: tuple[str, ...] = ()
+    reads: frozenset[str] = frozenset()
     defaults: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:
@@ -234,6 +232,20 @@ class Method(nn.Module, ABC):
 
 
 METHODS: Registry[type[Method]] = Registry("method", "myutils.methods")
+
+
+def unread_flags(names: Iterable[str], method: type[Method], *, prototypes: bool) -> list[str]:
+    """Those of some flags that change nothing in a run with ``method``, with or without the prototype term."""
+    read = {"method", "model", "flat_levels", "deep_supervision", "use_contrastive_prototype", *method.reads}
+    if method.uses_unlabeled:
+        read |= {"consistency", "consistency_rampup", "warmup_iteration"}
+    if method.uses_strong_views:
+        read.add("strong_views")
+    if prototypes:
+        read |= {"consistency_rampup", "confidence_threshold", "ema_decay"}
+    groups = {METHOD, DFP} if prototypes else {METHOD, DFP, PROTOTYPES}
+    theirs = {field.name for field in dataclasses.fields(RunConfig) if field.metadata["group"] in groups}
+    return [name for name in names if name in theirs - read]
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ Note:
 
 from __future__ import annotations
 
+import dataclasses
 from types import MappingProxyType
 from typing import Any
 
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from myutils.config import RunConfig, required
+from myutils.config import DFP, RunConfig, required
 from myutils.dynamic_feature_pool import DynamicFeaturePool, correlation_consistency
 from myutils.methods.base import METHODS, LossTerm
 from myutils.methods.mean_teacher import CONSISTENCY, MeanTeacher, StepParts
@@ -47,6 +48,9 @@ class CovarianceFeaturePools(MeanTeacher):
     """Mean teacher with feature pools; the prototype term is off unless its flag says otherwise."""
 
     probes = ("dfp_selector",)
+    reads = MeanTeacher.reads | {
+        field.name for field in dataclasses.fields(RunConfig) if field.metadata["group"] == DFP
+    }
     defaults = MappingProxyType({"consistency": CONSISTENCY})
 
     def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:

@@ -29,7 +29,7 @@ class FixMatch(Method):
     """One network; labels come from it without gradient."""
 
     uses_strong_views = True
-    drops_features = True
+    reads = frozenset({"confidence_threshold", "feature_perturbation"})
 
     def losses(self, batch: Batch, step: int) -> StepOutput:
         """See the base class."""

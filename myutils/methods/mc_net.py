@@ -39,6 +39,7 @@ class MutualConsistency(Method):
     """One encoder with several branches; the prototype term looks at the first."""
 
     deepens = False
+    reads = frozenset({"decoders"})
     defaults = MappingProxyType({"consistency": 0.1})
 
     def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:

@@ -54,8 +54,14 @@ class MeanTeacher(TeacherMethod):
     """Student, its moving average, and the prototype term on both."""
 
     uses_strong_views = True
-    drops_features = True
-    pastes_unlabeled = True
+    reads = TeacherMethod.reads | {
+        "confidence_threshold",
+        "feature_perturbation",
+        "soft_labels",
+        "copy_paste",
+        "paste_unlabeled",
+        "perturbed_share",
+    }
     defaults = MappingProxyType({"consistency": CONSISTENCY, "use_contrastive_prototype": True})
 
     def losses(self, batch: Batch, step: int) -> StepOutput:

@@ -48,6 +48,7 @@ def masked_square(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 class UncertaintyAwareMeanTeacher(TeacherMethod):
     """Dice + cross-entropy on labelled patches, masked squared error to the teacher on weak unlabelled views."""
 
+    reads = TeacherMethod.reads | {"uncertainty_passes"}
     defaults = MappingProxyType({"consistency": 0.1})
 
     def losses(self, batch: Batch, step: int) -> StepOutput:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from contextlib import nullcontext
 from itertools import chain
@@ -20,9 +21,10 @@ from helpers_runs import (
     whole_and_resumed,
 )
 
-from myutils.build import DataFacts, build_method
+from myutils.build import DataFacts, build_method, build_network
+from myutils.config import DFP, METHOD, RunConfig
 from myutils.finite_watch import FiniteWatch
-from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
+from myutils.methods.base import METHODS, LossTerm, Method, StepOutput, unread_flags
 from myutils.prototype_forms import LOSS_FORMS
 from myutils.prototype_term import PrototypeTerm
 from networks.base import Branch, SegmentationNetwork
@@ -186,6 +188,34 @@ def test_method_step_never_makes_the_host_wait(name: str, monkeypatch: pytest.Mo
         output.total().backward()
         watch.record(number, (), {key: term.value for key, term in output.terms.items()})
         method.after_step(number)
+
+
+class Recorder:
+    """A configuration that notes which of its settings are read."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config, self.seen = config, set()
+
+    def __getattr__(self, name: str) -> object:
+        self.seen.add(name)
+        return getattr(self._config, name)
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_method_names_the_flags_that_it_reads(name: str) -> None:
+    source, kind = BallSource(), METHODS.get(name)
+    config = small_config(source, method=name, use_contrastive_prototype=False, dfp_start_iter=1, selector_train_iter=1)
+    facts = DataFacts.of(source)
+    recorder = Recorder(config)
+    method = kind(build_network(config, facts), recorder)
+    for number in range(4):
+        step(method, number)
+        method.after_step(number)
+    flags = [field.name for field in dataclasses.fields(RunConfig) if field.metadata["group"] in (METHOD, DFP)]
+    unread = set(unread_flags(flags, kind, prototypes=False))
+    common = {"consistency_rampup", "strong_views"}  # read for every method; of use to those with unlabelled patches
+    assert not unread & recorder.seen - common, "name these in the attribute reads"
+    assert not kind.reads - recorder.seen, "reads names what the method does not read"
 
 
 def test_step_output_applies_each_weight_once() -> None:
