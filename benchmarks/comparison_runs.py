@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison_tables import Row
+from myutils.run_folder import hold
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("dataloaders", "myutils", "networks")
@@ -42,15 +43,18 @@ def check(run: Run) -> None:
     """Refuse a run whose folder holds another one; a plan of which nothing was trained does not bind.
 
     Raises:
-        ValueError: If the run there has no checkpoint to go on from, or other flags.
+        ValueError: If another process trains there, or what is there has other flags or is no comparison's.
     """
     if not run.folder.exists():
         return
-    if not (run.finished or run.resumable):
-        raise ValueError(
-            f"{run.folder} holds a run that has not reached its first checkpoint; delete it if nothing runs in it"
-        )
     remembered = beside(run.folder, ".plan.json")
+    if not (run.finished or run.resumable):
+        if not remembered.exists():
+            raise ValueError(
+                f"{run.folder} holds a run that has not reached its first checkpoint; delete it if nothing runs in it"
+            )
+        hold(run.folder).close()
+        return
     flags = json.loads(remembered.read_text("utf-8"))["flags"] if remembered.exists() else list(run.flags)
     if flags not in (list(run.flags), [flag for flag in run.flags if flag != ALL_PARTS]):  # once the rule, no flag
         raise ValueError(f"{run.folder} was trained with other flags ({remembered}); use another --output_dir")
@@ -61,6 +65,8 @@ def train(run: Run, threads: int) -> Path:
     folder, log = run.folder, beside(run.folder, ".log")
     if run.finished:
         return folder
+    if not run.resumable:  # the start of a training that was killed before its first checkpoint
+        shutil.rmtree(folder, ignore_errors=True)
     remember(run)
     command = [sys.executable, str(ROOT / "train_cov_dfp_3d.py"), "--output_dir", str(folder.parent)]
     command += ["--exp", folder.name, *(["--resume"] if run.resumable else run.flags)]
@@ -68,9 +74,6 @@ def train(run: Run, threads: int) -> Path:
     with log.open("a") as file:
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     if code != 0:
-        trained = run.resumable or (folder / "metrics.jsonl").exists()
-        if code != 2 and not trained:  # 2: refused at the start, so that a folder there is not of this training
-            shutil.rmtree(folder, ignore_errors=True)
         raise RuntimeError(f"{folder.name} ended with exit code {code}; see {log}")
     return folder
 

@@ -13,6 +13,7 @@ from helpers_runs import write_run
 
 from benchmarks import compare, comparison_runs
 from benchmarks.comparison_runs import ALL_PARTS, Run, check, train
+from myutils.run_folder import hold
 
 COMMAND = ["--dataset_name", "nifti", "--cases", "6", "--pool", "4", "--labelnum", "2", "--jobs", "1"]
 
@@ -118,8 +119,25 @@ def test_a_row_of_which_nothing_was_trained_may_take_new_flags(bench: Bench, cod
 
 def test_a_run_without_a_checkpoint_may_be_at_work(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
+    run = Run(tmp_path / "x", ("--seed", "0"))
     with pytest.raises(ValueError, match="delete it if nothing runs in it"):
-        check(Run(tmp_path / "x", ("--seed", "0")))
+        check(run)
+    (tmp_path / "x.plan.json").write_text("{}", encoding="utf-8")
+    with hold(run.folder), pytest.raises(ValueError, match="another process trains in"):
+        check(run)
+    check(run)
+
+
+def test_a_training_killed_before_its_first_checkpoint_starts_again(bench: Bench) -> None:
+    asked = ["--max_iteration", "60", "--seeds", "0", "--methods", "supervised"]
+    bench.exit_codes = {"supervised_2labels_seed0": 1}
+    with pytest.raises(SystemExit, match="exit code 1"):
+        bench(*asked)
+    (bench.folder / "supervised_2labels_seed0" / "half_written.json").touch()
+    bench.exit_codes = {}
+    bench(*asked)
+    assert "--resume" not in bench.commands[1]
+    assert not (bench.folder / "supervised_2labels_seed0" / "half_written.json").exists()
 
 
 def test_finished_runs_are_kept_and_other_flags_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
