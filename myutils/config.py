@@ -166,6 +166,9 @@ class RunConfig:
         group=OPTIMISATION,
         choices=("adamw", "muon", "sgd"),
     )
+    muon_interval: int = option(
+        1, "muon: steps in which each kernel moves once, as many times as far", low=1, group=OPTIMISATION
+    )
     base_lr: float | None = option(
         None, "first learning rate, decays as (1 - t/T)^0.9; else 0.003, 0.1 sgd", low=1e-12, group=OPTIMISATION
     )
@@ -196,12 +199,8 @@ class RunConfig:
         group=RUN,
         choices=("auto", "no", "bf16", "fp16"),
     )
-    checkpoint_activations: bool = option(
-        False, "compute activations again in the backward pass: less memory, more time", group=RUN
-    )
-    compile: bool = option(
-        False, "torch.compile of the networks; needs a C++ compiler, and minutes at the start", group=RUN
-    )
+    checkpoint_activations: bool = option(False, "compute activations twice: less memory, more time", group=RUN)
+    compile: bool = option(False, "torch.compile the networks: a C++ compiler, minutes at the start", group=RUN)
     deterministic: bool = option(True, "only deterministic kernels, on CUDA too", group=RUN)
     num_workers: int = option(
         0, "processes that prepare batches, each with a case cache; 0: the trainer itself", low=0, high=256, group=RUN

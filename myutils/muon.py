@@ -51,11 +51,15 @@ class Muon(torch.optim.AdamW):
         groups: Those of ``split_kernels``.
         weight_decay: Decoupled, as in AdamW.
         momentum: Share of the old momentum that a step keeps.
+        interval: A kernel moves with every ``interval``-th of its gradients, as many times as far; all enter its
+            momentum. The kernels take turns, so that each step costs about the same.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], weight_decay: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], weight_decay: float, momentum: float = 0.95, interval: int = 1
+    ) -> None:
         super().__init__(groups, weight_decay=weight_decay, fused=True)
-        self.momentum = momentum
+        self.momentum, self.interval = momentum, interval
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -68,27 +72,39 @@ class Muon(torch.optim.AdamW):
         counts = 1.0 if overflow is None else 1.0 - overflow
         for group in self.param_groups:
             if group[_MARK]:
-                found = [(kernel, kernel.grad) for kernel in group["params"] if kernel.grad is not None]
+                lr = counts * group["lr"] * self.interval
+                moves = self._moves(group["params"], counts)
                 with _full_precision():
-                    moves = [self._momentum(*pair, counts).flatten(1) for pair in found]
-                    for (kernel, _), move, factor in zip(found, moves, _factors(moves), strict=True):
-                        kernel.mul_(1 - counts * group["lr"] * group["weight_decay"])
-                        factor *= -counts * group["lr"] * _RMS * max(move.shape) ** 0.5
+                    for (kernel, move), factor in zip(moves, _factors([move for _, move in moves]), strict=True):
+                        kernel.mul_(1 - lr * group["weight_decay"])
+                        factor *= -lr * _RMS * max(move.shape) ** 0.5
                         pair = (factor, move) if len(factor) == len(move) else (move, factor)
                         kernel.flatten(1).addmm_(*pair)  # the step, without a map of it
-                        kernel.grad = None  # AdamW passes those without one by
         return super().step(closure)
 
-    def _momentum(self, kernel: nn.Parameter, gradient: Tensor, counts: Tensor | float) -> Tensor:
-        """The mean of past gradients, looked at one step ahead (Nesterov)."""
-        state = self.state[kernel]
-        if not state:
-            state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(kernel)}  # AdamW asks for every "step"
-        if isinstance(counts, Tensor):
-            scale = getattr(self, "grad_scale", None)
-            gradient = (gradient if scale is None else gradient / scale).where(counts > 0, 0.0)
-        average = state["momentum"].lerp_(gradient, counts * (1 - self.momentum))
-        return torch.lerp(gradient, average, self.momentum)
+    def _moves(self, kernels: list[nn.Parameter], counts: Tensor | float) -> list[tuple[nn.Parameter, Tensor]]:
+        """The kernels whose turn it is, with their momentum as matrices (out, in * x * y * z)."""
+        moves = []
+        for index, kernel in enumerate(kernels):
+            if kernel.grad is None:
+                continue
+            state = self.state[kernel]
+            if not state:  # AdamW asks for every "step"
+                state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(kernel), "turn": index}
+            gradient = self._unscaled(kernel.grad, counts)
+            kernel.grad = None  # AdamW passes those without one by
+            average = state["momentum"].lerp_(gradient, counts * (1 - self.momentum))
+            state["turn"] = (state.get("turn", 0) + 1) % self.interval  # runs of before have none
+            if state["turn"] == 0:
+                moves.append((kernel, torch.lerp(gradient, average, self.momentum).flatten(1)))  # as Nesterov
+        return moves
+
+    def _unscaled(self, gradient: Tensor, counts: Tensor | float) -> Tensor:
+        """The gradient in its own size, zero where it overflowed."""
+        if not isinstance(counts, Tensor):
+            return gradient
+        scale = getattr(self, "grad_scale", None)
+        return (gradient if scale is None else gradient / scale).where(counts > 0, 0.0)
 
 
 def orthogonal(matrices: list[Tensor]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -84,6 +85,54 @@ def test_a_step_worked_out_by_hand(out: int) -> None:
     direction = naive((0.05 * second + 0.95 * average).flatten(1)).view_as(before)
     expected = first * (1 - 0.01 * 0.5) - 0.01 * 0.2 * max(54, out) ** 0.5 * direction
     assert torch.allclose(kernel.double(), expected.double(), atol=1e-5)
+
+
+def move(kernel: Tensor, average: Tensor, gradient: Tensor, far: float) -> Tensor:
+    """A step of ``far`` times the rate 0.01 with a weight decay of 0.5; ``average`` knows the gradient already."""
+    direction = naive((0.05 * gradient + 0.95 * average).flatten(1)).view_as(kernel)
+    return kernel * (1 - 0.01 * far * 0.5) - 0.01 * far * 0.2 * kernel[0].numel() ** 0.5 * direction
+
+
+def test_kernels_that_take_turns_move_as_many_times_as_far_by_all_gradients() -> None:
+    kernels = [nn.Parameter(torch.randn(4, 2, 3, 3, 3)) for _ in range(3)]
+    optimizer = Muon(split_kernels([{"params": kernels, "lr": 0.01, "lr_scale": 1.0}]), weight_decay=0.5, interval=3)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    expected = [kernel.detach().double() for kernel in kernels]
+    averages = [torch.zeros_like(value) for value in expected]
+    for step in range(7):
+        if step == 4:  # as from a checkpoint
+            stored = copy.deepcopy(optimizer.state_dict())
+            optimizer = Muon(split_kernels([{"params": kernels, "lr": 0.01, "lr_scale": 1.0}]), 0.5, interval=3)
+            optimizer.load_state_dict(stored)
+        for index, kernel in enumerate(kernels):
+            kernel.grad = torch.randn_like(kernel)
+            averages[index] = 0.95 * averages[index] + 0.05 * kernel.grad.double()
+            if (index + step + 1) % 3 == 0:
+                expected[index] = move(expected[index], averages[index], kernel.grad.double(), far=3)
+        optimizer.step()
+        for kernel, value in zip(kernels, expected, strict=True):
+            assert torch.allclose(kernel.double(), value, atol=1e-5)
+
+
+def test_a_kernel_with_a_gradient_in_every_second_step_alone_takes_its_turn_too() -> None:
+    kernels = [nn.Parameter(torch.randn(4, 2, 3, 3, 3)) for _ in range(2)]
+    optimizer = Muon(split_kernels([{"params": kernels, "lr": 0.01, "lr_scale": 1.0}]), 0.5, interval=2)
+    before = [kernel.detach().clone() for kernel in kernels]
+    for step in range(4):
+        for kernel in kernels:
+            kernel.grad = torch.randn_like(kernel) if step % 2 == 0 else None
+        optimizer.step()
+    assert not any(torch.equal(kernel, value) for kernel, value in zip(kernels, before, strict=True))
+
+
+def test_the_state_of_runs_before_turns_is_taken_up() -> None:
+    kernel = nn.Parameter(torch.randn(4, 2, 3, 3, 3))
+    optimizer = Muon(split_kernels([{"params": [kernel], "lr": 0.01, "lr_scale": 1.0}]), 0.5)
+    optimizer.state[kernel] = {"step": torch.zeros(()), "momentum": torch.zeros_like(kernel)}
+    before, kernel.grad = kernel.detach().clone(), torch.randn_like(kernel)
+    optimizer.step()
+    assert not torch.equal(kernel, before)
 
 
 def test_everything_else_takes_the_steps_of_adamw() -> None:
