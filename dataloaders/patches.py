@@ -32,7 +32,7 @@ class Batch:
         label_l: (Bl, X, Y, Z) int64.
         image_u: Weak views (Bu, C, X, Y, Z); Bu may be 0.
         image_u_strong: Strong views (V * Bu, C, X, Y, Z) of the same patches, the first of each, then the second of
-            each; voxel by voxel the same geometry.
+            each; voxel by voxel the same geometry (weak-to-strong consistency: Sohn et al. 2020, arXiv:2001.07685).
         cases_l: Ids of the labelled cases.
         cases_u: Ids of the unlabelled cases.
     """
@@ -77,13 +77,14 @@ class PatchDataset(Dataset[dict[str, object]]):
         image, label = self._cut(case, rng)
         if key.labeled:
             if self._options.intensity:
-                image = change_intensity(image, rng, strong=False)
+                image = change_intensity(image, rng, chance=0.2, size=0.5)
             return {"case": key.case_id, "image": torch.from_numpy(image), "label": torch.from_numpy(label).long()}
         strong = np.stack([self._strong(image, rng) for _ in range(self._options.strong_views)])  # (V, C, X, Y, Z)
         return {"case": key.case_id, "image": torch.from_numpy(image), "strong": torch.from_numpy(strong)}
 
     def _strong(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return change_intensity(image, rng, strong=True) if self._options.intensity else image
+        size = self._options.strong_intensity if self._options.intensity else 0.0
+        return change_intensity(image, rng, chance=0.8, size=size) if size else image
 
     def _cut(self, case: PreparedCase, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         options, volume = self._options, case.volume

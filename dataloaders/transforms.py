@@ -27,6 +27,7 @@ class AugmentOptions:
         max_angle: Largest rotation about each axis, in degrees.
         max_scale: Largest change of size, as a logarithm.
         strong_views: Strong views of each unlabelled patch.
+        strong_intensity: Size of their intensity changes; 0 leaves them as the weak view.
     """
 
     patch_size: tuple[int, int, int]
@@ -38,6 +39,7 @@ class AugmentOptions:
     max_angle: float = 12.0
     max_scale: float = 0.12
     strong_views: int = 1
+    strong_intensity: float = 1.0
 
 
 def choose_center(
@@ -123,14 +125,15 @@ def mirror_and_turn(arrays: list[np.ndarray], rng: np.random.Generator, options:
     return result
 
 
-def change_intensity(image: np.ndarray, rng: np.random.Generator, *, strong: bool) -> np.ndarray:
-    """Random contrast, brightness, gamma, blur and noise for a z-scored image (C, X, Y, Z); mild or strong.
+def change_intensity(image: np.ndarray, rng: np.random.Generator, *, chance: float, size: float) -> np.ndarray:
+    """Random contrast, brightness, gamma, blur and noise for a z-scored image (C, X, Y, Z).
 
-    The mild form changes about one patch in two, slightly; the strong form nearly every patch, so that the view of an
-    unlabelled patch differs from its weak one in everything but anatomy (weak-to-strong consistency: FixMatch,
-    Sohn et al. 2020, arXiv:2001.07685).
+    Args:
+        image: Any channels.
+        rng: Generator of this sample.
+        chance: Of each change; blur has half of it.
+        size: Of the changes; 1 leaves hardly more than the anatomy.
     """
-    chance, size = (0.8, 1.0) if strong else (0.2, 0.5)
     image = image.astype(np.float32, copy=True)
     if rng.random() < chance:
         image *= np.float32(1.0 + size * rng.uniform(-0.4, 0.4))

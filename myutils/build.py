@@ -173,6 +173,7 @@ def build_augmentation(config: RunConfig) -> AugmentOptions:
         max_angle=config.affine_angle,
         max_scale=config.affine_scale,
         strong_views=required(config.strong_views, "strong_views"),
+        strong_intensity=1.0 if config.strong_intensity is None else config.strong_intensity,  # runs of before
     )
 
 

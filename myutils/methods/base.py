@@ -67,6 +67,7 @@ COMMON_DEFAULTS: Mapping[str, Any] = {
     "prototype_loss": "ssnet",
     "tta_flips": False,
     "strong_views": 1,
+    "strong_intensity": 1.0,
     "feature_perturbation": False,
     "paste_unlabeled": 0.0,
     "perturbed_share": 1.0,
@@ -240,7 +241,7 @@ def unread_flags(names: Iterable[str], method: type[Method], *, prototypes: bool
     if method.uses_unlabeled:
         read |= {"consistency", "consistency_rampup", "warmup_iteration"}
     if method.uses_strong_views:
-        read.add("strong_views")
+        read |= {"strong_views", "strong_intensity"}
     if prototypes:
         read |= {"consistency_rampup", "confidence_threshold", "ema_decay"}
     groups = {METHOD, DFP} if prototypes else {METHOD, DFP, PROTOTYPES}

@@ -113,16 +113,17 @@ def test_mirror_and_turn_treats_image_and_label_alike_and_keeps_forbidden_axes()
     assert seen == {label.tobytes(), np.ascontiguousarray(label[::-1]).tobytes()}
 
 
-def test_change_intensity_strong_differs_more_than_mild_and_keeps_the_input() -> None:
+def test_change_intensity_follows_chance_and_size_and_keeps_the_input() -> None:
     image = np.random.default_rng(0).normal(size=(1, *PATCH)).astype(np.float32)
     before = image.copy()
-    gaps = {}
-    for strong in (False, True):
-        changed = [change_intensity(image, np.random.default_rng(seed), strong=strong) for seed in range(40)]
+    gaps = []
+    for chance, size in ((0.2, 0.5), (0.8, 0.5), (0.8, 1.0)):
+        rngs = [np.random.default_rng(seed) for seed in range(40)]
+        changed = [change_intensity(image, rng, chance=chance, size=size) for rng in rngs]
         assert all(c.dtype == np.float32 and c.shape == image.shape for c in changed)
-        gaps[strong] = np.mean([np.abs(c - image).mean() for c in changed])
+        gaps.append(np.mean([np.abs(c - image).mean() for c in changed]))
     assert np.array_equal(image, before)
-    assert gaps[True] > 2 * gaps[False]
+    assert gaps[1] > 2 * gaps[0] and gaps[2] > 1.5 * gaps[1]
 
 
 def test_apply_gamma_by_hand() -> None:
@@ -144,8 +145,9 @@ def test_dataset_gives_the_same_patch_for_the_same_key() -> None:
 
 
 def test_dataset_views_share_their_geometry() -> None:
-    sample = dataset(BallSource(), intensity=False)[SampleKey("ball00", False, 3)]
-    assert torch.equal(sample["image"], sample["strong"][0])
+    for changes in ({"intensity": False}, {"strong_intensity": 0.0}):
+        sample = dataset(BallSource(), **changes)[SampleKey("ball00", False, 3)]
+        assert torch.equal(sample["image"], sample["strong"][0])
     varied = dataset(BallSource())[SampleKey("ball00", False, 3)]
     assert torch.equal(varied["image"], sample["image"]) and not torch.equal(varied["strong"], sample["strong"])
 
