@@ -97,7 +97,7 @@ class RunConfig:
         group=METHOD,
     )
     strong_intensity: float | None = option(
-        None, "size of the intensity changes of strong views, 0: none; else 1", low=0, high=1, group=METHOD
+        None, "size of the intensity changes of strong views, 0: none; else 1, best: 0", low=0, high=1, group=METHOD
     )
     deep_supervision: bool | None = option(
         None, "the decoder's coarser levels learn the labels too (not cps, mc_net); else on for best", group=METHOD
