@@ -61,8 +61,9 @@ def check(run: Run) -> None:
 
 
 def train(run: Run, threads: int) -> Path:
-    """Run, resume or skip one training that ``check`` let pass; returns its folder."""
+    """Run, resume or skip one training; returns its folder. ``check`` again: another comparison may have begun it."""
     folder, log = run.folder, beside(run.folder, ".log")
+    check(run)
     if run.finished:
         return folder
     if not run.resumable:  # the start of a training that was killed before its first checkpoint
