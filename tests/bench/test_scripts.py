@@ -83,7 +83,8 @@ def test_endurance_prints_an_early_and_a_late_part(
 def test_scaling_prints_a_line_per_number_of_ranks(
     demo_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--patch_size", "16", "16", "16", "--cache_dir", str(demo_cache)]
+    flags = ["--method", "supervised", "--patch_size", "16", "16", "16", "--cache_dir", str(demo_cache)]
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # other tests want the cores
     monkeypatch.setattr(sys, "argv", ["x", "--threads", "2", "--rounds", "1", "--steps", "10", "--", *flags])
     scaling.main()
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]

@@ -63,23 +63,23 @@ def start_in_background(argv: list[str], log: Path, steps: int) -> subprocess.Po
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_killed_process_is_resumed_bit_identically(folder: Path, number: signal.Signals) -> None:
+def test_killed_process_is_resumed_bit_identically(folder: Path) -> None:
     settings = {"max_iteration": "40", "save_every": "10"}
-    log = folder / "runs" / "killed" / "metrics.jsonl"
-    process = start_in_background(job(folder, "--no-evaluate", exp="killed", **settings), log, steps=12)
-    process.send_signal(number)
-    _, message = process.communicate(timeout=60)
-    if number == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
-    else:
-        assert process.returncode == 130
-        assert b"--exp killed --resume" in message and b"Traceback" not in message
-    assert len(log.read_text().splitlines()) < 40
-    assert train.main(resume(folder, "killed")) == 0
     assert train.main(job(folder, "--no-evaluate", exp="whole", **settings)) == 0
-    assert different(weights(folder, "whole"), weights(folder, "killed")) == []
-    assert read_metrics(log.parent, "Loss/total")[0] == list(range(1, 41))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+        log = folder / "runs" / number.name / "metrics.jsonl"
+        process = start_in_background(job(folder, "--no-evaluate", exp=number.name, **settings), log, steps=12)
+        process.send_signal(number)
+        _, message = process.communicate(timeout=60)
+        if number == signal.SIGKILL:
+            assert process.returncode == -signal.SIGKILL
+        else:
+            assert process.returncode == 130
+            assert f"--exp {number.name} --resume".encode() in message and b"Traceback" not in message
+        assert len(log.read_text().splitlines()) < 40
+        assert train.main(resume(folder, number.name)) == 0
+        assert different(weights(folder, "whole"), weights(folder, number.name)) == []
+        assert read_metrics(log.parent, "Loss/total")[0] == list(range(1, 41))
 
 
 def test_ctrl_c_in_the_baseline_does_not_train_the_main_run_again(
