@@ -71,7 +71,8 @@ def test_data_speed_starts_a_training_twice() -> None:
 def test_endurance_prints_an_early_and_a_late_part(
     demo_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--patch_size", "16", "16", "16", "--cache_dir", str(demo_cache)]
+    flags = ["--method", "supervised", "--patch_size", "16", "16", "16", "--cache_dir", str(demo_cache)]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # other tests want the cores
     monkeypatch.setattr(sys, "argv", ["x", "--steps", "20", "--", *flags])
     endurance.main()
     lines = capsys.readouterr().out.splitlines()

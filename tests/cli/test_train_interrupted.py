@@ -64,11 +64,11 @@ def start_in_background(argv: list[str], log: Path, steps: int) -> subprocess.Po
 
 @pytest.mark.slow
 def test_killed_process_is_resumed_bit_identically(folder: Path) -> None:
-    settings = {"max_iteration": "40", "save_every": "10"}
+    settings = {"max_iteration": "20", "save_every": "5"}
     assert train.main(job(folder, "--no-evaluate", exp="whole", **settings)) == 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         log = folder / "runs" / number.name / "metrics.jsonl"
-        process = start_in_background(job(folder, "--no-evaluate", exp=number.name, **settings), log, steps=12)
+        process = start_in_background(job(folder, "--no-evaluate", exp=number.name, **settings), log, steps=7)
         process.send_signal(number)
         _, message = process.communicate(timeout=60)
         if number == signal.SIGKILL:
@@ -76,10 +76,10 @@ def test_killed_process_is_resumed_bit_identically(folder: Path) -> None:
         else:
             assert process.returncode == 130
             assert f"--exp {number.name} --resume".encode() in message and b"Traceback" not in message
-        assert len(log.read_text().splitlines()) < 40
+        assert len(log.read_text().splitlines()) < 20
         assert train.main(resume(folder, number.name)) == 0
         assert different(weights(folder, "whole"), weights(folder, number.name)) == []
-        assert read_metrics(log.parent, "Loss/total")[0] == list(range(1, 41))
+        assert read_metrics(log.parent, "Loss/total")[0] == list(range(1, 21))
 
 
 def test_ctrl_c_in_the_baseline_does_not_train_the_main_run_again(
