@@ -34,6 +34,11 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def flags_of(config: type, *groups: str) -> frozenset[str]:
+    """The names of all options of the dataclass ``config`` that stand in one of the groups."""
+    return frozenset(field.name for field in dataclasses.fields(config) if field.metadata["group"] in groups)
+
+
 def check_limits(settings: Any) -> None:
     """Refuse numbers of a dataclass of options beyond their limits, naming the flag, the value and the limit."""
     for field in dataclasses.fields(settings):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from dataloaders.patches import Batch
 from myutils.config import DFP, METHOD, PROTOTYPES, RunConfig, required
+from myutils.flags import flags_of
 from myutils.losses.deep_supervision import DeepSupervision
 from myutils.losses.segmentation import dice_ce_loss, one_hot_labels
 from myutils.prototype_term import IGNORE, PrototypeTerm, PseudoVoxels
@@ -244,8 +244,7 @@ def unread_flags(names: Iterable[str], method: type[Method], *, prototypes: bool
         read |= {"strong_views", "strong_intensity"}
     if prototypes:
         read |= {"consistency_rampup", "confidence_threshold", "ema_decay"}
-    groups = {METHOD, DFP} if prototypes else {METHOD, DFP, PROTOTYPES}
-    theirs = {field.name for field in dataclasses.fields(RunConfig) if field.metadata["group"] in groups}
+    theirs = flags_of(RunConfig, METHOD, DFP, *(() if prototypes else (PROTOTYPES,)))
     return [name for name in names if name in theirs - read]
 
 

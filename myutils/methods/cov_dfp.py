@@ -20,7 +20,6 @@ Note:
 
 from __future__ import annotations
 
-import dataclasses
 from types import MappingProxyType
 from typing import Any
 
@@ -30,6 +29,7 @@ from torch.nn import functional
 
 from myutils.config import DFP, RunConfig, required
 from myutils.dynamic_feature_pool import DynamicFeaturePool, correlation_consistency
+from myutils.flags import flags_of
 from myutils.methods.base import METHODS, LossTerm
 from myutils.methods.mean_teacher import CONSISTENCY, MeanTeacher, StepParts
 from myutils.prototype_sampling import pick_voxels, sample_per_class, shared_keys
@@ -48,9 +48,7 @@ class CovarianceFeaturePools(MeanTeacher):
     """Mean teacher with feature pools; the prototype term is off unless its flag says otherwise."""
 
     probes = ("dfp_selector",)
-    reads = MeanTeacher.reads | {
-        field.name for field in dataclasses.fields(RunConfig) if field.metadata["group"] == DFP
-    }
+    reads = MeanTeacher.reads | flags_of(RunConfig, DFP)
     defaults = MappingProxyType({"consistency": CONSISTENCY})
 
     def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:
