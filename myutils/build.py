@@ -15,6 +15,7 @@ from dataloaders.preprocess import Preprocess
 from dataloaders.transforms import AugmentOptions
 from myutils.components import survey_parts
 from myutils.config import RunConfig, required
+from myutils.config_checks import idle_flags
 from myutils.inference import InferenceOptions
 from myutils.methods.base import COMMON_DEFAULTS, METHODS, Method, unread_flags
 from myutils.muon import Muon, split_kernels
@@ -89,10 +90,11 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
     chosen = [field.name for field in dataclasses.fields(config) if getattr(config, field.name) != field.default]
     config = _with_method_defaults(config, method, flip_axes, max_iteration)
     prototypes = bool(config.use_contrastive_prototype)
-    unread = ", ".join(f"--{name}" for name in unread_flags(chosen, method, prototypes=prototypes))
-    if unread:
-        kind = f"--method {config.method}{'' if prototypes else ' without prototypes'}"
-        logger.warning("without effect on %s: %s", kind, unread)
+    kind = f"on --method {config.method}{'' if prototypes else ' without prototypes'}"
+    idle = {kind: unread_flags(method, prototypes=prototypes)} | idle_flags(vars(config))
+    for reason, flags in idle.items():
+        if named := ", ".join(f"--{name}" for name in chosen if name in flags):
+            logger.warning("without effect %s: %s", reason, named)
     if config.use_contrastive_prototype and config.use_learned_selector and config.embedding_dim < 2:
         raise ValueError(
             f"--embedding_dim {config.embedding_dim}: at least 2 with selectors (--no-use_learned_selector)"

@@ -1,11 +1,16 @@
-"""What settings must be together or part by part, for any data; limits of single numbers stand at their flags."""
+"""What settings must be together or part by part, for any data; limits of single numbers stand at their flags.
+
+``check_settings`` refuses what is impossible, ``idle_flags`` names what does nothing.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
+
+_AFFINE = {"affine_angle", "affine_scale"}
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -40,3 +45,15 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"--flip_axes {' '.join(map(str, axes))}: axes are 0, 1 and 2, each at most once")
     if exp is not None and (exp in ("", "..") or Path(exp).name != exp):
         raise ValueError(f"--exp {exp!r}: a plain folder name; put the parent folder into --output_dir")
+
+
+def idle_flags(settings: Mapping[str, Any]) -> dict[str, Set[str]]:
+    """Flags that change nothing beside the other settings of a run, by the reason: "with --no-augment"."""
+    rules: list[tuple[bool, str, Set[str]]] = [
+        (not settings["augment"], "with --no-augment", {"affine_share", *_AFFINE, "strong_intensity"}),
+        (not settings["affine_share"], "with --affine_share 0", _AFFINE),
+        (not settings["copy_paste"], "with --no-copy_paste", {"paste_unlabeled"}),
+        (settings["optimizer"] != "muon", f"with --optimizer {settings['optimizer']}", {"muon_interval"}),
+        (settings["spacing"] is None, "without --spacing", {"interpolation"}),
+    ]
+    return {reason: flags for holds, reason, flags in rules if holds}

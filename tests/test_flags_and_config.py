@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import BallSource
@@ -175,4 +176,32 @@ def test_flags_that_the_method_does_not_read_are_named(caplog: pytest.LogCapture
     assert caplog.messages == ["without effect on --method mean_teacher: --num_dfp"]
     caplog.clear()
     resolve_config(RunConfig(method="supervised", use_contrastive_prototype=True, ema_decay=0.9), BallSource())
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (
+            {"augment": False, "affine_scale": 0.2, "strong_intensity": 0.5},
+            "with --no-augment: --strong_intensity, --affine_scale",
+        ),
+        ({"affine_share": 0.0, "affine_angle": 20.0}, "with --affine_share 0: --affine_angle"),
+        ({"copy_paste": False, "paste_unlabeled": 0.5}, "with --no-copy_paste: --paste_unlabeled"),
+        ({"optimizer": "adamw", "muon_interval": 4}, "with --optimizer adamw: --muon_interval"),
+        ({"interpolation": "cubic"}, "without --spacing: --interpolation"),
+    ],
+)
+def test_flags_that_do_nothing_beside_others_are_named(
+    given: dict[str, Any], named: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    resolve_config(RunConfig(**given), BallSource())
+    assert caplog.messages == [f"without effect {named}"]
+
+
+def test_flags_that_do_something_beside_others_are_not_named(caplog: pytest.LogCaptureFixture) -> None:
+    resolve_config(
+        RunConfig(affine_scale=0.2, paste_unlabeled=0.5, muon_interval=4, interpolation="cubic", spacing=(1, 1, 1)),
+        BallSource(),
+    )
     assert caplog.messages == []

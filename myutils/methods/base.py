@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -84,7 +84,7 @@ class Method(nn.Module, ABC):
         deepens: Whether it has one decoder, whose coarse levels can learn the labels (``--deep_supervision``).
         on_host: Whether its steps compute on the host (components, distances), so that it waits for the device.
         probes: Names of loss terms that train a head on detached features, and not the student.
-        reads: Flags of the groups METHOD and DFP that it reads itself; a run says which of the others do nothing.
+        reads: Flags of the groups METHOD, PROTOTYPES and DFP that it reads itself; a run says which others do nothing.
         defaults: Settings that differ from ``COMMON_DEFAULTS`` when no flag says so.
     """
 
@@ -235,8 +235,8 @@ class Method(nn.Module, ABC):
 METHODS: Registry[type[Method]] = Registry("method", "myutils.methods")
 
 
-def unread_flags(names: Iterable[str], method: type[Method], *, prototypes: bool) -> list[str]:
-    """Those of some flags that change nothing in a run with ``method``, with or without the prototype term."""
+def unread_flags(method: type[Method], *, prototypes: bool) -> frozenset[str]:
+    """The flags that change nothing in a run with ``method``, with or without the prototype term."""
     read = {"method", "model", "flat_levels", "deep_supervision", "use_contrastive_prototype", *method.reads}
     if method.uses_unlabeled:
         read |= {"consistency", "consistency_rampup", "warmup_iteration"}
@@ -244,8 +244,7 @@ def unread_flags(names: Iterable[str], method: type[Method], *, prototypes: bool
         read |= {"strong_views", "strong_intensity"}
     if prototypes:
         read |= {"consistency_rampup", "confidence_threshold", "ema_decay"}
-    theirs = flags_of(RunConfig, METHOD, DFP, *(() if prototypes else (PROTOTYPES,)))
-    return [name for name in names if name in theirs - read]
+    return flags_of(RunConfig, METHOD, DFP, *(() if prototypes else (PROTOTYPES,))) - read
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ class CovarianceFeaturePools(MeanTeacher):
     """Mean teacher with feature pools; the prototype term is off unless its flag says otherwise."""
 
     probes = ("dfp_selector",)
-    reads = MeanTeacher.reads | flags_of(RunConfig, DFP)
+    reads = MeanTeacher.reads | flags_of(RunConfig, DFP) | {"memory_interval"}
     defaults = MappingProxyType({"consistency": CONSISTENCY})
 
     def __init__(self, network: SegmentationNetwork, config: RunConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from contextlib import nullcontext
 from itertools import chain
@@ -22,7 +21,7 @@ from helpers_runs import (
 )
 
 from myutils.build import DataFacts, build_method, build_network
-from myutils.config import DFP, METHOD, RunConfig
+from myutils.config import RunConfig
 from myutils.finite_watch import FiniteWatch
 from myutils.methods.base import METHODS, LossTerm, Method, StepOutput, unread_flags
 from myutils.prototype_forms import LOSS_FORMS
@@ -211,8 +210,7 @@ def test_method_names_the_flags_that_it_reads(name: str) -> None:
     for number in range(4):
         step(method, number)
         method.after_step(number)
-    flags = [field.name for field in dataclasses.fields(RunConfig) if field.metadata["group"] in (METHOD, DFP)]
-    unread = set(unread_flags(flags, kind, prototypes=False))
+    unread = unread_flags(kind, prototypes=False)
     common = {"consistency_rampup", "strong_views"}  # read for every method; of use to those with unlabelled patches
     assert not unread & recorder.seen - common, "name these in the attribute reads"
     assert not kind.reads - recorder.seen, "reads names what the method does not read"
