@@ -25,9 +25,10 @@ from monai.inferers import sliding_window_inference
 from torch import Tensor
 
 from benchmarks.inference_speed import dice
+from dataloaders.base import Volume
 from dataloaders.splits import make_test_ids
 from myutils.build import build_inference, build_source
-from myutils.checkpoint import load_for_inference
+from myutils.checkpoint import InferenceBundle, load_for_inference
 from myutils.distributed import autocast, resolve_amp, start_process_group
 from myutils.inference import evaluation_mode, label_map_from, sliding_window_probabilities
 
@@ -57,18 +58,23 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def labelled_cases(path: Path, bundle: InferenceBundle, limit: int | None, *, held_out: bool) -> list[Volume]:
+    """The first unlabelled training cases of a run, or its test cases, that have a label after all, with it."""
+    source, pool = build_source(bundle.config), bundle.split.unlabeled
+    if held_out:
+        pool = make_test_ids(source, bundle.config.split_request(), bundle.split)
+    known = set(source.labeled_ids())
+    ids = [case_id for case_id in pool if case_id in known][:limit]
+    if not ids:
+        raise SystemExit(f"{path}: none of these cases has a label to score with")
+    return [source.load(case_id, with_label=True) for case_id in ids]
+
+
 def scores_of(path: Path, settings: argparse.Namespace) -> dict[str, list[float]]:
     """Dice of each case in percent, the mean over classes, by the name of the weights."""
     _, device = start_process_group()
     bundle = load_for_inference(path, device)
-    source, network = build_source(bundle.config), bundle.network
-    known, pool = set(source.labeled_ids()), bundle.split.unlabeled
-    if settings.held_out:
-        pool = make_test_ids(source, bundle.config.split_request(), bundle.split)
-    ids = [case_id for case_id in pool if case_id in known][: settings.cases]
-    if not ids:
-        raise SystemExit(f"window_weights: {path}: none of these cases has a label to score with")
-    volumes = [source.load(case_id, with_label=True) for case_id in ids]
+    network, volumes = bundle.network, labelled_cases(path, bundle, settings.cases, held_out=settings.held_out)
     images = [torch.from_numpy(bundle.preprocess(volume).image) for volume in volumes]
     amp = resolve_amp(bundle.config.amp, device)
     options = dataclasses.replace(build_inference(bundle.config, amp), flips=(), views=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from helpers_scans import trained_run, write_cohort
 from benchmarks import (
     data_speed,
     endurance,
+    error_places,
     inference_speed,
     large_volume,
     metrics_speed,
@@ -23,6 +25,7 @@ from benchmarks import (
     thick_slices,
     window_weights,
 )
+from dataloaders.base import Volume
 from dataloaders.nifti_folder import NiftiFolder
 
 
@@ -136,6 +139,37 @@ def test_window_weights_scores_cases_whose_label_no_training_read(
     assert list(figures) == ["sigma 0.25", "sigma 100", "monai gaussian", "monai constant"]
     assert title == f"{checkpoint}, {1 if held_out else 2} cases" and rows[-1].endswith("+0.00 +- 0.00")
     assert figures["sigma 100"] == pytest.approx(figures["monai constant"], abs=0.5)
+
+
+def test_error_places_share_out_what_is_missing_of_the_dice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = trained_run(write_cohort(tmp_path / "balls", labeled=8), tmp_path / "run")
+    again = tmp_path / "again.pt"
+    again.write_bytes(checkpoint.read_bytes())
+    monkeypatch.setattr(sys, "argv", ["x", "--cases", "2", "--checkpoint", str(checkpoint), str(again)])
+    error_places.main()
+    first, second, pair = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{checkpoint}, 2 cases: Dice ") and first.split(":")[1] == second.split(":")[1]
+    dice, near, next_to, rest = (float(word.rstrip(",")) for word in first.split(":")[1].split() if "." in word)
+    assert dice + near + next_to + rest == pytest.approx(100, abs=0.03)
+    assert pair == f"{checkpoint} and {again}: 100.00"
+
+
+def test_error_places_measure_from_the_true_surface() -> None:
+    label = np.zeros((12, 12, 6), np.uint8)
+    label[2:6, 2:6, 1:5] = 1  # 64 voxels
+    found = label.copy()
+    found[2, 2, 1] = 0  # at the surface
+    found[7, 3, 3] = 1  # the second voxel outside
+    found[10, 10, 4] = 2  # a class that is not there
+    case = Volume("a", label[None].astype(np.float32), label, np.eye(4), (1.0, 1.0, 1.0))
+    lost = error_places.points_lost(found, case)
+    np.testing.assert_allclose(lost, [100 / 128 / 2, 100 / 128 / 2, 50])
+    thick = dataclasses.replace(case, spacing=(1.0, 1.0, 4.0))  # two thin voxels are half a thick one
+    np.testing.assert_allclose(error_places.points_lost(found, thick), [100 / 128, 0, 50])
+    assert error_places.disagreement(found, label) == pytest.approx(100 * 2 / 128 / 2 + 50)
+    np.testing.assert_array_equal(error_places.points_lost(label, case), 0)
 
 
 def test_thick_slices_are_means_of_thin_ones_in_the_same_place(tmp_path: Path) -> None:
