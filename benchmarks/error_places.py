@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from benchmarks.inference_speed import dice
 from benchmarks.window_weights import labelled_cases
 from dataloaders.base import Volume
 from myutils.build import build_inference
@@ -45,7 +46,8 @@ def main() -> None:
         )
     for (one, maps), (other, others) in itertools.combinations(found.items(), 2):
         if maps.keys() == others.keys():
-            agreement = 100 - np.mean([disagreement(maps[name], others[name]) for name in maps])
+            classes = 1 + max(labels.max() for labels in (*maps.values(), *others.values()))
+            agreement = np.mean([dice(maps[name], others[name], classes) for name in maps])
             sys.stdout.write(f"{one} and {other}: {agreement:.2f}\n")
 
 
@@ -81,7 +83,8 @@ def points_lost(found: np.ndarray, case: Volume) -> np.ndarray:
     """
     assert case.label is not None
     rows = []
-    for class_id in foreground(found, case.label):
+    present = np.union1d(found, case.label)
+    for class_id in present[present > 0]:
         truth, guess = case.label == class_id, found == class_id
         steps = np.array(case.spacing) / max(case.spacing)  # in voxels of the largest edge
         inside, outside = (ndimage.distance_transform_edt(mask, steps) for mask in (truth, ~truth))
@@ -89,21 +92,6 @@ def points_lost(found: np.ndarray, case: Volume) -> np.ndarray:
         counts = np.histogram(distances, [0, *np.nextafter(LIMITS, np.inf), np.inf])[0]
         rows.append(100 * counts / (truth.sum() + guess.sum()))
     return np.mean(rows, axis=0) if rows else np.zeros(len(LIMITS) + 1)
-
-
-def disagreement(one: np.ndarray, other: np.ndarray) -> float:
-    """Points of Dice that two label maps (X, Y, Z) differ by, the mean over classes."""
-    rows = [
-        100 * ((one == class_id) != (other == class_id)).sum() / ((one == class_id).sum() + (other == class_id).sum())
-        for class_id in foreground(one, other)
-    ]
-    return float(np.mean(rows)) if rows else 0.0
-
-
-def foreground(*maps: np.ndarray) -> np.ndarray:
-    """Ids of the classes that any of the label maps has, without the background."""
-    present = np.unique(np.concatenate([np.unique(labels) for labels in maps]))
-    return present[present > 0]
 
 
 if __name__ == "__main__":

@@ -168,7 +168,6 @@ def test_error_places_measure_from_the_true_surface() -> None:
     np.testing.assert_allclose(lost, [100 / 128 / 2, 100 / 128 / 2, 50])
     thick = dataclasses.replace(case, spacing=(1.0, 1.0, 4.0))  # two thin voxels are half a thick one
     np.testing.assert_allclose(error_places.points_lost(found, thick), [100 / 128, 0, 50])
-    assert error_places.disagreement(found, label) == pytest.approx(100 * 2 / 128 / 2 + 50)
     np.testing.assert_array_equal(error_places.points_lost(label, case), 0)
 
 
