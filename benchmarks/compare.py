@@ -21,8 +21,8 @@ such as ``--seed``, is refused there.
 Finished runs are kept and interrupted ones resumed, so that the same command goes on where it stopped; it also redraws
 the table. A trained run whose settings differ from those asked for is refused before anything is trained; rows of
 different code are named below it.
-Written to ``--output_dir``: ``table_N.md`` and ``table_N.png`` per number of labels N, ``sweep.png``, and one folder,
-log and ``.plan.json`` per run.
+Written to ``--output_dir``: ``table_N.md``, ``table_N.png`` and ``scores_N.csv`` (for ``benchmarks.kept_scores``) per
+number of labels N, ``sweep.png``, and one folder, log and ``.plan.json`` per run.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from benchmarks.comparison_cases import choose_cases, list_files
 from benchmarks.comparison_flags import OWN, OWN_IN_ROWS, check_flags, read_flags, refuse_own
 from benchmarks.comparison_runs import ALL_PARTS, Run, check, code_note, train
 from benchmarks.comparison_tables import Row, draw_rows, draw_sweep, format_rows
+from benchmarks.kept_scores import write_rows
 from dataloaders.base import CaseSource
 from myutils.build import build_source, resolve_config
 from myutils.config import RunConfig
@@ -241,6 +242,7 @@ def report(settings: argparse.Namespace, rows: dict[Plan, Row]) -> None:
         title = f"{settings.dataset_name}: {size}"
         (settings.output_dir / f"table_{count}.md").write_text(f"{title}\n\n{table}", encoding="utf-8")
         draw_rows(settings.output_dir / f"table_{count}.png", shown, title)
+        write_rows(settings.output_dir / f"scores_{count}.csv", shown, settings.seeds)
         sys.stdout.write(f"\n{title}\n\n{table}")
         for row in chosen:
             curves.setdefault(row.name, {})[count] = row

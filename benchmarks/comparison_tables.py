@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -18,6 +18,25 @@ from myutils.run_log import read_metrics
 METRICS = {"dice": ("Dice %", 100), "jaccard": ("Jaccard %", 100), "hd95_mm": ("HD95 mm", 1), "assd_mm": ("ASSD mm", 1)}
 _BOOTSTRAPS = 10_000
 COLOURS = ("#1f6fb4", "#d1603d", "#3b8f5a", "#8661a8", "#b08a1e", "#4b4b4b", "#c2498a", "#2ba3a3", "#8c564b")
+
+
+class CaseScore(NamedTuple):
+    """Scores of one class of one case, as ``test/cases.csv`` has them; distances in mm, ``inf`` to an empty mask."""
+
+    case: str
+    class_id: int
+    dice: float
+    jaccard: float
+    hd95_mm: float
+    assd_mm: float
+
+    @classmethod
+    def read(cls, line: Mapping[str, str]) -> CaseScore:
+        """A line of a CSV file, by the names of its columns."""
+        return cls(line["case"], int(line["class"]), *(float(line[metric]) for metric in METRICS))
+
+
+Scores = Sequence[CaseScore]
 
 
 @dataclass(frozen=True)
@@ -32,29 +51,36 @@ class Row:
     name: str
     folders: tuple[Path, ...]
 
+    def scores(self) -> list[Scores]:
+        """The scores of each seed."""
+        found: list[Scores] = []
+        for folder in self.folders:
+            with (folder / "test" / "cases.csv").open(encoding="utf-8") as file:
+                found.append([CaseScore.read(line) for line in csv.DictReader(file)])
+        return found
+
     def case_values(self, metric: str) -> np.ndarray:
         """Mean over the classes (seeds, cases); infinite distances (a missed structure) are left out of it.
 
         Raises:
-            ValueError: If the seeds were scored on different cases.
+            ValueError: If the seeds were scored on different cases or classes.
         """
-        found = [_case_means(folder, metric) for folder in self.folders]
-        cases = sorted(found[0])
-        if any(sorted(scores) != cases for scores in found):
-            raise ValueError(f"{self.name}: its seeds were scored on different cases; use another --output_dir")
-        return np.array([[scores[case] for case in cases] for scores in found])
+        seeds = self.scores()
+        if any(_structures(scores) != _structures(seeds[0]) for scores in seeds):
+            raise ValueError(f"{self.name}: its seeds were scored on different cases or classes; score them alike")
+        found = [_case_means(scores, metric) for scores in seeds]
+        return np.array([[means[case] for case in sorted(means)] for means in found])
 
     def cases(self) -> list[str]:
         """Ids of the scored cases, in the order of ``case_values``."""
-        return sorted(_case_means(self.folders[0], "dice"))
+        return sorted({score.case for score in self.scores()[0]})
 
     def missed(self) -> int:
         """Structures that only the reference or only the prediction has, over all seeds and cases."""
-        summaries = [json.loads((folder / "test" / "summary.json").read_text("utf-8")) for folder in self.folders]
-        return sum(int(summary["mean"]["hd95_mm"]["n_missed"]) for summary in summaries)
+        return sum(not np.isfinite(score.hd95_mm) for scores in self.scores() for score in scores)
 
-    def cost(self) -> tuple[float, float, float]:
-        """Training minutes, seconds per step and peak memory in MB: medians over the seeds."""
+    def cost(self) -> tuple[float, float, float] | None:
+        """Training minutes, seconds per step and peak memory in MB: medians over the seeds; None if it is not known."""
         found = []
         for folder in self.folders:
             steps, seconds = read_metrics(folder, "Train/seconds_per_step")
@@ -65,11 +91,15 @@ class Row:
         return float(minutes), float(per_step), float(peak)
 
 
-def _case_means(folder: Path, metric: str) -> dict[str, float]:
+def _structures(scores: Scores) -> set[tuple[str, int]]:
+    """Which class of which case was scored."""
+    return {(score.case, score.class_id) for score in scores}
+
+
+def _case_means(scores: Scores, metric: str) -> dict[str, float]:
     values: dict[str, list[float]] = {}
-    with (folder / "test" / "cases.csv").open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            values.setdefault(row["case"], []).append(float(row[metric]))
+    for score in scores:
+        values.setdefault(score.case, []).append(getattr(score, metric))
     return {case: _mean(np.array(found)) for case, found in values.items()}
 
 
@@ -86,8 +116,8 @@ def paired_difference(ours: Row, base: Row) -> tuple[float, float, float, float]
         Mean, both ends of its 95 % bootstrap interval over cases, and the p value of Wilcoxon's signed-rank test.
     """
     mine, theirs = ours.case_values("dice").mean(0), base.case_values("dice").mean(0)
-    if ours.cases() != base.cases():
-        raise ValueError(f"{ours.name} and {base.name} were scored on different cases; use another --output_dir")
+    if _structures(ours.scores()[0]) != _structures(base.scores()[0]):
+        raise ValueError(f"{ours.name} and {base.name} were scored on different cases or classes; score them alike")
     difference = 100 * (mine - theirs)
     rng = np.random.default_rng(0)
     low, high = np.percentile(rng.choice(difference, (_BOOTSTRAPS, len(difference))).mean(1), [2.5, 97.5])
@@ -103,12 +133,12 @@ def gap_share(row: Row, base: Row, full: Row) -> float:
 
 def format_rows(rows: Sequence[Row], base: Row, full: Row | None) -> str:
     """Markdown table; ``base`` is what every row is paired with, ``full`` the ceiling."""
-    lines = [
-        f"| row | {' | '.join(title for title, _ in METRICS.values())} | missed | Dice per seed | sd over cases "
-        f"| against {base.name}, paired over {len(base.cases())} cases | gap closed | minutes | s per step | peak MB |",
-        "|" + "---|" * (9 + len(METRICS)),
-    ]
-    for row in rows:
+    titles = ["row", *(title for title, _ in METRICS.values()), "missed", "Dice per seed", "sd over cases"]
+    titles += [f"against {base.name}, paired over {len(base.cases())} cases", "gap closed"]
+    costs = [row.cost() for row in rows]
+    titles += ["minutes", "s per step", "peak MB"] if any(costs) else []
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    for row, cost in zip(rows, costs, strict=True):
         dice = 100 * row.case_values("dice")
         cells = [row.name, *(_spread(scale * row.case_values(name), name) for name, (_, scale) in METRICS.items())]
         cells += [str(row.missed()), ", ".join(f"{seed:.2f}" for seed in dice.mean(1))]
@@ -119,8 +149,8 @@ def format_rows(rows: Sequence[Row], base: Row, full: Row | None) -> str:
             mean, low, high, p_value = paired_difference(row, base)
             cells.append(f"{mean:+.2f} ({low:+.2f} to {high:+.2f}), p = {p_value:.2g}")
             cells.append("-" if full is None else f"{gap_share(row, base, full):.0%}")
-        minutes, per_step, peak = row.cost()
-        cells += [f"{minutes:.1f}", f"{per_step:.3f}", f"{peak:.0f}"]
+        if any(costs):
+            cells += ["-"] * 3 if cost is None else [f"{cost[0]:.1f}", f"{cost[1]:.3f}", f"{cost[2]:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ from helpers_runs import write_run
 
 from benchmarks import compare, comparison_runs
 from benchmarks.comparison_runs import ALL_PARTS, Run, check, train
+from benchmarks.kept_scores import read_rows
 from myutils.run_folder import hold
 
 COMMAND = ["--dataset_name", "nifti", "--cases", "6", "--pool", "4", "--labelnum", "2", "--jobs", "1"]
@@ -70,6 +71,10 @@ def test_a_refused_go_trains_nothing_and_leaves_the_first_to_go_on(bench: Bench)
     assert "--resume" in bench.commands[2]
     title = (bench.folder / "table_2.md").read_text("utf-8").splitlines()[0]
     assert title == "nifti: 2 of 4 labelled, 2 test cases, 60 steps"
+    assert {row.name: list(row.by_seed) for row in read_rows([bench.folder / "scores_2.csv"])} == {
+        "supervised": [0],
+        "mean_teacher": [0],
+    }
 
 
 @pytest.mark.parametrize(

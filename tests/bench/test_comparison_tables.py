@@ -27,12 +27,12 @@ from benchmarks.comparison_tables import (
 @pytest.fixture
 def rows(tmp_path: Path) -> tuple[Row, Row, Row]:
     """Baseline 0.5, ours 0.6, full 0.9 on average; two seeds of ours."""
-    base = Row("supervised", (write_run(tmp_path / "s", {"a": [0.4], "b": [0.5], "c": [0.6]}),))
+    base = Row("supervised", (write_run(tmp_path / "s", {"a": [0.4, 0.4], "b": [0.5, 0.5], "c": [0.6, 0.6]}),))
     seeds = (
         write_run(tmp_path / "o0", {"a": [0.4, 0.6], "b": [0.6, 0.6], "c": [0.9, 0.7]}),
         write_run(tmp_path / "o1", {"a": [0.5, 0.5], "b": [0.5, 0.5], "c": [0.5, 0.7]}),
     )
-    full = Row("full", (write_run(tmp_path / "f", {"a": [0.8], "b": [0.9], "c": [1.0]}),))
+    full = Row("full", (write_run(tmp_path / "f", {"a": [0.8, 0.8], "b": [0.9, 0.9], "c": [1.0, 1.0]}),))
     return base, Row("ours", seeds), full
 
 
@@ -64,7 +64,9 @@ def test_gap_share(rows: tuple[Row, Row, Row]) -> None:
 
 
 def test_cost_adds_up_the_logged_spans(rows: tuple[Row, Row, Row]) -> None:
-    minutes, per_step, peak = rows[0].cost()
+    cost = rows[0].cost()
+    assert cost is not None
+    minutes, per_step, peak = cost
     assert minutes == pytest.approx((10 * 0.5 + 20 * 1.0) / 60)
     assert (per_step, peak) == (pytest.approx(0.75), 300)
 
@@ -78,6 +80,9 @@ def test_different_cases_are_refused(rows: tuple[Row, Row, Row], tmp_path: Path)
     as_many = write_run(tmp_path / "as_many", {"a": [0.5], "b": [0.5], "z": [0.5]})
     with pytest.raises(ValueError, match="different cases"):
         paired_difference(rows[0], Row("as_many", (as_many,)))
+    fewer = write_run(tmp_path / "fewer", {"a": [0.5], "b": [0.5], "c": [0.5]})
+    with pytest.raises(ValueError, match="different cases or classes"):
+        paired_difference(rows[0], Row("fewer", (fewer,)))
 
 
 def test_table_and_plots(rows: tuple[Row, Row, Row], tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""Kept scores: the table that they give is that of the runs, and files that do not fit together are refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers_runs import write_run
+
+from benchmarks import kept_scores
+from benchmarks.comparison_tables import Row, format_rows
+from benchmarks.kept_scores import COLUMNS, read_rows, write_rows
+
+HEADER = ",".join(COLUMNS)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[Row]:
+    """Two rows of two seeds, one of them with a missed structure."""
+    found = []
+    for name, shift, hd95 in (("supervised", 0.0, 2.0), ("ours", 0.1, float("inf"))):
+        dice = [{"a": [0.4 + shift, 0.5], "b": [0.5 + shift, 0.6 + seed / 10]} for seed in range(2)]
+        folders = tuple(write_run(tmp_path / f"{name}{seed}", dice[seed], hd95=hd95) for seed in range(2))
+        found.append(Row(name, folders))
+    return found
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["kept_scores", *map(str, arguments)])
+    kept_scores.main()
+
+
+def test_the_table_is_that_of_the_runs_without_its_costs(
+    rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(tmp_path / "scores.csv", rows, [0, 1])
+    run(monkeypatch, tmp_path / "scores.csv", "--full", "ours")
+    whole = format_rows(rows, rows[0], rows[1]).splitlines()
+    costs = 3  # the last columns
+    cut = ["|".join(line.split("|")[: -costs - 1]) + "|" for line in whole]
+    assert capsys.readouterr().out.splitlines() == cut
+    assert "| 8 |" in whole[-1]  # two seeds, two cases, two classes missed
+
+
+def test_seeds_may_come_from_several_files(rows: list[Row], tmp_path: Path) -> None:
+    for seed in (1, 0):
+        write_rows(tmp_path / f"{seed}.csv", [Row(row.name, (row.folders[seed],)) for row in rows], [seed])
+    merged = read_rows([tmp_path / "1.csv", tmp_path / "0.csv"])
+    assert [row.name for row in merged] == ["supervised", "ours"]
+    for ours, theirs in zip(merged, rows, strict=True):
+        assert np.array_equal(ours.case_values("dice"), theirs.case_values("dice"))
+    with pytest.raises(ValueError, match=r"1\.csv and .*0\.csv both have seed 0|both have seed 1 of 'supervised'"):
+        write_rows(tmp_path / "again.csv", rows, [0, 1])
+        read_rows([tmp_path / "1.csv", tmp_path / "again.csv"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("row,seed,case,class,dice,jaccard,hd95_mm\n", "no column assd_mm"),
+        (f"{HEADER}\nours,0,a,1,0.9,0.8,x,1\n", "line 2: could not convert string to float: 'x'"),
+        (f"{HEADER}\nours,0,a,1,0.9\n", "line 2: .*write numbers"),
+        (f"{HEADER}\nours,0,a,1,0.9,0.8,1,1\nours,0,a,1,0.9,0.8,1,1\n", "line 3: a, class 1 twice"),
+        (f"{HEADER}\nours,0,a,1,90,0.8,1,1\n", "line 2: Dice and Jaccard go from 0 to 1"),
+        (f"{HEADER}\nours,0,a,1,nan,0.8,1,1\n", "line 2: Dice and Jaccard go from 0 to 1"),
+        (f"{HEADER}\nours,0,a,1,0.9,0.8,1,-1\n", "line 2: .*distances from 0 on"),
+        (f"{HEADER}\n", "no score"),
+        (f"{HEADER}\nours,0,a,1,0.9,0.8,1,1\n", "no row 'supervised'; there are 'ours'"),
+        (
+            f"{HEADER}\nsupervised,0,a,1,0.9,0.8,1,1\nours,0,a,2,0.9,0.8,1,1\n",
+            "ours and supervised were scored on different cases or classes",
+        ),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(
+    content: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scores.csv").write_text(content, encoding="utf-8")
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, tmp_path / "scores.csv")
