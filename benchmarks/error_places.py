@@ -12,7 +12,6 @@ same cases: the mean Dice of each pair against each other.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import sys
 from pathlib import Path
@@ -22,11 +21,8 @@ import torch
 from scipy import ndimage
 
 from benchmarks.inference_speed import dice
-from benchmarks.window_weights import labelled_cases
+from benchmarks.window_weights import loaded
 from dataloaders.base import Volume
-from myutils.build import build_inference
-from myutils.checkpoint import load_for_inference
-from myutils.distributed import resolve_amp, start_process_group
 from myutils.inference import label_map_from, sliding_window_probabilities
 
 LIMITS = (1.0, 2.0)  # voxels
@@ -62,11 +58,7 @@ def parse() -> argparse.Namespace:
 
 def segmented(path: Path, settings: argparse.Namespace) -> tuple[list[Volume], dict[str, np.ndarray]]:
     """The cases, and the label maps (X, Y, Z) that a checkpoint gives them, by case id."""
-    _, device = start_process_group()
-    bundle = load_for_inference(path, device)
-    amp = resolve_amp(bundle.config.amp, device)
-    options = dataclasses.replace(build_inference(bundle.config, amp), flips=(), views=0)
-    cases = labelled_cases(path, bundle, settings.cases, held_out=settings.held_out)
+    bundle, options, cases, device = loaded(path, settings)
     maps = {}
     for case in cases:
         image = torch.from_numpy(bundle.preprocess(case).image)

@@ -39,6 +39,7 @@ from myutils.distributed import RankInfo, autocast, peak_memory_mb, resolve_amp,
 from myutils.flags import SuggestingParser, add_flags, given_flags
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.trainer import Trainer
+from networks.layers import mend_layers
 
 BARE, SUPERVISED = "bare loop", "supervised"
 DEFAULT_ROWS = ("mean teacher=--method mean_teacher --no-use_contrastive_prototype", "with prototypes=")
@@ -116,9 +117,12 @@ def make_side(name: str, flags: str, settings: argparse.Namespace, device: torch
     return step
 
 
-def bare_loop(config: RunConfig, facts: DataFacts, batch: Batch, device: torch.device) -> Step:
-    """Forward, loss, backward, SGD."""
+def bare_loop(
+    config: RunConfig, facts: DataFacts, batch: Batch, device: torch.device, *, channels_last: bool | None = None
+) -> Step:
+    """Forward, loss, backward, SGD; ``channels_last`` as of ``mend_layers``."""
     network = build_network(config, facts).to(device).train()
+    mend_layers(network, channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
     amp = resolve_amp(config.amp, device)
 

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import monai
 import numpy as np
@@ -30,7 +31,7 @@ from dataloaders.splits import make_test_ids
 from myutils.build import build_inference, build_source
 from myutils.checkpoint import InferenceBundle, load_for_inference
 from myutils.distributed import autocast, resolve_amp, start_process_group
-from myutils.inference import evaluation_mode, label_map_from, sliding_window_probabilities
+from myutils.inference import InferenceOptions, evaluation_mode, label_map_from, sliding_window_probabilities
 
 WINDOWS_AT_ONCE = 4
 
@@ -70,17 +71,32 @@ def labelled_cases(path: Path, bundle: InferenceBundle, limit: int | None, *, he
     return [source.load(case_id, with_label=True) for case_id in ids]
 
 
-def scores_of(path: Path, settings: argparse.Namespace) -> dict[str, list[float]]:
-    """Dice of each case in percent, the mean over classes, by the name of the weights."""
+class Loaded(NamedTuple):
+    """A run to score: its network and preprocessing, its own windows without mirroring, and the cases with labels."""
+
+    bundle: InferenceBundle
+    options: InferenceOptions
+    cases: list[Volume]
+    device: torch.device
+
+
+def loaded(path: Path, settings: argparse.Namespace) -> Loaded:
+    """The run of a checkpoint, with the cases that ``--cases`` and ``--held_out`` ask for."""
     _, device = start_process_group()
     bundle = load_for_inference(path, device)
-    network, volumes = bundle.network, labelled_cases(path, bundle, settings.cases, held_out=settings.held_out)
+    options = build_inference(bundle.config, resolve_amp(bundle.config.amp, device))
+    cases = labelled_cases(path, bundle, settings.cases, held_out=settings.held_out)
+    return Loaded(bundle, dataclasses.replace(options, flips=(), views=0), cases, device)
+
+
+def scores_of(path: Path, settings: argparse.Namespace) -> dict[str, list[float]]:
+    """Dice of each case in percent, the mean over classes, by the name of the weights."""
+    bundle, options, volumes, device = loaded(path, settings)
+    network = bundle.network
     images = [torch.from_numpy(bundle.preprocess(volume).image) for volume in volumes]
-    amp = resolve_amp(bundle.config.amp, device)
-    options = dataclasses.replace(build_inference(bundle.config, amp), flips=(), views=0)
 
     def logits(windows: Tensor) -> Tensor:
-        with autocast(amp, device):
+        with autocast(options.amp, device):
             return network(windows).logits.float()
 
     def ours(image: Tensor, sigma: float) -> Tensor:

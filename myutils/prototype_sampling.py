@@ -12,6 +12,7 @@ from torch import Tensor
 
 from myutils.distributed import concat_ranks
 from myutils.rank_batch import draw_rows, rank_count
+from networks.layers import has_channels_last
 
 _PADDING_SLACK = 16
 
@@ -130,6 +131,8 @@ def pick_voxels(volume: Tensor, positions: Tensor) -> Tensor:
     """
     if volume.ndim == 2:
         return volume[positions]
+    if has_channels_last(volume):
+        return volume.movedim(1, -1).flatten(0, 3).index_select(0, positions)
     width, size = volume.shape[1], max(1, volume[0, 0].numel())
     first = (positions // size) * (width * size) + positions % size  # of a voxel's values, a patch's lie in C order
     values = first[:, None] + size * torch.arange(width, device=positions.device)  # (S, E)

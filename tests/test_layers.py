@@ -9,7 +9,16 @@ import torch
 from torch import nn
 
 from networks.base import NETWORKS, make_network
-from networks.layers import GroupedInstanceNorm3d, GuardedConv3d, SharedDropout3d, mend_layers
+from networks.layers import (
+    ChannelsLastConv3d,
+    GroupedInstanceNorm3d,
+    GuardedConv3d,
+    SharedDropout3d,
+    has_channels_last,
+    mend_layers,
+)
+
+LAST = torch.channels_last_3d
 
 
 def spoil_memory() -> None:
@@ -80,6 +89,73 @@ def test_instance_normalisation_is_that_of_torch(affine: bool) -> None:
         gradients.append(torch.autograd.grad(norm(images), inputs, upstream))
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("upstream_last", [True, False])
+def test_instance_normalisation_is_the_same_with_channels_last(affine: bool, upstream_last: bool) -> None:
+    torch.manual_seed(0)
+    norm = GroupedInstanceNorm3d(3, affine=affine)
+    if affine:
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    images, upstream = torch.randn(2, 3, 5, 4, 3), torch.randn(2, 3, 5, 4, 3)
+    found = []
+    for maps in (images, images.contiguous(memory_format=LAST)):
+        inputs = [maps.requires_grad_(), *norm.parameters()]
+        output = norm(maps)
+        given = upstream.contiguous(memory_format=LAST) if upstream_last else upstream
+        found.append([output, *torch.autograd.grad(output, inputs, given)])
+    assert has_channels_last(found[1][0]) and has_channels_last(found[1][1])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NETWORKS.names())
+def test_a_network_computes_the_same_with_channels_last(name: str) -> None:
+    torch.manual_seed(0)
+    network = NETWORKS.get(name)(1, 2).eval()  # without dropout
+    images = torch.randn(2, 1, 32, 32, 32)
+    found, layouts = [], []
+    for module in network.modules():
+        if isinstance(module, nn.Conv3d):
+            module.register_forward_hook(lambda _, inputs, output: layouts.append(has_channels_last(output)))
+    for last in (False, True):
+        mend_layers(network, channels_last=last)
+        network.zero_grad()
+        layouts.clear()
+        output = network(images)
+        assert any(layouts) == last
+        (output.logits.square().mean() + output.features.square().mean()).backward()
+        gradients = [parameter.grad.flatten() for parameter in network.parameters() if parameter.grad is not None]
+        found.append((output.logits, output.features, torch.cat(gradients)))
+    for ours, theirs, tolerance in zip(*found, (1e-4, 1e-4, 0.05), strict=True):  # rounding turns a few LeakyReLUs over
+        assert (ours - theirs).norm() < tolerance * theirs.norm()
+
+
+def test_only_maps_that_are_larger_than_the_weights_are_laid_out() -> None:
+    network = nn.Sequential(nn.Conv3d(8, 8, 3, padding=1))  # 1,728 weights
+    mend_layers(network, channels_last=True)
+    assert has_channels_last(network(torch.randn(2, 8, 8, 8, 8)))
+    assert not has_channels_last(network(torch.randn(2, 8, 4, 4, 4)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not has_channels_last(network(torch.randn(2, 8, 8, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("cpu", "name", "expected"),
+    [
+        ("AVX2", "unet_3d", ChannelsLastConv3d),
+        ("AVX2", "segresnet", GuardedConv3d),
+        ("AVX512", "unet_3d", GuardedConv3d),
+    ],
+)
+def test_the_layout_follows_the_cpu_and_the_network(
+    cpu: str, name: str, expected: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    network = NETWORKS.get(name)(1, 2)
+    mend_layers(network)
+    assert {type(module) for module in network.modules() if isinstance(module, nn.Conv3d)} == {expected}
 
 
 def test_running_statistics_are_left_to_torch() -> None:

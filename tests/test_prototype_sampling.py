@@ -7,7 +7,7 @@ import torch
 from prototype_cases import E, K, fill, make_manager, sure_logits
 
 from myutils.prototype_losses import memory_logits, own_class_logits, stacked_logits
-from myutils.prototype_sampling import sample_per_class
+from myutils.prototype_sampling import pick_voxels, sample_per_class
 
 
 @pytest.fixture(autouse=True)
@@ -78,3 +78,17 @@ def test_stacked_and_gathered_selector_logits_agree() -> None:
     assert stacked[3] == stacked[7] == 0
     memory = torch.randn(K, 4, E)
     torch.testing.assert_close(stacked_logits(selectors, memory), memory_logits(selectors, memory))
+
+
+def test_voxels_are_the_same_in_either_layout() -> None:
+    positions = torch.tensor([0, 119, 60, 59, 60])
+    upstream = torch.randn(5, E)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        torch.manual_seed(1)
+        maps = torch.randn(2, E, 3, 4, 5).contiguous(memory_format=layout).requires_grad_()
+        rows = pick_voxels(maps, positions)
+        found.append((rows, *torch.autograd.grad(rows, maps, upstream)))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+    assert torch.equal(found[0][0][1], maps[1, :, 2, 3, 4])

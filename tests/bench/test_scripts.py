@@ -19,6 +19,7 @@ from benchmarks import (
     error_places,
     inference_speed,
     large_volume,
+    layout_speed,
     metrics_speed,
     scaling,
     step_cost,
@@ -40,6 +41,17 @@ def test_step_cost_prints_every_side_and_its_ratios(
     assert figures["bare loop"][2] == 1.0 and figures["supervised"][4] == 1.0
     assert all(value > 0 for values in figures.values() for value in values)
     assert lines[6].startswith("share of 'with prototypes' that 'mean teacher' has not")
+
+
+def test_layout_speed_prints_both_sides_and_their_ratio(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["x", "--patch_size", "16", "16", "16", "--rounds", "1"])
+    layout_speed.main()
+    first, last, ratio = capsys.readouterr().out.splitlines()[1:]
+    assert (first[:14], last[:13]) == ("channels first", "channels last")
+    slow, fast = (float(line.split()[2]) for line in (first, last))
+    assert float(ratio.split()[3].rstrip(",")) == pytest.approx(fast / slow, abs=0.05 * fast / slow + 0.05)
 
 
 @pytest.mark.slow
