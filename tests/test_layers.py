@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from networks.base import NETWORKS, make_network
 from networks.layers import (
@@ -108,6 +109,14 @@ def test_instance_normalisation_is_the_same_with_channels_last(affine: bool, ups
     assert has_channels_last(found[1][0]) and has_channels_last(found[1][1])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_channels_last_keep_their_digits_beside_a_large_mean() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(2, 4, 16, 16, 16, dtype=torch.float64) + 1000
+    expected = functional.group_norm(images, 4)
+    maps = images.float().contiguous(memory_format=LAST)
+    assert (GroupedInstanceNorm3d(4)(maps) - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("name", NETWORKS.names())
