@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import inspect
@@ -245,12 +246,16 @@ def barrier() -> None:
 def resolve_amp(amp: str, device: torch.device) -> str:
     """Turn "auto" into "bf16" or "no": bf16 where the device has instructions for it.
 
+    Warns once of bf16 on a CPU without them.
+
     Raises:
         ValueError: If fp16 is asked for on the CPU.
     """
     on_cuda = device.type == "cuda"
     if amp == "fp16" and not on_cuda:
         raise ValueError("--amp fp16: needs a CUDA device; on the CPU use --amp bf16 or --amp no")
+    if amp == "bf16" and not on_cuda and not _cpu_has_bf16():
+        _warn_of_emulation()
     if amp != "auto":
         return amp
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else _cpu_has_bf16()
@@ -261,6 +266,14 @@ def _cpu_has_bf16() -> bool:
     # Private names in torch 2.x; absent ones mean "unknown", for which float32 is the safe answer.
     checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
     return any(check() for check in checks if check is not None)
+
+
+@functools.cache
+def _warn_of_emulation() -> None:
+    logger.warning(
+        "--amp bf16: this CPU has no bf16 instructions and may take 70 times as long as in float32; "
+        "pass --amp auto, which takes float32 here"
+    )
 
 
 def autocast(amp: str, device: torch.device) -> AbstractContextManager[Any]:

@@ -46,7 +46,10 @@ class InferenceFlags:
     )
     gpu: int | None = option(None, help="number of the CUDA device; else 0, or the CPU without one", group=INFERENCE)
     amp: str | None = option(
-        None, help="autocast; else the checkpoint's", group=INFERENCE, choices=("auto", "no", "bf16", "fp16")
+        None,
+        help="autocast; else no if the checkpoint was trained so, auto otherwise",
+        group=INFERENCE,
+        choices=("auto", "no", "bf16", "fp16"),
     )
 
     def apply_to(self, config: RunConfig) -> RunConfig:
@@ -61,8 +64,8 @@ class InferenceFlags:
             "tta_views": 1 if self.views is None and self.flips is not None else self.views,
             "largest_component": self.largest_component,
             "gpu": self.gpu,
-            # A run trained with fp16 on a GPU is to be used on the CPU too, where fp16 is refused.
-            "amp": self.amp if self.amp is not None else ("auto" if config.amp == "fp16" else None),
+            # A run from a GPU is to be used on the CPU too, which refuses fp16 and may crawl in bf16.
+            "amp": self.amp if self.amp is not None else ("no" if config.amp == "no" else "auto"),
         }
         return dataclasses.replace(config, **{name: value for name, value in settings.items() if value is not None})
 

@@ -90,6 +90,17 @@ def test_resolve_amp_takes_fp16_on_cuda_only() -> None:
         resolve_amp("fp16", CPU)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_emulated_bf16_is_named_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fast: bool
+) -> None:
+    monkeypatch.setattr(distributed, "_cpu_has_bf16", lambda: fast)
+    distributed._warn_of_emulation.cache_clear()
+    for amp, device in (("no", CPU), ("auto", CPU), ("bf16", CUDA), ("bf16", CPU), ("bf16", CPU)):
+        resolve_amp(amp, device)
+    assert ["no bf16 instructions" in record.message for record in caplog.records] == [True] * (not fast)
+
+
 @pytest.mark.parametrize(("fast", "expected"), [(True, "bf16"), (False, "no")])
 def test_resolve_amp_auto_asks_the_device(monkeypatch: pytest.MonkeyPatch, fast: bool, expected: str) -> None:
     monkeypatch.setattr(distributed, "_cpu_has_bf16", lambda: fast)

@@ -16,6 +16,7 @@ from myutils.build import DataFacts, build_augmentation, build_network, resolve_
 from myutils.config import RunConfig
 from myutils.fitting import fit_to_cases
 from myutils.flags import SuggestingParser, add_flags, check_limits, given_flags, option
+from myutils.inference_flags import InferenceFlags
 
 PROMISED = """dataset_name dataset_path exp model method max_iteration batch_size labeled_bs base_lr labelnum seed gpu
 deterministic patch_size embedding_dim consistency consistency_rampup ema_decay confidence_threshold
@@ -205,3 +206,11 @@ def test_flags_that_do_something_beside_others_are_not_named(caplog: pytest.LogC
         BallSource(),
     )
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("trained", "given", "used"),
+    [("no", None, "no"), ("auto", None, "auto"), ("bf16", None, "auto"), ("fp16", None, "auto"), ("bf16", "no", "no")],
+)
+def test_a_run_trained_with_autocast_can_be_used_on_any_device(trained: str, given: str | None, used: str) -> None:
+    assert InferenceFlags(amp=given).apply_to(RunConfig(amp=trained)).amp == used
