@@ -10,7 +10,7 @@ import pytest
 from helpers_runs import write_run
 
 from benchmarks import kept_scores
-from benchmarks.comparison_tables import Row, format_rows
+from benchmarks.comparison_tables import Row, format_rows, paired_difference
 from benchmarks.kept_scores import COLUMNS, read_rows, write_rows
 
 HEADER = ",".join(COLUMNS)
@@ -54,6 +54,13 @@ def test_seeds_may_come_from_several_files(rows: list[Row], tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"1\.csv and .*0\.csv both have seed 0|both have seed 1 of 'supervised'"):
         write_rows(tmp_path / "again.csv", rows, [0, 1])
         read_rows([tmp_path / "1.csv", tmp_path / "again.csv"])
+
+
+def test_the_scores_in_the_documents_can_be_compared() -> None:
+    [path] = sorted((Path(__file__).resolve().parents[2] / "docs" / "scores").glob("*.csv"))
+    base, full = read_rows([path])
+    assert len(base.cases()) == 40
+    assert paired_difference(full, base)[0] == pytest.approx(2.26, abs=0.01)  # as in docs/results.md
 
 
 @pytest.mark.parametrize(
