@@ -9,7 +9,7 @@ Slow: torch's instance normalisation of 3D maps takes up to four times as long i
 normalisation with one channel per group, which is the same function; on an H100 it takes 1.6 times as long for
 full-size patches, and about as long for small ones. Without AVX-512, convolutions of float32 maps that have their
 channels first take up to twice as long as of those that have them last, above all the weights' gradient; the group
-normalisation's gradient is the other way round, eight times as long (``benchmarks/layout_speed.py``).
+normalisation's gradient is the other way round, eight times as long (whole steps: ``benchmarks/layout_speed.py``).
 
 Different on any other number of ranks: torch's dropout of channels.
 """
