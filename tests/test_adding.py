@@ -25,8 +25,9 @@ def test_the_examples_of_the_guide_keep_the_contracts(tmp_path: Path) -> None:
     for name, code in blocks:
         with (tmp_path / name).open("a", encoding="utf-8") as file:
             file.write(code)
-    command = [sys.executable, "-m", "pytest", "-rp", "-k", "npy or maker or dilated or entropy", "tests/contract"]
-    command += ["tests/test_compiling.py", "tests/test_layers.py"]
+    command = [sys.executable, "-m", "pytest", "-rp", "-m", "slow or not slow"]
+    command += ["-k", "npy or maker or dilated or entropy"]
+    command += ["tests/contract", "tests/test_compiling.py", "tests/test_layers.py"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stdout[-3000:]

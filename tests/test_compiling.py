@@ -16,6 +16,7 @@ from networks.base import NETWORKS
 from networks.compiling import compile_networks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mean_teacher", "mc_net"])
 def test_compiled_networks_give_the_same_losses_and_gradients(method: str) -> None:
     torch.manual_seed(0)
@@ -33,6 +34,7 @@ def test_compiled_networks_give_the_same_losses_and_gradients(method: str) -> No
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", NETWORKS.names())
 def test_every_network_can_be_compiled(model: str) -> None:
     torch.manual_seed(0)
@@ -43,6 +45,7 @@ def test_every_network_can_be_compiled(model: str) -> None:
     torch.testing.assert_close(network(images), expected)
 
 
+@pytest.mark.slow
 def test_the_flag_compiles_the_method_and_a_run_ends_as_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

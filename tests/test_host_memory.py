@@ -13,7 +13,7 @@ from myutils.host_memory import keep_freed_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGE_BLOCKS = "blocks = [torch.ones(12_000_000) for _ in range(3)]"  # 48 MB each, mapped one by one
-NETWORK_STEP = "network(torch.randn(4, 1, 32, 32, 16)).logits.square().mean().backward()"  # small ones, trimmed away
+NETWORK_STEP = "network(torch.randn(1, 1, 32, 32, 16)).logits.square().mean().backward()"  # small ones, trimmed away
 COUNT_FAULTS = """
 import resource, sys
 import torch
@@ -27,7 +27,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def step():
     {step}
-for _ in range(10):
+for _ in range(5):
     step()  # the heap finds its size
 before = faults()
 for _ in range(3):
@@ -46,6 +46,7 @@ def page_faults(mode: str, step: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [LARGE_BLOCKS, NETWORK_STEP])
 def test_kept_blocks_cause_no_page_faults(step: str) -> None:
     plain, kept = page_faults("plain", step), page_faults("kept", step)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from myutils.distributed import resolve_amp
 from networks.base import NETWORKS, make_network
 from networks.layers import (
     ChannelsLastConv3d,
@@ -63,7 +64,8 @@ CUBES = [(name, (0, 0, 0), (16, 16, 16)) for name in NETWORKS.names()]
 def test_networks_have_finite_bf16_gradients_at_the_smallest_size(name: str, flat_levels: tuple, size: tuple) -> None:
     network = make_network(NETWORKS.get(name), 1, 2, flat_levels)
     mend_layers(network)
-    for _ in range(3):
+    emulated = resolve_amp("auto", torch.device("cpu")) == "no"
+    for _ in range(1 if emulated else 3):  # emulated, each takes seconds and none reads spoilt memory
         spoil_memory()
         network.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):

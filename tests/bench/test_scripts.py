@@ -30,6 +30,7 @@ from dataloaders.base import Volume
 from dataloaders.nifti_folder import NiftiFolder
 
 
+@pytest.mark.slow
 def test_step_cost_prints_every_side_and_its_ratios(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
