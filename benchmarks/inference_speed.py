@@ -30,10 +30,10 @@ import torch
 from monai.inferers import sliding_window_inference
 from torch import Tensor
 
-from myutils.build import build_inference
 from myutils.checkpoint import InferenceBundle, load_for_inference
-from myutils.distributed import resolve_amp, start_process_group
+from myutils.distributed import start_process_group
 from myutils.inference import InferenceOptions, sliding_window_probabilities
+from myutils.inference_flags import InferenceFlags, inference_options
 from myutils.metrics import segmentation_metrics
 from myutils.pseudo_labels import most_probable
 from myutils.scan_inputs import find_scans
@@ -48,7 +48,7 @@ def main() -> None:
     settings = parse()
     _, device = start_process_group()
     bundle = load_for_inference(settings.checkpoint, device)
-    options = build_inference(bundle.config, resolve_amp(bundle.config.amp, device))
+    options = inference_options(bundle, InferenceFlags().apply_to(bundle.config), device)
     if settings.window:
         options = dataclasses.replace(options, patch_size=tuple(settings.window))
     volume = find_scans(settings.image)[0].read()

@@ -28,10 +28,11 @@ from torch import Tensor
 from benchmarks.inference_speed import dice
 from dataloaders.base import Volume
 from dataloaders.splits import make_test_ids
-from myutils.build import build_inference, build_source
+from myutils.build import build_source
 from myutils.checkpoint import InferenceBundle, load_for_inference
-from myutils.distributed import autocast, resolve_amp, start_process_group
+from myutils.distributed import autocast, start_process_group
 from myutils.inference import InferenceOptions, evaluation_mode, label_map_from, sliding_window_probabilities
+from myutils.inference_flags import InferenceFlags, inference_options
 
 WINDOWS_AT_ONCE = 4
 
@@ -84,9 +85,9 @@ def loaded(path: Path, settings: argparse.Namespace) -> Loaded:
     """The run of a checkpoint, with the cases that ``--cases`` and ``--held_out`` ask for."""
     _, device = start_process_group()
     bundle = load_for_inference(path, device)
-    options = build_inference(bundle.config, resolve_amp(bundle.config.amp, device))
+    options = inference_options(bundle, InferenceFlags(flips=False).apply_to(bundle.config), device)
     cases = labelled_cases(path, bundle, settings.cases, held_out=settings.held_out)
-    return Loaded(bundle, dataclasses.replace(options, flips=(), views=0), cases, device)
+    return Loaded(bundle, options, cases, device)
 
 
 def scores_of(path: Path, settings: argparse.Namespace) -> dict[str, list[float]]:
