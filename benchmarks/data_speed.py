@@ -87,7 +87,7 @@ def make_sides(size: int, patch: tuple[int, ...]) -> dict[str, Callable[[], obje
     rng = np.random.default_rng(0)
     image = rng.standard_normal((1, size, size, size), dtype=np.float32)
     label = (image[0] > 1).astype(np.uint8)
-    case = PreparedCase(Volume("a", image, label, np.eye(4), (1.0, 1.0, 1.0)), (), float(image.min()))
+    case = PreparedCase(Volume("a", image, label, np.eye(4), (1.0, 1.0, 1.0)), (), image.min((1, 2, 3)))
     options = AugmentOptions(patch, affine_share=1.0, foreground_share=0.0, max_angle=ANGLE, max_scale=SCALE)  # type: ignore[arg-type]
     ours = PatchDataset(OneCase(case), options)  # type: ignore[arg-type]
     keys = ("image", "label")

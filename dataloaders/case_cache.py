@@ -30,7 +30,7 @@ _TARGETS_PER_CLASS = 2000
 _LARGEST_MAPPED = 256  # cases of one process: each map holds a file open, and systems allow about 1,000 of these
 _UNFINISHED = ".new-"  # first letters of an entry's name until it is whole
 _ABANDONED_AFTER = 3600.0  # seconds without a change
-_FORMAT = 2  # of an entry; a change makes old entries unreadable
+_FORMAT = 3  # of an entry; a change makes old entries unreadable
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class PreparedCase:
     Attributes:
         volume: Image and, where it was asked for, label.
         targets: Voxels (n, 3) of each class from which crops may be centred; empty without a label.
-        outside: The image's least value, for what lies outside.
+        outside: The least value of each channel (C,), for what lies outside.
     """
 
     volume: Volume
     targets: tuple[np.ndarray, ...]
-    outside: float
+    outside: np.ndarray
 
     @property
     def memory_bytes(self) -> int:
@@ -98,7 +98,7 @@ class CaseCache:
     def _read(self, case_id: str, with_label: bool) -> PreparedCase:
         volume = self._preprocess(self._source.load(case_id, with_label=with_label))
         targets = _targets(volume.label) if volume.label is not None else ()
-        return PreparedCase(volume, targets, float(volume.image.min()))
+        return PreparedCase(volume, targets, volume.image.min((1, 2, 3)))
 
 
 def _targets(label: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -155,7 +155,7 @@ class CaseStore:
             return None
         volume = Volume(case_id, image, label, np.array(about["affine"]), tuple(about["spacing"]))
         targets = tuple(np.split(voxels, np.cumsum(about["counts"])[:-1])) if len(voxels) else ()
-        return PreparedCase(volume, targets, about["outside"])
+        return PreparedCase(volume, targets, np.array(about["outside"]))
 
     def write(self, name: str, case: PreparedCase) -> PreparedCase:
         """Keep a case and return it mapped; where the disk has no room, warn once and return it as it is."""
@@ -188,7 +188,7 @@ class CaseStore:
             "affine": volume.affine.tolist(),
             "spacing": list(volume.spacing),
             "counts": [len(target) for target in case.targets],
-            "outside": case.outside,
+            "outside": case.outside.tolist(),
         }
         (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 

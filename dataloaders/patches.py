@@ -90,7 +90,7 @@ class PatchDataset(Dataset[dict[str, object]]):
         options, volume = self._options, case.volume
         target = self._target(case, rng) if rng.random() < options.foreground_share else None
         corner = choose_center(volume.image.shape[1:], options.patch_size, rng, target)
-        fill = case.outside
+        fill = case.outside[:, None, None, None]
         if rng.random() < options.affine_share:
             matrix = random_affine(rng, options, volume.spacing)
             image = affine_crop(volume.image, matrix, corner, options.patch_size, order=1, fill=fill)

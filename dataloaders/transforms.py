@@ -66,8 +66,8 @@ def choose_center(
     return corner
 
 
-def crop(array: np.ndarray, corner: np.ndarray, patch_size: tuple[int, ...], fill: float) -> np.ndarray:
-    """Cut a patch out of the last three axes; what lies outside the volume becomes ``fill``."""
+def crop(array: np.ndarray, corner: np.ndarray, patch_size: tuple[int, ...], fill: float | np.ndarray) -> np.ndarray:
+    """Cut a patch out of the last three axes; outside the volume is ``fill``, one number or (C, 1, 1, 1)."""
     shape = array.shape[-3:]
     start, stop = np.maximum(corner, 0), np.minimum(corner + patch_size, shape)
     x, y, z = (slice(a, b) for a, b in zip(start, stop, strict=True))
@@ -100,15 +100,21 @@ def random_affine(
 
 
 def affine_crop(
-    array: np.ndarray, matrix: np.ndarray, corner: np.ndarray, patch_size: tuple[int, ...], *, order: int, fill: float
+    array: np.ndarray,
+    matrix: np.ndarray,
+    corner: np.ndarray,
+    patch_size: tuple[int, ...],
+    *,
+    order: int,
+    fill: float | np.ndarray,
 ) -> np.ndarray:
-    """Sample a patch of array (..., X, Y, Z) through ``matrix`` about the patch's centre."""
+    """Sample a patch of array (..., X, Y, Z) through ``matrix`` about the patch's centre; ``fill`` as of ``crop``."""
     half = (np.asarray(patch_size) - 1) / 2
     offset = corner + half - matrix @ half
     flat = array.reshape(-1, *array.shape[-3:])
     sampled = [
-        ndimage.affine_transform(channel, matrix, offset, tuple(patch_size), order=order, mode="constant", cval=fill)
-        for channel in flat
+        ndimage.affine_transform(channel, matrix, offset, tuple(patch_size), order=order, mode="constant", cval=outside)
+        for channel, outside in zip(flat, np.broadcast_to(np.ravel(fill), len(flat)), strict=True)
     ]
     return np.stack(sampled).reshape(*array.shape[:-3], *patch_size)
 
@@ -140,7 +146,8 @@ def change_intensity(image: np.ndarray, rng: np.random.Generator, *, chance: flo
     if rng.random() < chance:
         image += np.float32(size * rng.uniform(-0.4, 0.4))
     if rng.random() < chance:
-        image = apply_gamma(image, float(np.exp(size * rng.uniform(-0.6, 0.6))))
+        gamma = float(np.exp(size * rng.uniform(-0.6, 0.6)))
+        image = np.stack([apply_gamma(channel, gamma) for channel in image])
     if rng.random() < 0.5 * chance:
         sigma = size * rng.uniform(0.3, 1.1)
         image = np.stack([ndimage.gaussian_filter(channel, sigma, truncate=3.0) for channel in image])
@@ -151,7 +158,7 @@ def change_intensity(image: np.ndarray, rng: np.random.Generator, *, chance: flo
 
 
 def apply_gamma(image: np.ndarray, gamma: float) -> np.ndarray:
-    """``x ** gamma`` on the image (C, X, Y, Z) rescaled to 0..1, put back to its own range; a constant is kept."""
+    """``x ** gamma`` on one channel (X, Y, Z) rescaled to 0..1, put back to its own range; a constant is kept."""
     low, high = float(image.min()), float(image.max())
     if high - low < 1e-6:
         return image

@@ -216,7 +216,7 @@ def build_optimizer(config: RunConfig, method: Method) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=decay)
     if config.optimizer == "muon":
-        return Muon(split_kernels(groups), decay, interval=config.muon_interval)
+        return Muon(split_kernels(groups, method.student.in_channels), decay, interval=config.muon_interval)
     return torch.optim.AdamW(groups, weight_decay=decay, fused=True)
 
 

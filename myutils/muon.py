@@ -25,18 +25,27 @@ _SMALLEST = 1e-14  # squared norm; a kernel without a gradient stays where it is
 _RMS = 0.2  # of a step's entries, what AdamW's have in practice
 
 
-def is_kernel(parameter: nn.Parameter) -> bool:
-    """Whether it is the weight of a 3D convolution that mixes channels and voxels, as all but the outermost do."""
-    return parameter.ndim == 5 and parameter.shape[1] > 1 and parameter[0, 0].numel() > 1
+def is_kernel(parameter: nn.Parameter, channels: int = 1) -> bool:
+    """Whether it is the weight of a 3D convolution that mixes features and voxels: all but the outermost ones do.
+
+    Args:
+        parameter: Any of a network.
+        channels: Channels of the images, which are no features: what takes so many is the first layer.
+    """
+    return parameter.ndim == 5 and parameter.shape[1] > channels and parameter[0, 0].numel() > 1
 
 
-def split_kernels(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def split_kernels(groups: list[dict[str, Any]], channels: int = 1) -> list[dict[str, Any]]:
     """The same parameters, kernels in groups of their own after the others, as ``Muon`` takes them."""
-    rest = [{**group, "params": [p for p in group["params"] if not is_kernel(p)], _MARK: False} for group in groups]
+
+    def chosen_of(group: dict[str, Any], kernels: bool) -> list[nn.Parameter]:
+        return [parameter for parameter in group["params"] if is_kernel(parameter, channels) == kernels]
+
+    rest = [{**group, "params": chosen_of(group, False), _MARK: False} for group in groups]
     kernels = [
         {**group, "params": chosen, _MARK: True, **{rate: _KERNEL_RATE * group[rate] for rate in ("lr", "lr_scale")}}
         for group in groups
-        if (chosen := [p for p in group["params"] if is_kernel(p)])
+        if (chosen := chosen_of(group, True))
     ]
     return rest + kernels
 

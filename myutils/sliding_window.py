@@ -14,7 +14,6 @@ from itertools import product
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 WindowFunction = Callable[[Tensor], Tensor]  # windows (B, C, x, y, z) to class scores (B, K, x, y, z)
 
@@ -119,12 +118,15 @@ def stitched_rows(
 
 
 def _padded(image: Tensor, window: tuple[int, int, int]) -> tuple[Tensor, list[slice]]:
-    """An image (C, X, Y, Z) at least as large as a window, and where the given one lies in it."""
+    """An image (C, X, Y, Z) made as large as a window by its channels' least values, and where it lies in that."""
     missing = [max(0, extent - size) for extent, size in zip(window, image.shape[1:], strict=True)]
     margins = [(gap // 2, gap - gap // 2) for gap in missing]
     inner = [slice(low, low + n) for (low, _), n in zip(margins, image.shape[1:], strict=True)]
     if any(missing):
-        image = functional.pad(image, [m for pair in reversed(margins) for m in pair], value=float(image.min()))
+        least = image.flatten(1).amin(1)[:, None, None, None]
+        padded = least.expand(-1, *(n + gap for n, gap in zip(image.shape[1:], missing, strict=True))).clone()
+        padded[(slice(None), *inner)] = image
+        image = padded
     return image, inner
 
 

@@ -155,6 +155,7 @@ class Trainer:
             raise NonFiniteLossError(self.watch.message(reason, step, cases)) from error
         self.watch.record(step, cases, {f"loss term {name}": term.value for name, term in output.terms.items()})
         self.backward(output)
+        self.method.before_update(step)
         self.update_weights(step, cases)
         self.method.after_step(step)
         return output
@@ -176,11 +177,10 @@ class Trainer:
         self.scaler.update()
 
     def _wrapped(self) -> nn.Module:
-        """The method, behind DDP where there are several ranks."""
+        """The method, behind DDP where there are several ranks; a warm-up leaves heads of unlabelled patches idle."""
         if self.ranks.world_size == 1:
             return self.method
-        idle = bool(self.state.config.warmup_iteration)  # heads that only unlabelled patches reach
-        return data_parallel(self.method, self.device, find_unused_parameters=idle)
+        return data_parallel(self.method, self.device, find_unused_parameters=self.state.config.warmup_iteration != 0)
 
     def _progress_bar(self, first: int) -> tqdm[Any]:
         interactive = sys.stderr.isatty()

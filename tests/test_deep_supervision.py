@@ -48,6 +48,18 @@ def test_voxels_without_a_label_do_not_count() -> None:
     assert (features.grad.abs().sum((0, 1, 3, 4)) > 0).tolist() == [True, True, False, False]
 
 
+@pytest.mark.parametrize("labelled", [8, 4, 1])
+def test_the_loss_does_not_depend_on_how_much_has_a_label(labelled: int) -> None:
+    deep = DeepSupervision([1], 2)
+    for parameter in deep.parameters():
+        torch.nn.init.zeros_(parameter)
+    targets = one_hot_labels(torch.zeros(1, 8, 1, 1, dtype=torch.long), 2)
+    targets[:, :, labelled:] = 0
+    for coarse in (8, 4):  # of a coarse voxel all or a half has a label
+        loss = deep([torch.zeros(1, 1, coarse, 1, 1)], targets)
+        assert loss.item() == pytest.approx(0.5 * 0.5 * math.log(2), abs=1e-5)
+
+
 def test_padding_is_that_of_the_forward_pass() -> None:
     network = NETWORKS.get("unet_3d")(1, 2)
     padded = network.pad(torch.ones(1, 1, 17, 9, 21))

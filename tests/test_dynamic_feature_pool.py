@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import BallSource
-from helpers_runs import random_batch, small_config
+from helpers_runs import random_batch, small_config, small_trainer
 from torch.nn import functional
 
 from myutils.build import DataFacts, build_method, build_optimizer
@@ -234,6 +235,28 @@ def test_settings_that_never_reach_the_student_are_refused(changes: dict[str, An
     source = BallSource()
     with pytest.raises(ValueError, match=message):
         build_method(small_config(source, method="cov_dfp", **changes), DataFacts.of(source))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "sgd"])
+def test_selector_moves_in_stage_2_alone(tmp_path: Path, optimizer: str) -> None:
+    settings = {"dfp_start_iter": 1, "dfp_reconstruct_interval": 9, "selector_train_iter": 2, "max_iteration": 6}
+    trainer = small_trainer(BallSource(), tmp_path, method="cov_dfp", optimizer=optimizer, **settings)
+    moved, stages = [], []
+    for step in range(6):
+        before = [parameter.clone() for parameter in trainer.method.selector.parameters()]
+        trainer.train_step(trainer.method, random_batch(), step)
+        after = trainer.method.selector.parameters()
+        moved.append(not all(torch.equal(old, new) for old, new in zip(before, after, strict=True)))
+        stages.append(trainer.method.stage(step))
+    assert stages == [1, 2, 2, 3, 3, 3] and moved == [stage == 2 for stage in stages]
+
+
+def test_pools_are_first_built_after_the_warm_up() -> None:
+    source = BallSource()
+    config = small_config(source, method="cov_dfp", max_iteration=40, dfp_start_iter=4, warmup_iteration=8)
+    method = build_method(config, DataFacts.of(source))
+    assert [method.stage(step) for step in (4, 7, 8)] == [1, 1, 2]
+    assert method.refills_at(8)
 
 
 def test_selector_stays_as_it_is_without_a_gradient() -> None:

@@ -7,10 +7,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import BallSource
+from helpers_runs import small_config
 from torch import Tensor, nn
 
 from myutils import muon
+from myutils.build import DataFacts, build_method, build_optimizer
 from myutils.muon import Muon, is_kernel, orthogonal, split_kernels
+from networks.base import NETWORKS
 from networks.unet3d import UNet3D
 
 
@@ -64,6 +68,18 @@ def test_kernels_are_what_mixes_channels_and_voxels() -> None:
     assert "branch.classifier.weight" not in names  # one voxel
     assert {"encoder.0.1.0.weight", "encoder.3.1.0.weight", "branch.decoder.upsample.0.weight"} <= names
     assert all(name.endswith("weight") for name in names)
+
+
+@pytest.mark.parametrize("model", NETWORKS.names())
+def test_the_first_layer_is_no_kernel_whatever_the_channels(model: str) -> None:
+    chosen = []
+    for channels in (1, 2, 4):
+        source = BallSource(channels=channels)
+        method = build_method(small_config(source, method="supervised", model=model), DataFacts.of(source))
+        optimizer = build_optimizer(method.config, method)
+        kernels = {id(p) for group in optimizer.param_groups if group["kernels"] for p in group["params"]}
+        chosen.append({name for name, parameter in method.named_parameters() if id(parameter) in kernels})
+    assert chosen[0] == chosen[1] == chosen[2] != set()
 
 
 @pytest.mark.parametrize("out", [4, 60])  # wide and tall matrices

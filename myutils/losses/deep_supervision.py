@@ -45,5 +45,6 @@ class DeepSupervision(nn.Module):
         for depth, (classify, features) in enumerate(zip(self.classifiers, levels, strict=True)):
             x, y, z = features.shape[2:]
             shares = functional.adaptive_avg_pool3d(targets, (x, y, z))
-            losses.append(soft_label_loss(classify(features), shares, shares.sum(1)) * 0.5 ** (len(levels) - depth))
+            loss = soft_label_loss(classify(features), shares, shares.sum(1), partial=True)
+            losses.append(loss * 0.5 ** (len(levels) - depth))
         return torch.stack(losses).sum()

@@ -94,7 +94,9 @@ def region_losses(logits: Tensor, labels: Tensor, region: Tensor) -> tuple[Tenso
     return within(region.float()), within((~region).float())
 
 
-def soft_label_loss(logits: Tensor, targets: Tensor, mask: Tensor, labels: Tensor | None = None) -> Tensor:
+def soft_label_loss(
+    logits: Tensor, targets: Tensor, mask: Tensor, labels: Tensor | None = None, *, partial: bool = False
+) -> Tensor:
     """Mean of the cross-entropy to class probabilities and of the soft Dice loss to their hard labels, in float32.
 
     Cross-entropy to probabilities needs no gate: an unsure target asks for an unsure prediction. Dice has no such
@@ -105,6 +107,8 @@ def soft_label_loss(logits: Tensor, targets: Tensor, mask: Tensor, labels: Tenso
         targets: Probabilities (B, K, X, Y, Z) that sum to 1 over K, without gradient.
         mask: Voxels (B, X, Y, Z) that take part in the Dice loss, 0..1.
         labels: The most probable classes (B, X, Y, Z) of ``targets``, where they are at hand.
+        partial: ``targets`` sum to ``mask``, less than 1 where part of a voxel has no label: cross-entropy is averaged
+            over the parts that have one, of all ranks.
 
     Returns:
         A scalar on the graph, 0 for an empty batch. For one-hot targets and a mask of ones it is ``dice_ce_loss``.
@@ -112,6 +116,9 @@ def soft_label_loss(logits: Tensor, targets: Tensor, mask: Tensor, labels: Tenso
     if logits.shape[0] == 0:
         return 0.0 * logits.float().sum()
     log_probs = functional.log_softmax(logits.float(), dim=1)
-    cross_entropy = -(targets * log_probs).sum(1).mean()
+    cross_entropy = -(targets * log_probs).sum(1)
+    if partial:
+        total, known = sum_over_ranks(torch.stack([cross_entropy.sum(), mask.sum()]))
+        cross_entropy = total / known.clamp(min=1e-6)
     labels = most_probable(targets) if labels is None else labels
-    return 0.5 * (cross_entropy + soft_dice_loss(log_probs.exp(), labels, mask))
+    return 0.5 * (cross_entropy.mean() + soft_dice_loss(log_probs.exp(), labels, mask))

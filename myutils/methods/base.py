@@ -139,6 +139,9 @@ class Method(nn.Module, ABC):
     def inference_network(self) -> SegmentationNetwork:
         """The network that segments after training."""
 
+    def before_update(self, step: int) -> None:
+        """Called with the gradients of a step, before the optimizer takes them."""
+
     def after_step(self, step: int) -> None:
         """Called after each optimizer step."""
         if self.prototypes is not None:

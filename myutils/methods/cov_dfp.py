@@ -4,7 +4,7 @@ The teacher's reliable features of labelled patches (predicted correctly, above 
 buffer. Its correlation matrix gives the leading patterns of co-variation, and each pattern a pool with a centre
 (``myutils.dynamic_feature_pool``). Three stages:
 
-1. before ``--dfp_start_iter``: train as ``mean_teacher`` does, and collect;
+1. before ``--dfp_start_iter``, and in a warm-up: train as ``mean_teacher`` does, and collect;
 2. for ``--selector_train_iter`` steps after each build: the selector learns to name the nearest pool of a region;
 3. else: the terms below act on the student; pools are rebuilt every ``--dfp_reconstruct_interval`` steps.
 
@@ -66,7 +66,8 @@ class CovarianceFeaturePools(MeanTeacher):
             nn.Linear(width, width), nn.LayerNorm(width), nn.LeakyReLU(0.2), nn.Linear(width, config.num_dfp)
         )
         steps = required(config.max_iteration, "max_iteration")
-        self.start = fraction_rampup(config.dfp_start_iter, steps, _START_SHARE)
+        warmup = required(config.warmup_iteration, "warmup_iteration")  # nothing is collected in it
+        self.start = max(warmup, fraction_rampup(config.dfp_start_iter, steps, _START_SHARE))
         if config.selector_train_iter >= config.dfp_reconstruct_interval:
             raise ValueError(
                 f"--selector_train_iter {config.selector_train_iter}: leaves none of the "
@@ -78,9 +79,15 @@ class CovarianceFeaturePools(MeanTeacher):
             )
 
     def further_groups(self, lr: float) -> list[dict[str, Any]]:
-        """The pool selector has no weight decay, so that it stays as it is where it has no gradient."""
+        """The pool selector has no weight decay; ``before_update`` has the rest of what leaves it as it is."""
         steady = {"params": list(self.selector.parameters()), "lr": lr, "lr_scale": 1.0, "weight_decay": 0.0}
         return [*super().further_groups(lr), steady]
+
+    def before_update(self, step: int) -> None:
+        """Outside stage 2 the pool selector rests: with gradients of zero its momentum would move it on."""
+        if self.stage(step) != 2:
+            for parameter in self.selector.parameters():
+                parameter.grad = None
 
     def refills_at(self, step: int) -> bool:
         """The pool collects as often as the prototype memory refills, and in the step that builds it."""

@@ -32,6 +32,16 @@ def test_cache_holds_at_most_its_limit() -> None:
     assert cache.get("ball04", with_label=False) is cache.get("ball04", with_label=False)
 
 
+def test_each_channel_has_its_own_outside(tmp_path: Path) -> None:
+    source = BallSource(channels=2)
+    store = CaseStore(tmp_path, 1 << 30)
+    case = CaseCache(source, MR).get("ball00", with_label=False)
+    kept = store.write("entry", case)
+    assert kept.is_mapped
+    for found in (case, kept):
+        assert found.outside.tolist() == case.volume.image.min((1, 2, 3)).tolist() and len(found.outside) == 2
+
+
 class CountingFolder(NiftiFolder):
     """Counts reads per case."""
 

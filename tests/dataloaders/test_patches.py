@@ -52,6 +52,16 @@ def test_crop_pads_outside_with_the_fill_value() -> None:
     assert np.array_equal(patch[0, 1:, :, :2], array[0])
 
 
+def test_outside_is_each_channels_own_background() -> None:
+    channels = np.stack([np.full((2, 2, 2), 1.0), np.full((2, 2, 2), 7.0)])
+    fill, corner = np.array([1.0, 7.0])[:, None, None, None], np.array([-1, 0, 0])
+    for patch in (
+        crop(channels, corner, (4, 4, 4), fill),
+        affine_crop(channels, 1.5 * np.eye(3), corner, (4, 4, 4), order=1, fill=fill),
+    ):
+        assert np.allclose(patch[0], 1.0) and np.allclose(patch[1], 7.0)
+
+
 def test_affine_crop_by_identity_is_a_crop() -> None:
     array = np.random.default_rng(0).normal(size=(2, 9, 9, 9)).astype(np.float32)
     corner = np.array([1, 0, -2])
@@ -129,7 +139,7 @@ def test_change_intensity_follows_chance_and_size_and_keeps_the_input() -> None:
 def test_apply_gamma_by_hand() -> None:
     image = np.array([0.0, 1.0, 4.0], dtype=np.float32).reshape(1, 3, 1, 1)
     assert apply_gamma(image, 2.0).ravel().tolist() == pytest.approx([0.0, 0.25, 4.0])
-    assert np.array_equal(apply_gamma(np.ones((1, 2, 2, 2), np.float32), 2.0), np.ones((1, 2, 2, 2)))
+    assert np.array_equal(apply_gamma(np.ones((2, 2, 2), np.float32), 2.0), np.ones((2, 2, 2)))
 
 
 def dataset(source: BallSource, **changes: object) -> PatchDataset:
