@@ -52,7 +52,14 @@ from myutils.evaluation import (
     write_cases_csv,
     write_summary_json,
 )
-from myutils.evaluation_cases import SPLITS, choose_cases, is_training_data, require_match, warn_if_moved
+from myutils.evaluation_cases import (
+    SPLITS,
+    choose_cases,
+    is_training_data,
+    require_match,
+    warn_if_moved,
+    warn_of_equal_ids,
+)
 from myutils.flags import option
 from myutils.inference import InferenceOptions
 from myutils.inference_flags import InferenceFlags, inference_options, start
@@ -139,12 +146,14 @@ def prepare(flags: EvaluateFlags) -> Job:
         given.setdefault("dataset_path", None)  # the folder of another format's data says nothing about these
     source = open_source(dataclasses.replace(config, **given), bundle, flags)
     require_match(source, bundle)
+    if flags.split == "test":
+        warn_of_equal_ids(source, bundle, flags.dataset_path)
     case_ids = choose_cases(source, bundle, flags.split, test_list=flags.test_list, val_list=flags.val_list)
     drawn = flags.split == "test" and flags.test_list is None
     if drawn and len(flags.checkpoint) == 1 and is_training_data(source, bundle):
         warn_if_moved(case_ids, flags.checkpoint[0].parent)
     folder = flags.output_dir or default_folder(flags, bundle, source)
-    refuse_other_results(folder, flags.checkpoint)
+    refuse_other_results(folder, flags.checkpoint, data_path(flags, config))
     make_folder(folder, "--output_dir")
     return Job(flags, bundle, config, source, case_ids, options, device, folder)
 
@@ -166,17 +175,28 @@ def default_folder(flags: EvaluateFlags, bundle: InferenceBundle, source: CaseSo
     first, *others = flags.checkpoint or (Path(),)
     name = f"{flags.split}_mean_of_{len(others) + 1}" if others else flags.split
     if not is_training_data(source, bundle):
-        name = f"{flags.dataset_path.name if flags.dataset_path else flags.dataset_name or 'other'}_{name}"
+        name = f"{flags.dataset_path.resolve().name if flags.dataset_path else flags.dataset_name or 'other'}_{name}"
     return first.parent / "evaluation" / name
 
 
-def refuse_other_results(folder: Path, checkpoints: Sequence[Path]) -> None:
-    """Raise a ValueError if the folder holds the results of other checkpoints."""
+def data_path(flags: EvaluateFlags, config: RunConfig) -> str:
+    """Where the scored data lie, from wherever it is named; empty for data of the package."""
+    path = flags.dataset_path or config.dataset_path
+    return str(path.resolve()) if path else ""
+
+
+def refuse_other_results(folder: Path, checkpoints: Sequence[Path], data: str) -> None:
+    """Raise a ValueError if the folder holds the results of other checkpoints, or on other data."""
     path = folder / "summary.json"
-    scored = json.loads(path.read_text(encoding="utf-8")).get("checkpoint", "") if path.is_file() else ""
+    about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    scored, scored_on = about.get("checkpoint", ""), about.get("dataset_path", "")
     before, now = ([Path(name).parts[-2:] for name in names.split(", ")] for names in (scored, paths_of(checkpoints)))
     if scored and before != now:  # run and file, for a run may have moved
         raise ValueError(f"{folder} holds the results of {scored}; pass another --output_dir, or delete it")
+    if scored_on and data and Path(scored_on).resolve() != Path(data):
+        raise ValueError(
+            f"{folder} holds the results on {scored_on}, not on {data}; pass another --output_dir, or delete it"
+        )
 
 
 def paths_of(checkpoints: Sequence[Path]) -> str:
@@ -225,7 +245,7 @@ def write_results(job: Job, results: Sequence[CaseResult]) -> None:
         "split": job.flags.split,
         "split_digest": job.bundle.split.digest,
         "dataset_name": job.flags.dataset_name or job.config.dataset_name,
-        "dataset_path": str(job.flags.dataset_path or job.config.dataset_path or ""),
+        "dataset_path": data_path(job.flags, job.config),
         "inference": dataclasses.asdict(job.options) | {"largest_component": kept_parts(job.config, job.bundle.facts)},
     }
     write_summary_json(job.folder / "summary.json", summary | about)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 CHANNEL_SUFFIX = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")  # nnU-Net: one file per channel, from _0000
+_COMMENT = re.compile(r"(?:^|\s)#")
 
 
 def is_nifti(name: str) -> bool:
@@ -25,7 +26,8 @@ def strip_nifti_suffix(name: str) -> str:
 
 
 def read_case_list(path: Path) -> tuple[str, ...]:
-    """Read case ids in file order; blank lines, ``#`` comments, CRLF and a NIfTI suffix are tolerated.
+    """Read case ids in file order; blank lines, CRLF, a NIfTI suffix, and comments after a ``#`` at the start or
+    after a space are tolerated.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -37,7 +39,7 @@ def read_case_list(path: Path) -> tuple[str, ...]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"list file {path} is not UTF-8 text; write one case id per line") from error
-    ids = [strip_nifti_suffix(text) for line in lines if (text := line.split("#", 1)[0].strip())]
+    ids = [strip_nifti_suffix(text) for line in lines if (text := _COMMENT.split(line, maxsplit=1)[0].strip())]
     if not ids:
         raise ValueError(f"list file {path} holds no case id; write one id per line")
     reject_duplicates(ids, str(path))

@@ -157,5 +157,6 @@ def _image_files(root: Path, images: list[str]) -> tuple[Path, ...]:
         files = sorted(files[0].parent.glob(f"{stem}_[0-9][0-9][0-9][0-9]{ending}")) or files
     missing = [path for path in files if not path.is_file()]
     if missing:
-        raise FileNotFoundError(f"{missing[0]} is listed in {root / 'dataset.json'} but does not exist; copy it there")
+        listed = f"{missing[0]} is listed in {root / 'dataset.json'} but does not exist"
+        raise FileNotFoundError(f"{listed}; copy it there, or take it out of the list")
     return tuple(files)

@@ -75,6 +75,7 @@ def read_nifti_channels(paths: Sequence[Path], case_id: str) -> tuple[np.ndarray
 def nifti_channels(path: Path) -> int:
     """Number of channels C of a NIfTI file, from its header alone; errors as in ``read_nifti``."""
     shape = _open_nifti(path).shape
+    _require_axes(shape, path)
     return 1 if len(shape) == 3 else int(shape[-1])
 
 

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from dataloaders.base import CaseSource, KeptCases, Volume
+from dataloaders.case_lists import some
 from dataloaders.geometry import reason_of
 from dataloaders.preprocess import Preprocess
 from myutils.distributed import is_main_rank, join_shares, own_share
@@ -57,7 +58,11 @@ class DamagedCasesError(ValueError):
     """Some cases could not be scored; ``results`` holds those that could."""
 
     def __init__(self, reasons: Mapping[str, str], results: list[CaseResult]) -> None:
-        shown = "; ".join(f"case {case_id}: {reason}" for case_id, reason in reasons.items())
+        alike: dict[str, list[str]] = {}
+        for case_id, reason in reasons.items():
+            alike.setdefault(reason.removeprefix(f"case {case_id}: "), []).append(case_id)
+        named = {reason: f"case {ids[0]}" if len(ids) == 1 else f"cases {some(ids)}" for reason, ids in alike.items()}
+        shown = "; ".join(f"{who}: {reason}" for reason, who in named.items())
         super().__init__(f"{len(reasons)} of {len(reasons) + len(results)} cases cannot be scored: {shown}")
         self.results = results
 

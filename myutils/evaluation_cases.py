@@ -47,6 +47,20 @@ def is_training_data(source: CaseSource, bundle: InferenceBundle) -> bool:
     return bool(used) and used <= set(source.case_ids())
 
 
+def warn_of_equal_ids(source: CaseSource, bundle: InferenceBundle, data: Path | None) -> None:
+    """Say that a folder is taken for the data of the training, which lay elsewhere: ids alone cannot tell for sure."""
+    trained = bundle.config.dataset_path
+    if data is None or trained is None or data.resolve() == trained.resolve() or not is_training_data(source, bundle):
+        return
+    logger.warning(
+        "%s has all %d cases of the training by name and is taken for its data, moved from %s: cases trained on are "
+        "not scored; of another hospital's data with the same names --split all scores each",
+        data,
+        len(training_ids(bundle)),
+        trained,
+    )
+
+
 def training_ids(bundle: InferenceBundle) -> set[str]:
     """Ids that training saw, validation included."""
     return {*bundle.split.labeled, *bundle.split.unlabeled, *bundle.split.val}

@@ -103,7 +103,9 @@ def find_scans(path: Path) -> list[Scan]:
             logger.info("--input %s: its %d NIfTI files are taken for labels of the series", path, len(files))
         chosen = [folder for folder in folders if folder.name != LABEL_FOLDER or _holds_series(folder)]
         return [Scan(folder.name, folder) for folder in chosen]
-    raise FileNotFoundError(f"--input {path} itself holds no .nii, no .nii.gz and no DICOM series")
+    holders = [str(folder) for folder in folders if list_nifti(folder)]
+    hint = f"; pass {' or '.join(holders[:3])}" if holders else ""
+    raise FileNotFoundError(f"--input {path} itself holds no .nii, no .nii.gz and no DICOM series{hint}")
 
 
 def join_channels(scans: Sequence[Scan], channels: int) -> list[Scan]:

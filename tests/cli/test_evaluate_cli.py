@@ -18,6 +18,7 @@ from helpers_scans import trained_run, write_cohort
 import evaluate_3d
 from myutils import inference_flags
 from myutils.checkpoint import load_for_inference
+from myutils.evaluation import DamagedCasesError
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,40 @@ def test_moved_data_are_still_the_training_data(cohort: Path, checkpoint: Path, 
     assert evaluate(checkpoint, "--dataset_path", moved, "--output_dir", tmp_path / "out") == 0
     assert evaluate(checkpoint, "--output_dir", tmp_path / "there") == 0
     assert cases_in(tmp_path / "out") == cases_in(tmp_path / "there")
+
+
+def test_other_data_with_the_names_of_the_training_data_are_named_and_overwrite_nothing(
+    checkpoint: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    keep_log(monkeypatch)
+    other = write_cohort(tmp_path / "clinic")
+    assert evaluate(checkpoint, "--output_dir", tmp_path / "out") == 0
+    before = (tmp_path / "out" / "cases.csv").read_bytes()
+    with caplog.at_level(logging.WARNING):
+        told = refused(capsys, checkpoint, "--dataset_path", other, "--output_dir", tmp_path / "out")
+    assert "holds the results on" in told and f"not on {other}; pass another --output_dir" in told
+    assert f"{other} has all" in caplog.text and "--split all" in caplog.text
+    assert (tmp_path / "out" / "cases.csv").read_bytes() == before
+
+
+def test_folders_of_one_name_do_not_overwrite_each_other(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sites = [write_cohort(tmp_path / site / "scans", cases=2, labeled=2, prefix=site) for site in ("a", "b")]
+    monkeypatch.chdir(sites[0])
+    assert evaluate(checkpoint, "--dataset_path", ".") == 0
+    assert cases_in(checkpoint.parent / "evaluation" / "scans_test") == ["a00", "a01"]
+    assert evaluate(checkpoint, "--dataset_path", sites[0]) == 0  # the same data, named otherwise
+    assert f"holds the results on {sites[0]}" in refused(capsys, checkpoint, "--dataset_path", sites[1])
+
+
+def test_equal_reasons_are_told_once() -> None:
+    reasons = {"a": "case a: damaged", "b": "case b: damaged", "c": "case c: empty"}
+    assert str(DamagedCasesError(reasons, [])).endswith("scored: cases 'a', 'b': damaged; case c: empty")
 
 
 def test_other_data_are_scored_whole_or_by_their_list(

@@ -128,8 +128,15 @@ def test_truncated_image_is_refused_by_name(tmp_path: Path, kept: int) -> None:
 def test_case_with_other_channels_is_refused(tmp_path: Path) -> None:
     write_pair(tmp_path, "a")
     make.write_nifti(tmp_path / "images/b.nii.gz", make.counting_image((*make.SHAPE, 3)))
-    with pytest.raises(ValueError, match="case b: 3 channels, but this data set has 1"):
+    with pytest.raises(ValueError, match="case b: 3 channels, but this data set has 1, as its first case, a; leave"):
         NiftiFolder(tmp_path, num_classes=2).load("b", with_label=False)
+
+
+def test_first_image_without_three_axes_is_named(tmp_path: Path) -> None:
+    write_pair(tmp_path, "b")
+    make.write_nifti(tmp_path / "images/a.nii.gz", np.zeros((5, 4), np.float32))
+    with pytest.raises(ValueError, match=r"a.nii.gz: shape \(5, 4\); an image has 3 axes"):
+        NiftiFolder(tmp_path, num_classes=2)
 
 
 @pytest.mark.parametrize(

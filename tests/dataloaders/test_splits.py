@@ -11,6 +11,11 @@ from dataloaders.case_lists import read_case_list, some, strip_nifti_suffix
 from dataloaders.splits import SplitRequest, TrainingSplit, make_test_ids, make_training_split
 
 
+def test_an_id_may_hold_a_number_sign(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("case#1\ncase#2 # the second\n#none\n")
+    assert read_case_list(tmp_path / "list.txt") == ("case#1", "case#2")
+
+
 def test_list_file_tolerates_crlf_comments_suffixes_and_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "train.list"
     path.write_bytes(b"\xef\xbb\xbfb.nii.gz\r\n\r\n# old cases\r\n a.nii # first\r\nc.d\r\n")
