@@ -99,6 +99,7 @@ class Job:
     flags: EvaluateFlags
     bundle: InferenceBundle
     config: RunConfig
+    data: str
     source: CaseSource
     case_ids: tuple[str, ...]
     options: InferenceOptions
@@ -144,7 +145,9 @@ def prepare(flags: EvaluateFlags) -> Job:
     given = {name: getattr(flags, name) for name in DATA_SETTINGS if getattr(flags, name) is not None}
     if flags.dataset_name not in (None, config.dataset_name):
         given.setdefault("dataset_path", None)  # the folder of another format's data says nothing about these
-    source = open_source(dataclasses.replace(config, **given), bundle, flags)
+    asked = dataclasses.replace(config, **given)
+    data = str(asked.dataset_path.resolve()) if asked.dataset_path else ""  # of the package
+    source = open_source(asked, bundle, flags)
     require_match(source, bundle)
     if flags.split == "test":
         warn_of_equal_ids(source, bundle, flags.dataset_path)
@@ -153,9 +156,9 @@ def prepare(flags: EvaluateFlags) -> Job:
     if drawn and len(flags.checkpoint) == 1 and is_training_data(source, bundle):
         warn_if_moved(case_ids, flags.checkpoint[0].parent)
     folder = flags.output_dir or default_folder(flags, bundle, source)
-    refuse_other_results(folder, flags.checkpoint, data_path(flags, config))
+    refuse_other_results(folder, flags.checkpoint, data)
     make_folder(folder, "--output_dir")
-    return Job(flags, bundle, config, source, case_ids, options, device, folder)
+    return Job(flags, bundle, config, data, source, case_ids, options, device, folder)
 
 
 def open_source(config: RunConfig, bundle: InferenceBundle, flags: EvaluateFlags) -> CaseSource:
@@ -177,12 +180,6 @@ def default_folder(flags: EvaluateFlags, bundle: InferenceBundle, source: CaseSo
     if not is_training_data(source, bundle):
         name = f"{flags.dataset_path.resolve().name if flags.dataset_path else flags.dataset_name or 'other'}_{name}"
     return first.parent / "evaluation" / name
-
-
-def data_path(flags: EvaluateFlags, config: RunConfig) -> str:
-    """Where the scored data lie, from wherever it is named; empty for data of the package."""
-    path = flags.dataset_path or config.dataset_path
-    return str(path.resolve()) if path else ""
 
 
 def refuse_other_results(folder: Path, checkpoints: Sequence[Path], data: str) -> None:
@@ -245,7 +242,7 @@ def write_results(job: Job, results: Sequence[CaseResult]) -> None:
         "split": job.flags.split,
         "split_digest": job.bundle.split.digest,
         "dataset_name": job.flags.dataset_name or job.config.dataset_name,
-        "dataset_path": data_path(job.flags, job.config),
+        "dataset_path": job.data,
         "inference": dataclasses.asdict(job.options) | {"largest_component": kept_parts(job.config, job.bundle.facts)},
     }
     write_summary_json(job.folder / "summary.json", summary | about)
