@@ -174,8 +174,8 @@ def segment(scan: Scan, job: Job) -> None:
     warn_of_modality(scan, job.bundle.preprocess.modality)
     channels, expected = volume.image.shape[0], job.bundle.in_channels
     if channels != expected:
-        how = "store them in one 4D file, or in NAME_0000.nii.gz, NAME_0001.nii.gz ..."
-        how = how if expected > 1 else "store the one that the network was trained on in a 3D file"
+        several = "store them in one 4D file, or in NAME_0000.nii.gz, NAME_0001.nii.gz ..."
+        how = several if expected > 1 else "store the one that the network was trained on in a 3D file"
         raise ValueError(f"the scan has {channels} channels, the network takes {expected}; {how}")
     arguments = (job.bundle.network, volume, job.bundle.preprocess, job.options, job.device)
     if job.probabilities:

@@ -180,7 +180,7 @@ class Trainer:
         """The method, behind DDP where there are several ranks; a warm-up leaves heads of unlabelled patches idle."""
         if self.ranks.world_size == 1:
             return self.method
-        return data_parallel(self.method, self.device, find_unused_parameters=self.state.config.warmup_iteration != 0)
+        return data_parallel(self.method, self.device, find_unused_parameters=bool(self.state.config.warmup_iteration))
 
     def _progress_bar(self, first: int) -> tqdm[Any]:
         interactive = sys.stderr.isatty()

@@ -20,6 +20,7 @@ from dataloaders.preprocess import Preprocess
 from myutils.evaluation import (
     CSV_COLUMNS,
     CaseResult,
+    DamagedCasesError,
     evaluate_cases,
     format_table,
     score_case,
@@ -173,3 +174,8 @@ def test_table_shows_a_baseline_and_the_gain_in_dice() -> None:
     assert lines[1].split().count("HD95") == 2 and lines[1].endswith("Dice gain")
     assert lines[3].split()[-1] == "+20.00" and lines[4].split()[-1] == "+25.00"
     assert len({len(line) for line in lines[1:]}) == 1
+
+
+def test_equal_reasons_are_told_once() -> None:
+    reasons = {"a": "case a: damaged", "b": "case b: damaged", "c": "case c: empty"}
+    assert str(DamagedCasesError(reasons, [])).endswith("scored: cases 'a', 'b': damaged; case c: empty")

@@ -19,7 +19,7 @@ from myutils.inference import (
     predict_probabilities,
     sliding_window_probabilities,
 )
-from myutils.sliding_window import _padded, axis_weights, window_starts
+from myutils.sliding_window import axis_weights, window_starts
 from networks.base import SegmentationOutput
 
 CPU = torch.device("cpu")
@@ -68,14 +68,6 @@ def test_small_volume_is_padded_to_the_window_with_its_least_value() -> None:
     network.product.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].min().item()))
     sliding_window_probabilities(network, torch.rand(1, 3, 4, 5) + 2.0, InferenceOptions((8, 8, 8)), CPU)
     assert network.shapes == [(1, 1, 8, 8, 8)] and seen[0] >= 2.0
-
-
-def test_padding_is_each_channels_least_value() -> None:
-    image = torch.stack([torch.rand(3, 4, 5) + 2.0, torch.rand(3, 4, 5) - 7.0])
-    padded, inner = _padded(image, (8, 4, 6))
-    assert padded.shape == (2, 8, 4, 6) and torch.equal(padded[(slice(None), *inner)], image)
-    assert torch.equal(padded.amin((1, 2, 3)), image.amin((1, 2, 3)))
-    assert torch.equal(padded[:, 0, 0, 0], image.amin((1, 2, 3)))
 
 
 def test_flips_average_over_all_subsets_of_the_axes() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from myutils.sliding_window import axis_weights, stitched_rows, window_starts
+from myutils.sliding_window import _padded, axis_weights, stitched_rows, window_starts
 
 CPU = torch.device("cpu")
 
@@ -98,3 +98,11 @@ def test_impossible_windows_are_refused(wrong: dict, message: str) -> None:
     settings = {"window": (4, 4, 4), "overlap": 0.5, "sigma": 0.2, "window_batch": 2, "device": CPU} | wrong
     with pytest.raises(ValueError, match=message):
         next(stitched_rows(window_score, torch.rand(1, 8, 8, 8), 2, **settings))  # type: ignore[arg-type]
+
+
+def test_padding_is_each_channels_least_value() -> None:
+    image = torch.stack([torch.rand(3, 4, 5) + 2.0, torch.rand(3, 4, 5) - 7.0])
+    padded, inner = _padded(image, (8, 4, 6))
+    assert padded.shape == (2, 8, 4, 6) and torch.equal(padded[(slice(None), *inner)], image)
+    assert torch.equal(padded.amin((1, 2, 3)), image.amin((1, 2, 3)))
+    assert torch.equal(padded[:, 0, 0, 0], image.amin((1, 2, 3)))

@@ -27,7 +27,8 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     ("method", "optimizer", "amp"),
     [
         ("mean_teacher", "adamw", "no"),
-        pytest.param("mean_teacher", "muon", "bf16", marks=pytest.mark.slow),  # seconds a step where it is emulated
+        pytest.param("mean_teacher", "adamw", "bf16", marks=pytest.mark.slow),  # seconds a step where it is emulated
+        pytest.param("best", "muon", "bf16", marks=pytest.mark.slow),
         ("supervised", "sgd", "no"),
     ],
 )

@@ -67,8 +67,13 @@ def dice_ce_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> 
 
 def mean_within(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of ``values`` over the voxels of all ranks where ``mask``, both (B, X, Y, Z); 0 where there are none."""
-    total, voxels = sum_over_ranks(torch.stack([(values * mask).sum(), mask.sum()]))
-    return total / voxels.clamp(min=1)
+    return _mean_of(values * mask, mask)
+
+
+def _mean_of(weighted: Tensor, weights: Tensor) -> Tensor:
+    """Mean of values, given times their weights, over all ranks; 0 where all weights are."""
+    total, known = sum_over_ranks(torch.stack([weighted.sum(), weights.sum()]))
+    return total / known.clamp(min=1e-6)
 
 
 def region_losses(logits: Tensor, labels: Tensor, region: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,9 +121,7 @@ def soft_label_loss(
     if logits.shape[0] == 0:
         return 0.0 * logits.float().sum()
     log_probs = functional.log_softmax(logits.float(), dim=1)
-    cross_entropy = -(targets * log_probs).sum(1)
-    if partial:
-        total, known = sum_over_ranks(torch.stack([cross_entropy.sum(), mask.sum()]))
-        cross_entropy = total / known.clamp(min=1e-6)
+    voxels = -(targets * log_probs).sum(1)
+    cross_entropy = _mean_of(voxels, mask) if partial else voxels.mean()
     labels = most_probable(targets) if labels is None else labels
-    return 0.5 * (cross_entropy.mean() + soft_dice_loss(log_probs.exp(), labels, mask))
+    return 0.5 * (cross_entropy + soft_dice_loss(log_probs.exp(), labels, mask))

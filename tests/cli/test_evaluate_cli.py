@@ -18,7 +18,6 @@ from helpers_scans import trained_run, write_cohort
 import evaluate_3d
 from myutils import inference_flags
 from myutils.checkpoint import load_for_inference
-from myutils.evaluation import DamagedCasesError
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +123,6 @@ def test_folders_of_one_name_do_not_overwrite_each_other(
     assert cases_in(checkpoint.parent / "evaluation" / "scans_test") == ["a00", "a01"]
     assert evaluate(checkpoint, "--dataset_path", sites[0]) == 0  # the same data, named otherwise
     assert f"holds the results on {sites[0]}" in refused(capsys, checkpoint, "--dataset_path", sites[1])
-
-
-def test_equal_reasons_are_told_once() -> None:
-    reasons = {"a": "case a: damaged", "b": "case b: damaged", "c": "case c: empty"}
-    assert str(DamagedCasesError(reasons, [])).endswith("scored: cases 'a', 'b': damaged; case c: empty")
 
 
 def test_other_data_are_scored_whole_or_by_their_list(
