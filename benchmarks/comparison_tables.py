@@ -5,14 +5,15 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
+from myutils.metrics import CaseMetrics
 from myutils.run_log import read_metrics
 
 METRICS = {"dice": ("Dice %", 100), "jaccard": ("Jaccard %", 100), "hd95_mm": ("HD95 mm", 1), "assd_mm": ("ASSD mm", 1)}
@@ -20,23 +21,13 @@ _BOOTSTRAPS = 10_000
 COLOURS = ("#1f6fb4", "#d1603d", "#3b8f5a", "#8661a8", "#b08a1e", "#4b4b4b", "#c2498a", "#2ba3a3", "#8c564b")
 
 
-class CaseScore(NamedTuple):
-    """Scores of one class of one case, as ``test/cases.csv`` has them; distances in mm, ``inf`` to an empty mask."""
-
-    case: str
-    class_id: int
-    dice: float
-    jaccard: float
-    hd95_mm: float
-    assd_mm: float
-
-    @classmethod
-    def read(cls, line: Mapping[str, str]) -> CaseScore:
-        """A line of a CSV file, by the names of its columns."""
-        return cls(line["case"], int(line["class"]), *(float(line[metric]) for metric in METRICS))
+Scores = Mapping[tuple[str, int], CaseMetrics]
+"""Figures of each class of each case, by case id and class id."""
 
 
-Scores = Sequence[CaseScore]
+def read_score(line: Mapping[str, str]) -> tuple[tuple[str, int], CaseMetrics]:
+    """Case, class and figures of a line of a CSV file, by the names of its columns."""
+    return (line["case"], int(line["class"])), CaseMetrics(*(float(line[metric]) for metric in METRICS))
 
 
 @dataclass(frozen=True)
@@ -51,12 +42,13 @@ class Row:
     name: str
     folders: tuple[Path, ...]
 
+    @cached_property
     def scores(self) -> list[Scores]:
         """The scores of each seed."""
         found: list[Scores] = []
         for folder in self.folders:
             with (folder / "test" / "cases.csv").open(encoding="utf-8") as file:
-                found.append([CaseScore.read(line) for line in csv.DictReader(file)])
+                found.append(dict(map(read_score, csv.DictReader(file))))
         return found
 
     def case_values(self, metric: str) -> np.ndarray:
@@ -65,19 +57,18 @@ class Row:
         Raises:
             ValueError: If the seeds were scored on different cases or classes.
         """
-        seeds = self.scores()
-        if any(_structures(scores) != _structures(seeds[0]) for scores in seeds):
+        if any(scores.keys() != self.scores[0].keys() for scores in self.scores):
             raise ValueError(f"{self.name}: its seeds were scored on different cases or classes; score them alike")
-        found = [_case_means(scores, metric) for scores in seeds]
+        found = [_case_means(scores, metric) for scores in self.scores]
         return np.array([[means[case] for case in sorted(means)] for means in found])
 
     def cases(self) -> list[str]:
         """Ids of the scored cases, in the order of ``case_values``."""
-        return sorted({score.case for score in self.scores()[0]})
+        return sorted({case for case, _ in self.scores[0]})
 
     def missed(self) -> int:
         """Structures that only the reference or only the prediction has, over all seeds and cases."""
-        return sum(not np.isfinite(score.hd95_mm) for scores in self.scores() for score in scores)
+        return sum(not np.isfinite(figures.hd95_mm) for scores in self.scores for figures in scores.values())
 
     def cost(self) -> tuple[float, float, float] | None:
         """Training minutes, seconds per step and peak memory in MB: medians over the seeds; None if it is not known."""
@@ -91,15 +82,10 @@ class Row:
         return float(minutes), float(per_step), float(peak)
 
 
-def _structures(scores: Scores) -> set[tuple[str, int]]:
-    """Which class of which case was scored."""
-    return {(score.case, score.class_id) for score in scores}
-
-
 def _case_means(scores: Scores, metric: str) -> dict[str, float]:
     values: dict[str, list[float]] = {}
-    for score in scores:
-        values.setdefault(score.case, []).append(getattr(score, metric))
+    for (case, _), figures in scores.items():
+        values.setdefault(case, []).append(getattr(figures, metric))
     return {case: _mean(np.array(found)) for case, found in values.items()}
 
 
@@ -116,7 +102,7 @@ def paired_difference(ours: Row, base: Row) -> tuple[float, float, float, float]
         Mean, both ends of its 95 % bootstrap interval over cases, and the p value of Wilcoxon's signed-rank test.
     """
     mine, theirs = ours.case_values("dice").mean(0), base.case_values("dice").mean(0)
-    if _structures(ours.scores()[0]) != _structures(base.scores()[0]):
+    if ours.scores[0].keys() != base.scores[0].keys():
         raise ValueError(f"{ours.name} and {base.name} were scored on different cases or classes; score them alike")
     difference = 100 * (mine - theirs)
     rng = np.random.default_rng(0)

@@ -16,9 +16,11 @@ import csv
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from benchmarks.comparison_tables import METRICS, CaseScore, Row, Scores, format_rows
+from benchmarks.comparison_tables import METRICS, Row, Scores, format_rows, read_score
+from myutils.metrics import CaseMetrics
 
 COLUMNS = ("row", "seed", "case", "class", *METRICS)
 
@@ -33,6 +35,7 @@ class KeptRow(Row):
 
     by_seed: Mapping[int, Scores]
 
+    @cached_property
     def scores(self) -> list[Scores]:
         """See the base class."""
         return [self.by_seed[seed] for seed in sorted(self.by_seed)]
@@ -71,8 +74,8 @@ def write_rows(path: Path, rows: Iterable[Row], seeds: Sequence[int]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for row in rows:
-            for seed, scores in zip(seeds, row.scores(), strict=True):
-                for case, class_id, *figures in scores:
+            for seed, scores in zip(seeds, row.scores, strict=True):
+                for (case, class_id), figures in scores.items():
                     writer.writerow([row.name, seed, case, class_id, *(f"{figure:.6g}" for figure in figures)])
 
 
@@ -82,7 +85,7 @@ def read_rows(paths: Sequence[Path]) -> list[KeptRow]:
     Raises:
         ValueError: If a column is missing, a line has no scores or repeats some, or two files have a seed of a row.
     """
-    found: dict[str, dict[int, dict[tuple[str, int], CaseScore]]] = {}
+    found: dict[str, dict[int, dict[tuple[str, int], CaseMetrics]]] = {}
     origins: dict[tuple[str, int], Path] = {}
     for path in paths:
         with path.open(newline="", encoding="utf-8") as file:
@@ -92,24 +95,21 @@ def read_rows(paths: Sequence[Path]) -> list[KeptRow]:
                 raise ValueError(f"{path} has no column {', '.join(missing)}; one per {', '.join(COLUMNS)} is needed")
             for line in lines:
                 try:
-                    name, seed, score = line["row"], int(line["seed"]), CaseScore.read(line)
-                    if not (0 <= score.dice <= 1 and 0 <= score.jaccard <= 1 and score.hd95_mm >= 0 <= score.assd_mm):
+                    name, seed, (place, figures) = line["row"], int(line["seed"]), read_score(line)
+                    shares, distances = figures[:2], figures[2:]
+                    if not (all(0 <= share <= 1 for share in shares) and all(length >= 0 for length in distances)):
                         raise ValueError("Dice and Jaccard go from 0 to 1, distances from 0 on")
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"{path}, line {lines.line_num}: {error}; write numbers, inf for none") from error
                 if origins.setdefault((name, seed), path) != path:
                     raise ValueError(f"{path} and {origins[name, seed]} both have seed {seed} of {name!r}; keep one")
                 known = found.setdefault(name, {}).setdefault(seed, {})
-                if known.setdefault((score.case, score.class_id), score) is not score:
-                    raise ValueError(
-                        f"{path}, line {lines.line_num}: {score.case}, class {score.class_id} twice; keep one"
-                    )
+                if known.setdefault(place, figures) is not figures:
+                    case, class_id = place
+                    raise ValueError(f"{path}, line {lines.line_num}: {case}, class {class_id} twice; keep one")
     if not found:
         raise ValueError(f"{', '.join(map(str, paths))}: no score")
-    return [
-        KeptRow(name, (), {seed: list(scores.values()) for seed, scores in by_seed.items()})
-        for name, by_seed in found.items()
-    ]
+    return [KeptRow(name, (), by_seed) for name, by_seed in found.items()]
 
 
 if __name__ == "__main__":
