@@ -36,13 +36,12 @@ def survey_parts(labels: Iterable[np.ndarray], num_classes: int) -> Parts:
     return Parts(tuple(shown), tuple(k for k in range(1, num_classes) if single[k] and shown[k] >= _FEWEST_SHOWN))
 
 
-def largest_component(label_map: np.ndarray, classes: Collection[int], connectivity: int = 3) -> np.ndarray:
-    """Keep the largest connected part of some classes and set the rest of them to background.
+def largest_component(label_map: np.ndarray, classes: Collection[int]) -> np.ndarray:
+    """Keep the largest part of some classes, voxels that touch at a corner connected; the rest of them is background.
 
     Args:
         label_map: Class ids (X, Y, Z), integer.
         classes: Ids of the classes; the others stay as they are.
-        connectivity: 1 connects voxels that share a face, 2 also those with a common edge, 3 with a common corner.
 
     Returns:
         A map of the same shape and type; of parts of equal size the first in array order stays.
@@ -55,12 +54,12 @@ def largest_component(label_map: np.ndarray, classes: Collection[int], connectiv
         box = boxes[class_id - 1]
         if box is None:
             continue
-        parts, sizes = _parts(label_map[box] == class_id, connectivity)
+        parts, sizes = _parts(label_map[box] == class_id)
         kept[box][(parts > 0) & (parts != 1 + sizes.argmax())] = 0
     return kept
 
 
-def _parts(mask: np.ndarray, connectivity: int = 3) -> tuple[np.ndarray, np.ndarray]:
+def _parts(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The number of each voxel's part, from 1, and the voxels of each part; 0 is outside."""
-    parts, _ = ndimage.label(mask, structure=ndimage.generate_binary_structure(mask.ndim, connectivity))
+    parts, _ = ndimage.label(mask, structure=ndimage.generate_binary_structure(mask.ndim, mask.ndim))
     return parts, np.bincount(parts.ravel())[1:]

@@ -43,9 +43,9 @@ def paste_masks(count: int, size: torch.Size, device: torch.device) -> Tensor:
 
 
 def largest_components(labels: Tensor) -> Tensor:
-    """Label maps (B, X, Y, Z) with all but the largest 6-connected component of each foreground class removed."""
+    """Label maps (B, X, Y, Z) with all but the largest 26-connected component of each foreground class removed."""
     every = range(1, int(labels.max()) + 1)
-    kept = [torch.from_numpy(largest_component(found, every, connectivity=1)) for found in labels.cpu().numpy()]
+    kept = [torch.from_numpy(largest_component(found, every)) for found in labels.cpu().numpy()]
     return torch.stack(kept).to(labels.device)
 
 
