@@ -40,15 +40,15 @@ from pathlib import Path
 from benchmarks.comparison_cases import choose_cases, list_files
 from benchmarks.comparison_flags import OWN, OWN_IN_ROWS, check_flags, read_flags, refuse_own
 from benchmarks.comparison_runs import ALL_PARTS, Run, check, code_note, train
-from benchmarks.comparison_tables import Row, draw_rows, draw_sweep, format_rows
+from benchmarks.comparison_tables import SUPERVISED, Row, draw_rows, draw_sweep, format_rows
 from benchmarks.kept_scores import write_rows
 from dataloaders.base import CaseSource
 from myutils.build import build_source, resolve_config
 from myutils.config import RunConfig
 from myutils.fitting import fit_to_cases
 
-DECIDES_FLAT_LEVELS = {"--model", "--spacing", "--orientation"}
-SUPERVISED, FULL = "supervised", "supervised, all labels"
+DECIDES_FLAT_LEVELS = {"model", "spacing", "orientation"}
+FULL = "supervised, all labels"
 Flags = tuple[str, ...]
 
 
@@ -194,7 +194,7 @@ def make_plans(settings: argparse.Namespace, fitted: Mapping[str, Flags]) -> lis
 
 def _common_flags(fitted: Mapping[str, Flags], plan: Plan) -> list[str]:
     """All that was fitted; but a row of another network or other voxels fits the flat levels to these itself."""
-    own = DECIDES_FLAT_LEVELS & set(plan.flags)
+    own = DECIDES_FLAT_LEVELS & read_flags(plan.flags, plan.name).keys()
     return [flag for name, flags in fitted.items() if not (own and name == "flat_levels") for flag in flags]
 
 

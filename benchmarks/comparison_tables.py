@@ -17,6 +17,7 @@ from myutils.metrics import CaseMetrics
 from myutils.run_log import read_metrics
 
 METRICS = {"dice": ("Dice %", 100), "jaccard": ("Jaccard %", 100), "hd95_mm": ("HD95 mm", 1), "assd_mm": ("ASSD mm", 1)}
+SUPERVISED = "supervised"  # the row from which the gap to full supervision is counted
 _BOOTSTRAPS = 10_000
 COLOURS = ("#1f6fb4", "#d1603d", "#3b8f5a", "#8661a8", "#b08a1e", "#4b4b4b", "#c2498a", "#2ba3a3", "#8c564b")
 
@@ -111,14 +112,21 @@ def paired_difference(ours: Row, base: Row) -> tuple[float, float, float, float]
     return float(difference.mean()), float(low), float(high), float(p_value)
 
 
-def gap_share(row: Row, base: Row, full: Row) -> float:
-    """(row - base) / (full - base) on mean Dice: the share of the gap to full supervision that is closed."""
-    ours, low, high = (float(each.case_values("dice").mean()) for each in (row, base, full))
-    return (ours - low) / (high - low)
+def gap_share(row: Row, supervised: Row | None, full: Row | None) -> float | None:
+    """(row - supervised) / (full - supervised) on mean Dice: the share of the gap that is closed, None without one."""
+    if supervised is None or full is None or row is supervised:
+        return None
+    ours, low, high = (float(each.case_values("dice").mean()) for each in (row, supervised, full))
+    return (ours - low) / (high - low) if high > low else None
 
 
 def format_rows(rows: Sequence[Row], base: Row, full: Row | None) -> str:
-    """Markdown table; ``base`` is what every row is paired with, ``full`` the ceiling."""
+    """Markdown table; ``base`` is what every row is paired with.
+
+    The gap that a row closes is that from the row named ``SUPERVISED`` to ``full``, whatever ``base`` is; the column
+    has none without either, or where ``full`` is not ahead.
+    """
+    supervised = next((row for row in rows if row.name == SUPERVISED), None)
     titles = ["row", *(title for title, _ in METRICS.values()), "missed", "Dice per seed", "sd over cases"]
     titles += [f"against {base.name}, paired over {len(base.cases())} cases", "gap closed"]
     costs = [row.cost() for row in rows]
@@ -130,11 +138,12 @@ def format_rows(rows: Sequence[Row], base: Row, full: Row | None) -> str:
         cells += [str(row.missed()), ", ".join(f"{seed:.2f}" for seed in dice.mean(1))]
         cells.append(f"{dice.mean(0).std(ddof=1):.2f}" if dice.shape[1] > 1 else "-")
         if row is base:
-            cells += ["-", "-"]
+            cells.append("-")
         else:
             mean, low, high, p_value = paired_difference(row, base)
             cells.append(f"{mean:+.2f} ({low:+.2f} to {high:+.2f}), p = {p_value:.2g}")
-            cells.append("-" if full is None else f"{gap_share(row, base, full):.0%}")
+        share = gap_share(row, supervised, full)
+        cells.append("-" if share is None else f"{share:.0%}")
         if any(costs):
             cells += ["-"] * 3 if cost is None else [f"{cost[0]:.1f}", f"{cost[1]:.3f}", f"{cost[2]:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")

@@ -5,11 +5,11 @@
 Sides, in one process, in turn, with the same network: ``ours`` is what evaluation and prediction do, ``ours plain`` the
 same with all voxels of a window weighing alike, as in MONAI's default; ``monai`` is
 ``monai.inferers.sliding_window_inference`` in float32 with the same window and overlap and otherwise its defaults;
-``monai spread`` has its windows where ours are (evenly spaced; to a voxel), ``monai weighted`` our weights as well, so
-that precision and arithmetic alone part it from ``ours``, and ``monai spread`` from ``ours plain``; ``stride`` is the
-test of the published left-atrium codes, a window every ``--stride`` voxels (18×18×4), probabilities averaged, float32,
-window by window. Printed: median seconds, the ratio to ours, the Dice of each label map against the label, where there
-is one, and against MONAI's. A first round warms up.
+``monai spread`` has its windows where ours are (evenly spaced; to a voxel), ``monai weighted`` our weights as well, and
+``monai alike`` also our precision, layout of the weights and number of windows at once, so that what is left between it
+and ``ours`` is the stitching alone; ``stride`` is the test of the published left-atrium codes, a window every
+``--stride`` voxels (18×18×4), probabilities averaged, float32, window by window. Printed: median seconds, the ratio to
+ours, the Dice of each label map against the label, where there is one, and against MONAI's. A first round warms up.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from monai.inferers import sliding_window_inference
 from torch import Tensor
 
 from myutils.checkpoint import InferenceBundle, load_for_inference
-from myutils.distributed import start_process_group
-from myutils.inference import InferenceOptions, sliding_window_probabilities
+from myutils.distributed import autocast, resolve_amp, start_process_group
+from myutils.inference import InferenceOptions, fast_layout, sliding_window_probabilities
 from myutils.inference_flags import InferenceFlags, inference_options
 from myutils.metrics import segmentation_metrics
 from myutils.pseudo_labels import most_probable
@@ -67,10 +67,11 @@ def main() -> None:
             maps[name] = most_probable(side(image), 0).cpu().numpy()
             if number:
                 seconds[name].append(time.perf_counter() - started)
+    amp = resolve_amp(options.amp, device)
     lines = [
         f"torch {torch.__version__}, monai {version('monai')}, {torch.get_num_threads()} threads, {device.type}, "
         f"volume {tuple(image.shape[1:])}, window {options.patch_size}, overlap {options.overlap}, "
-        f"ours in {options.amp}, {settings.rounds} rounds",
+        f"{settings.rounds} rounds, ours and 'monai alike' with --amp {amp}, the others in float32",
         f"{'side':16s}{'seconds':>10s}{'x ours':>8s}{'Dice %':>9s}{'Dice to monai %':>17s}",
     ]
     for name, values in seconds.items():
@@ -101,12 +102,20 @@ def make_sides(
     network = bundle.network
 
     @torch.no_grad()
-    def windows(image: Tensor, overlap: float | list[float], scores: Side, **more: Any) -> Tensor:
+    def windows(image: Tensor, overlap: float | list[float], scores: Side, at_once: int = 1, **more: Any) -> Tensor:
         images = image[None].to(device)
-        return sliding_window_inference(images, options.patch_size, 1, scores, overlap=overlap, **more)[0]
+        return sliding_window_inference(images, options.patch_size, at_once, scores, overlap=overlap, **more)[0]
 
     def logits(images: Tensor) -> Tensor:
         return network(images).logits
+
+    def as_ours(images: Tensor) -> Tensor:
+        with autocast(amp, device):
+            return logits(images)
+
+    def alike(image: Tensor) -> Tensor:
+        with fast_layout(network, device):
+            return windows(image, spread(image), as_ours, options.windows_at_once(), **weighted)
 
     def spread(image: Tensor) -> list[float]:
         """Overlap along each axis that brings MONAI's windows to where ours are."""
@@ -116,8 +125,9 @@ def make_sides(
             overlaps.append(1 - (step + 0.5) / window if step else 0.0)  # MONAI rounds the step down
         return overlaps
 
+    amp = resolve_amp(options.amp, device)
     plain = dataclasses.replace(options, sigma=1e6)
-    weighted = {"mode": "gaussian", "sigma_scale": options.sigma}
+    weighted: dict[str, Any] = {"mode": "gaussian", "sigma_scale": options.sigma}
     strided = [max(0.0, 1 - step / size) for step, size in zip(stride, options.patch_size, strict=True)]
     sides: dict[str, Side] = {
         "ours": lambda image: sliding_window_probabilities(network, image, options, device),
@@ -125,6 +135,7 @@ def make_sides(
         "monai": lambda image: windows(image, options.overlap, logits),
         "monai spread": lambda image: windows(image, spread(image), logits),
         "monai weighted": lambda image: windows(image, spread(image), logits, **weighted),
+        "monai alike": alike,
     }
     if all(stride):
         sides[STRIDE] = lambda image: windows(image, strided, lambda images: logits(images).softmax(1))

@@ -35,11 +35,14 @@ from myutils.inference import InferenceOptions, evaluation_mode, label_map_from,
 from myutils.inference_flags import InferenceFlags, inference_options
 
 WINDOWS_AT_ONCE = 4
+CASES = 50
 
 
 def main() -> None:
     """Score and print."""
     settings = parse()
+    if settings.cases is None and not settings.held_out:
+        settings.cases = CASES
     sys.stdout.write(f"torch {torch.__version__}, monai {monai.__version__}, {platform.machine()}, Dice %\n")
     for path in settings.checkpoint:
         scores = scores_of(path, settings)
@@ -54,13 +57,15 @@ def parse() -> argparse.Namespace:
     """Flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, nargs="+", required=True)
-    parser.add_argument("--cases", type=int, default=50, help="unlabelled training cases to score")
+    parser.add_argument(
+        "--cases", type=int, help="how many to score; else 50 unlabelled training cases, or all that are held out"
+    )
     parser.add_argument("--held_out", action="store_true", help="score the run's test cases instead")
     parser.add_argument("--sigmas", type=float, nargs="+", default=[0.125, 0.1875, 0.25, 0.3, 100.0])
     return parser.parse_args()
 
 
-def labelled_cases(path: Path, bundle: InferenceBundle, limit: int | None, *, held_out: bool) -> list[Volume]:
+def cases_with_label(path: Path, bundle: InferenceBundle, limit: int | None, *, held_out: bool) -> list[Volume]:
     """The first unlabelled training cases of a run, or its test cases, that have a label after all, with it."""
     source, pool = build_source(bundle.config), bundle.split.unlabeled
     if held_out:
@@ -86,7 +91,7 @@ def loaded(path: Path, settings: argparse.Namespace) -> Loaded:
     _, device = start_process_group()
     bundle = load_for_inference(path, device)
     options = inference_options(bundle, InferenceFlags(flips=False).apply_to(bundle.config), device)
-    cases = labelled_cases(path, bundle, settings.cases, held_out=settings.held_out)
+    cases = cases_with_label(path, bundle, settings.cases, held_out=settings.held_out)
     return Loaded(bundle, options, cases, device)
 
 

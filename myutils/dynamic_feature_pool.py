@@ -119,11 +119,6 @@ class DynamicFeaturePool(nn.Module):
         self.register_buffer("class_second", torch.zeros(num_classes, feature_dim, feature_dim))
         self.register_buffer("sizes", torch.zeros(num_pools, dtype=torch.int64))
 
-    @property
-    def built(self) -> bool:
-        """Whether patterns exist; waits for the device."""
-        return bool(self.sizes.any())
-
     @torch.no_grad()
     def push(self, features: Tensor, class_labels: Tensor) -> None:
         """Store features (N, E) of class ids (N,), the oldest of a class giving way; other ids are left out.

@@ -66,12 +66,6 @@ def segmentation_metrics(
     return figures
 
 
-def mask_metrics(prediction: ArrayLike, truth: ArrayLike, spacing: Sequence[float]) -> CaseMetrics:
-    """Compare two masks (X, Y, Z), bool; the same policy and errors as :func:`segmentation_metrics`."""
-    as_labels = [np.asarray(mask).astype(bool).astype(np.uint8) for mask in (prediction, truth)]
-    return segmentation_metrics(*as_labels, num_classes=2, spacing=spacing)[1]
-
-
 def class_boxes(label_map: np.ndarray, num_classes: int) -> list[Box | None]:
     """Bounding boxes of the classes 1..K-1 of class ids (X, Y, Z), None for an absent one."""
     found = []

@@ -94,7 +94,7 @@ def test_rebuild_assigns_by_the_strongest_pattern() -> None:
 def test_rebuild_of_an_empty_pool_changes_nothing_and_losses_are_zero() -> None:
     pool = make_pool()
     pool.rebuild()
-    assert not pool.built
+    assert not pool.sizes.any()
     features = torch.randn(4, 5, requires_grad=True)
     loss = pool.anchor_loss(features, torch.tensor([0, 1, 0, -1]))
     loss.backward()
@@ -204,7 +204,7 @@ def test_cov_dfp_weights_follow_the_stage_and_the_pool_fills() -> None:
     weights = [{name: term.weight for name, term in output.terms.items()} for output in seen]
     assert [w["dfp_selector"] for w in weights] == [0.0, 0.0, 1.0, 0.0]
     assert [w["dfp_anchor"] > 0 for w in weights] == [False, False, False, True]
-    assert built.pool.built and built.pool.count.sum() > 0
+    assert built.pool.sizes.any() and built.pool.count.sum() > 0
     assert int(built.pool.sizes.sum()) == int(built.pool.count.sum())
     assert method(use_dfp=False)(random_batch(), 3).terms["dfp_anchor"].weight == 0.0
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from medpy.metric import binary as medpy
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
+from numpy.typing import ArrayLike
 from scipy import ndimage
 
 from myutils.metrics import (
@@ -17,12 +18,17 @@ from myutils.metrics import (
     class_boxes,
     distances_by_transform,
     distances_by_tree,
-    mask_metrics,
     segmentation_metrics,
     surface,
 )
 
 ANISOTROPIC = (0.5, 1.25, 3.0)
+
+
+def mask_metrics(prediction: ArrayLike, truth: ArrayLike, spacing: tuple[float, float, float]) -> CaseMetrics:
+    """Figures of two masks (X, Y, Z)."""
+    as_labels = [np.asarray(mask).astype(bool).astype(np.uint8) for mask in (prediction, truth)]
+    return segmentation_metrics(*as_labels, num_classes=2, spacing=spacing)[1]
 
 
 def blob_pair(seed: int, shape: tuple[int, int, int] = (9, 8, 7)) -> tuple[np.ndarray, np.ndarray]:

@@ -56,6 +56,18 @@ def test_input_noise_is_cut() -> None:
     assert noise.std() == pytest.approx(0.0954, abs=0.003)  # of a normal cut at two standard deviations
 
 
+def test_ua_mt_passes_voxels_below_three_quarters_of_the_entropy_first_and_all_in_the_end() -> None:
+    method = small_method("ua_mt", consistency_rampup=100)
+    probs = torch.tensor([[0.8, 0.2, 0.0], [0.4, 0.35, 0.25], [0.5, 0.5, 0.0]]).T.reshape(1, 3, 3, 1, 1)
+    shares = [value / math.log(3) for value in predictive_entropy(probs).flatten().tolist()]
+    assert shares == pytest.approx([0.4555, 0.9835, 0.6309], abs=1e-4)
+    gates = [(predictive_entropy(probs) < method.entropy_limit(step)).flatten().tolist() for step in (0, 100)]
+    assert gates == [[True, False, True], [True, True, True]]
+    assert method.entropy_limit(0) == pytest.approx((0.75 + 0.25 * math.exp(-5)) * math.log(3))
+    method.entropy_limit = lambda step: 0.0 if step == 3 else 9.0
+    assert [method(random_batch(), step).scalars["gate_share"] for step in (3, 4)] == [0.0, 1.0]
+
+
 def test_ua_mt_asks_the_teacher_with_its_dropout_and_puts_it_back() -> None:
     method = small_method("ua_mt", model="vnet", patch_size=(32, 32, 32))
     active: list[bool] = []
@@ -199,6 +211,16 @@ def test_unit_patches_have_length_one_each() -> None:
     assert lengths.tolist() == pytest.approx([1.0, 0.0])
 
 
+def test_ss_net_probes_and_moves_by_a_length_of_ten() -> None:
+    method, seen = small_method("ss_net"), []
+    images = torch.randn(2, 1, 16, 16, 16)
+    logits = method.student(images).logits
+    method.student.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    method._smoothness(images, logits)
+    lengths = [(moved - images).flatten(1).norm(dim=1).tolist() for moved in seen]
+    assert lengths == [pytest.approx([10.0, 10.0], rel=1e-4)] * 2
+
+
 def test_ss_net_perturbs_harder_than_chance_and_leaves_no_gradient_of_the_probe() -> None:
     method = small_method("ss_net")
     torch.manual_seed(3)
@@ -215,7 +237,21 @@ def test_ss_net_perturbs_harder_than_chance_and_leaves_no_gradient_of_the_probe(
     assert smoothness.item() > max(value.item() for value in chance)
 
 
-@pytest.mark.parametrize(("name", "weight"), [("mean_teacher", 0.5), ("ua_mt", 0.1), ("bcp", 0.5), ("ss_net", 1.0)])
+WEIGHTS = {
+    "mean_teacher": 0.5,
+    "best": 0.5,
+    "cov_dfp": 0.5,
+    "ua_mt": 0.1,
+    "cps": 0.1,
+    "fixmatch": 1.0,
+    "mc_net": 0.1,
+    "dtc": 0.1,
+    "bcp": 0.5,
+    "ss_net": 1.0,
+}
+
+
+@pytest.mark.parametrize(("name", "weight"), WEIGHTS.items())
 def test_consistency_weight_is_the_methods_own_unless_given(name: str, weight: float) -> None:
     source = BallSource()
     assert resolve_config(RunConfig(method=name), source).consistency == weight

@@ -57,8 +57,7 @@ class UncertaintyAwareMeanTeacher(TeacherMethod):
         student = self.student(torch.cat([batch.image_l, views]))
         teacher_l, teacher_u = self.teach(batch, views + input_noise(views), with_labeled=self.refills_at(step))
         entropy = predictive_entropy(self._mean_prediction(views))
-        ceiling = math.log(self.student.num_classes)
-        sure = entropy < (0.75 + 0.25 * self.ramp(step)) * ceiling
+        sure = entropy < self.entropy_limit(step)
         logits_l, logits_u = student.logits[:labeled], student.logits[labeled:]
         consistency = masked_square(logits_u.float().softmax(1), teacher_u.logits.float().softmax(1), sure)
         terms = {
@@ -69,6 +68,10 @@ class UncertaintyAwareMeanTeacher(TeacherMethod):
         terms |= self.prototype_terms(student, batch.label_l, step, teacher_l=teacher_l, teacher_u=teacher_u)
         scalars = {"uncertainty": entropy.mean(), "gate_share": sure.float().mean()}
         return StepOutput(terms, scalars, pseudo_labels(teacher_u.logits).labels, logits_l.detach())
+
+    def entropy_limit(self, step: int) -> float:
+        """H(t) in nats: at first three quarters of what an even prediction has, in the end all of it."""
+        return (0.75 + 0.25 * self.ramp(step)) * math.log(self.student.num_classes)
 
     @torch.no_grad()
     def _mean_prediction(self, views: Tensor) -> Tensor:

@@ -176,12 +176,13 @@ def test_a_row_of_its_own_voxels_or_network_fits_its_own_flat_levels(tmp_path: P
     fitted = {"flat_levels": ("--flat_levels", "0", "0", "2"), "patch_size": ("--patch_size", "8", "8", "8")}
     rows = [
         "net=--method best --model segresnet",
+        "same=--method best --model=segresnet",
         "fine=--method best --spacing 1 1 1",
         "usual=--method best --optimizer adamw",
     ]
     plans = compare.make_plans(make_settings(tmp_path, row=rows), fitted)
     without = {plan.name for plan in plans if "--flat_levels" not in plan.flags}
-    assert without == {"net", "fine"} and all("--patch_size" in plan.flags for plan in plans)
+    assert without == {"net", "same", "fine"} and all("--patch_size" in plan.flags for plan in plans)
 
 
 def test_ctrl_c_starts_no_further_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

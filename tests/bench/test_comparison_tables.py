@@ -61,6 +61,15 @@ def test_a_row_against_itself_shows_nothing(rows: tuple[Row, Row, Row]) -> None:
 def test_gap_share(rows: tuple[Row, Row, Row]) -> None:
     base, ours, full = rows
     assert gap_share(ours, base, full) == pytest.approx((3.5 / 6 - 0.5) / 0.4)
+    assert gap_share(base, base, full) is gap_share(ours, None, full) is gap_share(ours, base, None) is None
+    assert gap_share(base, full, ours) is None  # full supervision that is behind leaves no gap
+
+
+def test_the_gap_is_counted_from_the_supervised_row_whatever_the_baseline(rows: tuple[Row, Row, Row]) -> None:
+    _, ours, full = rows
+    *_, supervised, best, _ = format_rows(rows, ours, full).splitlines()
+    assert [line.split(" | ")[9].split()[0] for line in (supervised, best)] == ["-", "21%"]
+    assert "%" not in format_rows([ours, full], ours, full).split("---|")[-1]
 
 
 def test_cost_adds_up_the_logged_spans(rows: tuple[Row, Row, Row]) -> None:

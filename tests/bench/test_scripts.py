@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +15,8 @@ import pytest
 from conftest import BallSource
 from helpers_runs import small_trainer
 from helpers_scans import trained_run, write_cohort
+from monai.inferers import sliding_window_inference
+from torch import Tensor
 
 from benchmarks import (
     data_speed,
@@ -26,8 +31,24 @@ from benchmarks import (
     thick_slices,
     window_weights,
 )
+from benchmarks.trainer_process import run_to_end
 from dataloaders.base import Volume
 from dataloaders.nifti_folder import NiftiFolder
+
+
+def spied_windows(monkeypatch: pytest.MonkeyPatch, script: ModuleType) -> list[tuple[object, ...]]:
+    """What a script asks of MONAI's sliding windows: how many at once, their size, the overlap and the weights."""
+    asked: list[tuple[object, ...]] = []
+
+    def spy(*args: Any, **more: Any) -> Tensor:
+        given = inspect.signature(sliding_window_inference).bind(*args, **more).arguments
+        overlap, mode = given["overlap"], str(given.get("mode", "constant"))
+        at_once = f"{given['sw_batch_size']} at once"
+        asked.append((at_once, given["roi_size"], tuple(overlap) if isinstance(overlap, list) else overlap, mode))
+        return sliding_window_inference(*args, **more)  # type: ignore[return-value]
+
+    monkeypatch.setattr(script, "sliding_window_inference", spy)
+    return asked
 
 
 @pytest.mark.slow
@@ -78,9 +99,25 @@ def test_data_speed_prints_a_line_per_side_and_size(
     assert lines[0].split()[-1] == "1.0" and all(float(line.split()[-2]) > 0 for line in lines)
 
 
+def test_data_speed_has_patches_of_one_size_from_every_side() -> None:
+    for side in data_speed.make_sides(24, (16, 12, 8)).values():
+        patch: dict[str, Tensor] = side()  # type: ignore[assignment]
+        assert patch["image"].shape == (1, 16, 12, 8) and patch["label"].shape[-3:] == (16, 12, 8)
+
+
 @pytest.mark.slow
-def test_data_speed_starts_a_training_twice() -> None:
+def test_data_speed_starts_a_training_twice_the_second_time_from_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[dict[Path, int]] = []
+
+    def run(who: str, command: list[str]) -> None:
+        run_to_end(who, command)
+        cache = Path(command[command.index("--cache_dir") + 1])
+        kept.append({path: path.stat().st_ino for path in cache.rglob("*") if path.is_file()})
+
+    monkeypatch.setattr(data_speed, "run_to_end", run)
     assert all(seconds > 0 for seconds in data_speed.start_seconds(cases=5))
+    first, again = kept
+    assert len(first) >= 5 and first.items() <= again.items()  # none was written anew
 
 
 @pytest.mark.slow
@@ -118,16 +155,25 @@ def test_inference_speed_compares_every_side(
     for name, array in (("image", volume.image[0].astype("float32")), ("label", volume.label)):
         nib.save(nib.Nifti1Image(array, volume.affine), tmp_path / f"{name}.nii.gz")
     given = ["--checkpoint", "last.pt", "--image", "image.nii.gz", "--label", "label.nii.gz"]
-    given += ["--window", "16", "16", "16", "--stride", "8", "8", "8"]
+    given += ["--window", "16", "16", "16", "--stride", "4", "8", "8"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["x", *given, "--rounds", "1"])
+    asked = spied_windows(monkeypatch, inference_speed)
     inference_speed.main()
+    window, ours = (16, 16, 16), (1 - 4.5 / 16, 1 - 2.5 / 16, 0.0)  # windows at 0 and 4, 0 and 2, 0
+    assert set(asked) == {
+        ("1 at once", window, 0.5, "constant"),
+        ("1 at once", window, ours, "constant"),
+        ("1 at once", window, ours, "gaussian"),
+        ("4 at once", window, ours, "gaussian"),
+        ("1 at once", window, (0.75, 0.5, 0.5), "constant"),  # the stride
+    }
     lines = capsys.readouterr().out.splitlines()[2:]
-    sides = ["ours", "ours plain", "monai", "monai spread", "monai weighted", "stride"]
+    sides = ["ours", "ours plain", "monai", "monai spread", "monai weighted", "monai alike", "stride"]
     assert [line[:16].strip() for line in lines] == sides
     figures = {line[:16].strip(): [float(word) for word in line[16:].split()] for line in lines}
     assert figures["ours"][1] == 1 and figures["monai"][3] == 100 and figures["ours"][3] > 80
-    for own, same in (("ours", "monai weighted"), ("ours plain", "monai spread")):  # but for rounding
+    for own, same in (("ours", "monai weighted"), ("ours", "monai alike"), ("ours plain", "monai spread")):  # rounding
         assert figures[own][2] == pytest.approx(figures[same][2], abs=0.2)
 
 
@@ -146,7 +192,9 @@ def test_window_weights_scores_cases_whose_label_no_training_read(
     checkpoint = trained_run(write_cohort(tmp_path / "balls", labeled=8), tmp_path / "run")
     given = ["--checkpoint", str(checkpoint), "--cases", "2", "--sigmas", "0.25", "100"] + ["--held_out"] * held_out
     monkeypatch.setattr(sys, "argv", ["x", *given])
+    asked = spied_windows(monkeypatch, window_weights)
     window_weights.main()
+    assert {overlap for *_, overlap, _ in asked} == {0.5} and {mode for *_, mode in asked} == {"gaussian", "constant"}
     _, title, *rows = capsys.readouterr().out.splitlines()
     figures = {row[:18].strip(): float(row[18:].split()[0]) for row in rows}
     assert list(figures) == ["sigma 0.25", "sigma 100", "monai gaussian", "monai constant"]
