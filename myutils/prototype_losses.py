@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from myutils.prototype_memory import unit_vectors
 
 _SMALLEST_SQUARE = 1e-12
 _LEAK = 0.2
+_VALUES_AT_ONCE = 2**25  # of a map of selectors times vectors times features: 128 MB
 
 
 def build_selector(feature_dim: int) -> nn.Sequential:
@@ -54,14 +56,23 @@ def own_class_logits(
     """Logit of each vector (N, E) under the selector of its own class (N,); 0 for ids outside 0..K-1.
 
     On the CPU each selector sees its class only. Elsewhere that would make the host wait for the class sizes, so
-    every selector sees every vector; ``stacked`` forces either way.
+    every selector sees every vector; ``stacked`` forces either way. With many classes the selectors take turns, and
+    what the gradient needs is computed anew for it, so that memory grows with N alone.
     """
     if stacked is None:
         stacked = vectors.device.type != "cpu"
-    if stacked:
-        answers = stacked_logits(selectors, vectors)  # (K, N)
-        return answers.where(class_membership(class_labels, len(selectors)), 0.0).sum(0)
     logits = vectors.new_zeros(vectors.shape[0])  # (N,)
+    if stacked:
+        member = class_membership(class_labels, len(selectors))  # (K, N)
+        at_once = max(1, _VALUES_AT_ONCE // max(1, vectors.numel()))
+        for first in range(0, len(selectors), at_once):
+            some = selectors[first : first + at_once]
+            if len(some) == len(selectors):
+                answers = stacked_logits(some, vectors)
+            else:
+                answers = checkpoint(stacked_logits, some, vectors, use_reentrant=False, preserve_rng_state=False)
+            logits = logits + answers.where(member[first : first + at_once], 0.0).sum(0)
+        return logits
     for class_id, selector in enumerate(selectors):
         rows = (class_labels == class_id).nonzero().squeeze(1)
         logits = logits.index_copy(0, rows, _score(selector, vectors[rows]))

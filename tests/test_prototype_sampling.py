@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from prototype_cases import E, K, fill, make_manager, sure_logits
+from torch import Tensor, nn
 
+from myutils import prototype_losses
 from myutils.prototype_losses import memory_logits, own_class_logits, stacked_logits
 from myutils.prototype_sampling import pick_voxels, sample_per_class
 
@@ -92,3 +94,26 @@ def test_voxels_are_the_same_in_either_layout() -> None:
     assert torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1])
     assert torch.equal(found[0][0][1], maps[1, :, 2, 3, 4])
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_selectors_of_many_classes_take_turns_and_learn_the_same(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    selectors, _ = make_manager(use_learned_selector=True).get_selectors()
+    assert selectors is not None
+    vectors, labels, seen = torch.randn(9, E), torch.tensor([0, 1, 2, -1, 1, 1, 0, 5, 2]), []
+
+    def spy(some: nn.ModuleList, rows: Tensor) -> Tensor:
+        seen.append(len(some))
+        return stacked_logits(some, rows)
+
+    def learned() -> list[Tensor]:
+        rows = vectors.clone().requires_grad_()
+        logits = own_class_logits(selectors, rows, labels, stacked=True)
+        return [logits, *torch.autograd.grad(logits.square().sum(), [rows, *selectors.parameters()])]
+
+    whole = learned()
+    monkeypatch.setattr(prototype_losses, "_VALUES_AT_ONCE", at_once * vectors.numel())
+    monkeypatch.setattr(prototype_losses, "stacked_logits", spy)
+    for ours, theirs in zip(learned(), whole, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert max(seen) == at_once and sum(seen) == 2 * K  # forward, and again for the gradient
