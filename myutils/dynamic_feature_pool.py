@@ -209,13 +209,16 @@ class DynamicFeaturePool(nn.Module):
     def pool_losses(self, regions: Tensor, pools: Tensor, margin: float = 1.0) -> tuple[Tensor, Tensor]:
         """Compactness and separation of region features (R, E) that a selector assigned to pools (R,).
 
-        Compactness: mean of 1 - cosine to the pool's centre. Separation: ``inter_class_loss`` between the pools.
+        Compactness: mean of 1 - cosine to the pool's centre. Separation: ``inter_class_loss`` between the pools. Both
+        are 0, on the graph, until there are pools.
         """
         units = unit_vectors(self.standardise(regions))
         own = unit_vectors(self.centres)[pools]  # (R, E)
         compact = (1.0 - (units * own).sum(1)).mean() if len(units) else 0.0 * units.sum()
         member = class_membership(pools, len(self.centres))  # (J, R)
-        return compact, inter_class_loss(units, member, margin)
+        separation = inter_class_loss(units, member, margin)
+        built = self.sizes.any()
+        return compact * built, separation * built
 
 
 def correlation_consistency(features_l: Tensor, features_u: Tensor, known_l: Tensor, known_u: Tensor) -> Tensor:

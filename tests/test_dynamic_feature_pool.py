@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,7 @@ def test_anchor_loss_equals_the_naive_loop_and_moves_features() -> None:
 
 def test_pool_losses_by_hand() -> None:
     pool = make_pool(num_pools=2)
+    pool.sizes.fill_(1)
     pool.centres.copy_(torch.eye(5)[:2])
     regions = torch.tensor([[1.0, 0, 0, 0, 0], [0, 1.0, 0, 0, 0], [1.0, 0, 0, 0, 0]], requires_grad=True)
     compact, separation = pool.pool_losses(regions, torch.tensor([0, 0, 1]))
@@ -207,6 +209,23 @@ def test_cov_dfp_weights_follow_the_stage_and_the_pool_fills() -> None:
     assert built.pool.sizes.any() and built.pool.count.sum() > 0
     assert int(built.pool.sizes.sum()) == int(built.pool.count.sum())
     assert method(use_dfp=False)(random_batch(), 3).terms["dfp_anchor"].weight == 0.0
+
+
+def test_cov_dfp_without_pools_pulls_and_pushes_nothing() -> None:
+    built = method(confidence_threshold=0.9999)  # nothing is reliable, nothing is stored
+    terms = built(random_batch(), 3).terms
+    for name in ("dfp_anchor", "dfp_compact", "dfp_separation"):
+        assert terms[name].weight > 0 and terms[name].value.item() == 0.0
+        terms[name].value.backward(retain_graph=True)
+    assert not built.pool.sizes.any()
+    assert not any(p.grad is not None and p.grad.any() for p in built.student.parameters())
+
+
+def test_cov_dfp_takes_patches_thinner_than_its_regions() -> None:
+    thin, batch = method(patch_size=(16, 16, 2), flat_levels=(0, 0, 3)), random_batch()
+    parts = {name: getattr(batch, name)[..., :2] for name in ("image_l", "label_l", "image_u", "image_u_strong")}
+    terms = thin(dataclasses.replace(batch, **parts), 3).terms
+    assert all(torch.isfinite(term.value) for term in terms.values())
 
 
 def test_cov_dfp_selector_learns_the_nearest_pool() -> None:

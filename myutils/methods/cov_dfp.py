@@ -116,13 +116,15 @@ class CovarianceFeaturePools(MeanTeacher):
             if self._rebuilds_at(step):
                 self.pool.rebuild()
             both = torch.cat([positions_l, positions_u + parts.batch.label_l.numel()])
-            features = pick_voxels(parts.student.features, both).float()  # (S, E)
-            features_l, features_u = (all_rows(half) for half in features.split([len(positions_l), len(positions_u)]))
+            drawn = pick_voxels(parts.student.features, both).float()  # (S, E)
+            features_l, features_u = (all_rows(half) for half in drawn.split([len(positions_l), len(positions_u)]))
             classes_l, classes_u = all_rows(classes_l), all_rows(classes_u)
             anchor = self.pool.anchor_loss(torch.cat([features_l, features_u]), torch.cat([classes_l, classes_u]))
             known_l, known_u = classes_l != IGNORE, classes_u != IGNORE
             correlation = correlation_consistency(features_l, features_u, known_l, known_u)
-            regions = functional.avg_pool3d(parts.student.features.float(), _REGION).movedim(1, -1).flatten(0, 3)
+            features = parts.student.features.float()
+            side = [min(_REGION, size) for size in features.shape[2:]]
+            regions = functional.avg_pool3d(features, side).movedim(1, -1).flatten(0, 3)
             target = self.pool.nearest_pools(regions)
             named = self.selector(self.pool.standardise(regions.detach()))  # (R, J)
             compact, separation = self.pool.pool_losses(all_rows(regions), all_rows(named.argmax(1)))
