@@ -116,7 +116,7 @@ def read_checkpoint(path: Path, device: torch.device) -> tuple[RunState, dict[st
 
     Raises:
         FileNotFoundError: If there is no such file.
-        OSError: If it cannot be opened.
+        OSError: If it cannot be opened, or does not fit into memory.
         ValueError: If it is damaged or not a checkpoint of this project.
     """
     if not path.is_file():
@@ -128,6 +128,8 @@ def read_checkpoint(path: Path, device: torch.device) -> tuple[RunState, dict[st
         content = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise OSError(f"cannot read {path}: {error}; use another copy") from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise OSError(f"cannot read {path}: no memory left on {device} ({error}); free some and try again") from error
     except Exception as error:  # torch and pickle raise nearly anything, with advice to trust the file that is not ours
         reason = type(error).__name__
         raise ValueError(f"{path} is damaged, or no checkpoint of this project ({reason}); use another copy") from error

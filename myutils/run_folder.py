@@ -26,12 +26,18 @@ def refuse_used_name(folder: Path) -> None:
 
 
 def claim_folder(folder: Path, *, chosen: bool) -> Path:
-    """Make the run's folder; a name that the user did not choose gets a free number, also if two runs start at once."""
+    """Make the run's folder, with an empty ``config.json``: of two runs that start at once, one alone gets it.
+
+    A name that the user did not choose gets a free number; one that was ``chosen`` and is taken is refused.
+    """
     number, candidate = 1, folder
     while True:
         try:
             make_folder(candidate, "--output_dir", exist_ok=chosen)
+            (candidate / "config.json").touch(exist_ok=False)
         except FileExistsError:
+            if chosen:
+                refuse_used_name(candidate)
             number += 1
             candidate = folder.with_name(f"{folder.name}_{number}")
         else:
@@ -63,6 +69,8 @@ def hold(folder: Path) -> IO[str]:
     try:
         if fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for unfinished in folder.glob(".*.pt.*.tmp"):  # of a process that was killed while it wrote a checkpoint
+                unfinished.unlink()
     except BlockingIOError:
         lock.close()
         raise ValueError(f"another process trains in {folder}; wait for its end, or stop it first") from None

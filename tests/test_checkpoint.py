@@ -135,6 +135,19 @@ def test_pickled_object_is_refused_without_advice_to_trust_it(tmp_path: Path) ->
     assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_checkpoint_that_finds_no_memory_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise error("tried to allocate 9 GiB")
+
+    write_checkpoint(tmp_path / "last.pt", make_state(), {})
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(OSError, match=r"no memory left on cpu \(tried to allocate 9 GiB\); free some"):
+        read_checkpoint(tmp_path / "last.pt", torch.device("cpu"))
+
+
 @pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], {"format": 99}])
 def test_foreign_file_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "foreign.pt")

@@ -1,0 +1,33 @@
+"""One run gets a folder, and what a killed one left behind goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from myutils.run_folder import claim_folder, hold
+
+
+def test_of_two_runs_with_one_name_the_first_gets_the_folder(tmp_path: Path) -> None:
+    assert claim_folder(tmp_path / "a", chosen=True) == tmp_path / "a"
+    with pytest.raises(ValueError, match=r"--exp a: .* has not reached its first checkpoint"):
+        claim_folder(tmp_path / "a", chosen=True)
+    assert claim_folder(tmp_path / "a", chosen=False) == tmp_path / "a_2"
+    assert claim_folder(tmp_path / "a", chosen=False) == tmp_path / "a_3"
+
+
+def test_an_empty_folder_of_the_users_may_be_chosen(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    assert claim_folder(tmp_path / "a", chosen=True) == tmp_path / "a"
+
+
+def test_checkpoints_that_a_killed_process_did_not_finish_go_with_the_next_training(tmp_path: Path) -> None:
+    for name in (".last.pt.123.tmp", ".best.pt.9.tmp", "last.pt", "mine.tmp"):
+        (tmp_path / name).touch()
+    with hold(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "last.pt", "mine.tmp"]
+        (tmp_path / ".last.pt.7.tmp").touch()
+        with pytest.raises(ValueError, match="another process trains in"):
+            hold(tmp_path)
+        assert (tmp_path / ".last.pt.7.tmp").exists()
