@@ -76,6 +76,7 @@ def select_device(gpu: int | None = None, local_rank: int | None = None) -> torc
         logger.info("device: CPU (%d threads); no CUDA device found", torch.get_num_threads())
         return torch.device("cpu")
     index = gpu if gpu is not None else (local_rank or 0) % count
+    torch.cuda.set_device(index)  # what torch asks about "the" device, such as its types, is asked about this one
     logger.info("device: CUDA %d, %s", index, torch.cuda.get_device_name(index))
     return torch.device("cuda", index)
 
