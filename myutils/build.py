@@ -92,9 +92,21 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
     prototypes = bool(config.use_contrastive_prototype)
     kind = f"on --method {config.method}{'' if prototypes else ' without prototypes'}"
     idle = {kind: unread_flags(method, prototypes=prototypes)} | idle_flags(vars(config))
+    if not method.uses_unlabeled:
+        idle["without unlabelled patches"] = {"labeled_bs", "place_prior"}
     for reason, flags in idle.items():
         if named := ", ".join(f"--{name}" for name in chosen if name in flags):
             logger.warning("without effect %s: %s", reason, named)
+    if method.uses_unlabeled and required(config.warmup_iteration, "warmup_iteration") >= max_iteration:
+        raise ValueError(
+            f"--warmup_iteration {config.warmup_iteration}: leaves none of the {max_iteration} steps (--max_iteration) "
+            "for unlabelled patches; pass fewer, or --method supervised"
+        )
+    if config.optimizer == "muon" and config.muon_interval > max_iteration:
+        raise ValueError(
+            f"--muon_interval {config.muon_interval}: no kernel would move in {max_iteration} steps (--max_iteration); "
+            "pass a smaller one, such as 4"
+        )
     if config.use_contrastive_prototype and config.use_learned_selector and config.embedding_dim < 2:
         raise ValueError(
             f"--embedding_dim {config.embedding_dim}: at least 2 with selectors (--no-use_learned_selector)"
@@ -199,7 +211,7 @@ def build_network(config: RunConfig, facts: DataFacts) -> SegmentationNetwork:
     if any(size < step for size, step in zip(patch, network.stride, strict=True)):
         given, least = (" ".join(map(str, sizes)) for sizes in (patch, network.stride))
         raise ValueError(f"--patch_size {given}: {config.model} divides the axes by {least}; pass at least these")
-    mend_layers(network)
+    mend_layers(network, channels_last=False if config.compile else None)  # its normalisation cannot be compiled
     if config.checkpoint_activations:
         checkpoint_blocks(network)
     return network

@@ -170,7 +170,7 @@ class RunConfig:
         choices=("adamw", "muon", "sgd"),
     )
     muon_interval: int = option(
-        1, "muon: steps in which each kernel moves once, as many times as far", low=1, group=OPTIMISATION
+        1, "muon: steps in which each kernel moves once, as many times as far", low=1, high=64, group=OPTIMISATION
     )
     base_lr: float | None = option(
         None, "first learning rate, decays as (1 - t/T)^0.9; else 0.003, 0.1 sgd", low=1e-12, group=OPTIMISATION

@@ -189,6 +189,14 @@ def test_flags_that_the_method_does_not_read_are_named(caplog: pytest.LogCapture
         ),
         ({"affine_share": 0.0, "affine_angle": 20.0}, "with --affine_share 0: --affine_angle"),
         ({"copy_paste": False, "paste_unlabeled": 0.5}, "with --no-copy_paste: --paste_unlabeled"),
+        ({"copy_paste": False, "perturbed_share": 0.5}, "with --no-copy_paste: --perturbed_share"),
+        ({"batch_size": 2, "paste_unlabeled": 0.5}, "with one unlabelled patch a step: --paste_unlabeled"),
+        ({"method": "cov_dfp", "use_dfp": False, "anchor_weight": 3.0}, "with --no-use_dfp: --anchor_weight"),
+        (
+            {"method": "supervised", "labeled_bs": 1, "place_prior": False},
+            "without unlabelled patches: --labeled_bs, --place_prior",
+        ),
+        ({"method": "bcp", "consistency_rampup": 7}, "on --method bcp without prototypes: --consistency_rampup"),
         ({"optimizer": "adamw", "muon_interval": 4}, "with --optimizer adamw: --muon_interval"),
         ({"interpolation": "cubic"}, "without --spacing: --interpolation"),
     ],
@@ -214,3 +222,17 @@ def test_flags_that_do_something_beside_others_are_not_named(caplog: pytest.LogC
 )
 def test_a_run_trained_with_autocast_can_be_used_on_any_device(trained: str, given: str | None, used: str) -> None:
     assert InferenceFlags(amp=given).apply_to(RunConfig(amp=trained)).amp == used
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"warmup_iteration": 9}, "--warmup_iteration 9: leaves none of the 9 steps"),
+        ({"muon_interval": 10}, "--muon_interval 10: no kernel would move in 9 steps"),
+    ],
+)
+def test_settings_that_leave_nothing_to_train_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_config(RunConfig(max_iteration=9, **given), BallSource())
+    resolve_config(RunConfig(max_iteration=10, **given), BallSource())
+    resolve_config(RunConfig(max_iteration=9, method="supervised", optimizer="adamw", **given), BallSource())

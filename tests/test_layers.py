@@ -6,9 +6,12 @@ import copy
 
 import pytest
 import torch
+from conftest import BallSource
+from helpers_runs import small_config
 from torch import nn
 from torch.nn import functional
 
+from myutils.build import DataFacts, build_network
 from myutils.distributed import resolve_amp
 from networks.base import NETWORKS, make_network
 from networks.layers import (
@@ -167,6 +170,9 @@ def test_the_layout_follows_the_cpu_and_the_network(
     network = NETWORKS.get(name)(1, 2)
     mend_layers(network)
     assert {type(module) for module in network.modules() if isinstance(module, nn.Conv3d)} == {expected}
+    config = small_config(BallSource(), model=name, compile=True)  # whose graph the other layout would break
+    compiled = build_network(config, DataFacts.of(BallSource()))
+    assert {type(module) for module in compiled.modules() if isinstance(module, nn.Conv3d)} == {GuardedConv3d}
 
 
 def test_running_statistics_are_left_to_torch() -> None:

@@ -82,6 +82,7 @@ class Method(nn.Module, ABC):
         uses_unlabeled: Whether steps hold unlabelled patches; if not, all patches of a step are labelled.
         uses_strong_views: Whether it learns from ``image_u_strong``.
         deepens: Whether it has one decoder, whose coarse levels can learn the labels (``--deep_supervision``).
+        ramps: Whether the weight of its loss on unlabelled patches rises at the start (``--consistency_rampup``).
         on_host: Whether its steps compute on the host (components, distances), so that it waits for the device.
         probes: Names of loss terms that train a head on detached features, and not the student.
         reads: Flags of the groups METHOD, PROTOTYPES and DFP that it reads itself; a run says which others do nothing.
@@ -91,6 +92,7 @@ class Method(nn.Module, ABC):
     uses_unlabeled: bool = True
     uses_strong_views: bool = False
     deepens: bool = True
+    ramps: bool = True
     on_host: bool = False
     probes: tuple[str, ...] = ()
     reads: frozenset[str] = frozenset()
@@ -242,7 +244,7 @@ def unread_flags(method: type[Method], *, prototypes: bool) -> frozenset[str]:
     """The flags that change nothing in a run with ``method``, with or without the prototype term."""
     read = {"method", "model", "flat_levels", "deep_supervision", "use_contrastive_prototype", *method.reads}
     if method.uses_unlabeled:
-        read |= {"consistency", "consistency_rampup", "warmup_iteration"}
+        read |= {"consistency", "warmup_iteration"} | ({"consistency_rampup"} if method.ramps else set())
     if method.uses_strong_views:
         read |= {"strong_views", "strong_intensity"}
     if prototypes:

@@ -61,6 +61,7 @@ def paired(batch: Batch) -> Batch:
 class BidirectionalCopyPaste(TeacherMethod):
     """Two phases on one schedule; the prototype term sees the unpasted voxels of each patch."""
 
+    ramps = False
     on_host = True  # connected components of pseudo-labels, as published
     defaults = MappingProxyType({"consistency": 0.5, "warmup_share": 0.2})
 
