@@ -25,7 +25,7 @@ from networks.layers import mend_layers
 
 logger = logging.getLogger(__name__)
 
-# Learning rate and weight decay per optimizer, chosen on validation cases of LA and hippocampus (docs/search.md).
+# Learning rate and weight decay per optimizer; AdamW's and Muon's were searched (docs/search.md), SGD's are usual ones.
 OPTIMIZER_DEFAULTS = {"adamw": (0.003, 0.3), "sgd": (0.1, 1e-4), "muon": (0.003, 0.3)}
 
 

@@ -125,7 +125,7 @@ class RunConfig:
     inter_weight: float = option(0.01, "weight of the term's between-class loss", low=0, group=PROTOTYPES)
     prototype_loss: str | None = option(
         None,
-        "form of the memory loss: 1 - cosine (ssnet), or contrasts with other classes; else the method's own",
+        "form of the memory loss: 1 - cosine (ssnet), or contrasts with other classes; else ssnet",
         group=PROTOTYPES,
         choices=("ssnet", "infonce", "multiproto"),
     )
