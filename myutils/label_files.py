@@ -7,6 +7,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from myutils.whole_files import whole_file
+
 SCANNER_CODE = 1
 GEOMETRY_FIELDS = (
     "xyzt_units",
@@ -50,11 +52,5 @@ def save_in_geometry_of(path: Path, array: np.ndarray, header: nib.Nifti1Header)
 
 
 def _save(image: nib.Nifti1Image, path: Path) -> None:
-    """Write beside the target and rename, so that a stop leaves no half file under the final name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial_{path.name}")
-    try:
+    with whole_file(path) as partial:
         nib.save(image, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,0 +1,20 @@
+"""Files that are written whole or not at all, also where two processes write the same one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A hidden file of this process beside ``path``, with its suffix, that takes its name where nothing went wrong."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial_{os.getpid()}_{path.name}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
