@@ -31,14 +31,14 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dataloaders.geometry import READ_ERRORS, reason_of, states_orientation
+from dataloaders.geometry import reason_of, states_orientation
 from dataloaders.orientation import axis_names, note_stored_axes
 from myutils.build import kept_parts
 from myutils.checkpoint import InferenceBundle
 from myutils.distributed import barrier, is_main_rank, join_shares, own_share, start_process_group, stop_process_group
 from myutils.ensemble import load_together
 from myutils.flags import option
-from myutils.inference import InferenceOptions, label_map_from, predict_label_map, predict_probabilities
+from myutils.inference import SCAN_ERRORS, InferenceOptions, label_map_from, predict_label_map, predict_probabilities
 from myutils.inference_flags import InferenceFlags, inference_options, start
 from myutils.label_files import save_in_geometry_of, save_volume
 from myutils.run_folder import make_folder
@@ -47,7 +47,6 @@ from myutils.scan_inputs import Scan, find_scans, join_channels, require_free_ou
 logger = logging.getLogger("predict")
 
 FILES, EXISTING = "files", ("refuse", "replace", "keep")
-SCAN_ERRORS = (*READ_ERRORS, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True)

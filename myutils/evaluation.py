@@ -20,7 +20,7 @@ from dataloaders.case_lists import some
 from dataloaders.geometry import reason_of
 from dataloaders.preprocess import Preprocess
 from myutils.distributed import is_main_rank, join_shares, own_share
-from myutils.inference import InferenceOptions, predict_label_map
+from myutils.inference import SCAN_ERRORS, InferenceOptions, predict_label_map
 from myutils.label_files import save_label_map
 from myutils.metrics import CaseMetrics, segmentation_metrics
 from networks.base import Segmenter
@@ -96,8 +96,8 @@ def evaluate_cases(
 
     Raises:
         ValueError: If no case is given.
-        DamagedCasesError: If a file is missing or damaged, or a prediction is not finite; names every such case, after
-            all others are scored. On every rank.
+        DamagedCasesError: If a file is missing or damaged, a case too large for the memory, or a prediction not
+            finite; names every such case, after all others are scored. On every rank.
     """
     if not case_ids:
         raise ValueError("no case to evaluate; the split is empty")
@@ -107,7 +107,7 @@ def evaluate_cases(
             volume = source.load(case_id, with_label=True)
             label_map = predict_label_map(network, volume, preprocess, inference, device, keep_largest=keep_largest)
             outcomes.append(score_case(volume, label_map, network.num_classes))
-        except (ValueError, OSError) as error:
+        except SCAN_ERRORS as error:
             outcomes.append(reason_of(error))
             continue
         if save_dir is not None:

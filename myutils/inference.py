@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dataloaders.base import Volume
-from dataloaders.geometry import Spacing
+from dataloaders.geometry import READ_ERRORS, Spacing
 from dataloaders.preprocess import Preprocess
 from myutils.components import largest_component
 from myutils.distributed import autocast, resolve_amp
@@ -26,6 +26,7 @@ from myutils.sliding_window import stitched_rows
 from networks.base import Segmenter
 from networks.ensemble import log_of_mean
 
+SCAN_ERRORS = (*READ_ERRORS, RuntimeError, MemoryError)  # of one scan, be it damaged or too large for the memory
 AMP_CHOICES = ("auto", "no", "bf16", "fp16")
 DEVICE_LIMIT_BYTES = 4 * 1024**3  # of an image and a band of scores that may lie on the network's device
 _VOXELS_AT_ONCE = 2**20

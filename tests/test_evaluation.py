@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from dataloaders.base import Volume
 from dataloaders.preprocess import Preprocess
+from myutils import evaluation
 from myutils.evaluation import (
     CSV_COLUMNS,
     CaseResult,
@@ -117,6 +119,24 @@ def test_training_mode_survives_and_bad_requests_are_named() -> None:
         evaluate_cases(network, two_channels, ["ball00"], Preprocess("mr"), OPTIONS, CPU, progress=False)
     with pytest.raises(ValueError, match="case ball00 has no label"):
         score_case(BallSource().load("ball00", with_label=False), np.zeros((20, 18, 16), np.uint8), 3)
+
+
+@pytest.mark.parametrize("error", [MemoryError("9.3 GiB"), RuntimeError("can't allocate 9.3 GiB")])
+def test_a_case_too_large_for_the_memory_is_named_and_others_are_scored(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, predict = CleanSource(), evaluation.predict_label_map
+
+    def predict_small(network: PointwiseNetwork, volume: Volume, *arguments: Any, **options: Any) -> np.ndarray:
+        if volume.case_id == "ball01":
+            raise error
+        return predict(network, volume, *arguments, **options)
+
+    monkeypatch.setattr(evaluation, "predict_label_map", predict_small)
+    ids = ["ball00", "ball01", "ball02"]
+    with pytest.raises(DamagedCasesError, match=r"1 of 3 cases cannot be scored: case ball01: .*9\.3 GiB") as caught:
+        evaluate_cases(network_for(source), source, ids, Preprocess("mr"), OPTIONS, CPU, progress=False)
+    assert [result.case_id for result in caught.value.results] == ["ball00", "ball02"]
 
 
 def test_csv_has_a_row_per_case_and_class_and_keeps_inf(tmp_path: Path) -> None:
