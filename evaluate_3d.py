@@ -46,6 +46,7 @@ from myutils.ensemble import load_together
 from myutils.evaluation import (
     CaseResult,
     DamagedCasesError,
+    drop_old_predictions,
     evaluate_cases,
     format_table,
     summarise,
@@ -223,6 +224,7 @@ def run(job: Job) -> None:
         if not error.results:
             raise ValueError(f"{error}; nothing was scored, and nothing in {folder} was changed") from error
         if is_main_rank():
+            drop_old_predictions(folder, error.results)
             write_cases_csv(folder / "cases.csv", error.results, bundle.class_names)
             (folder / "summary.json").unlink(missing_ok=True)  # that of an evaluation before
         advice = "mend them, or leave them out with --test_list or --val_list"
@@ -235,6 +237,7 @@ def write_results(job: Job, results: Sequence[CaseResult]) -> None:
     """Per-case CSV, summary JSON and the table."""
     names = job.bundle.class_names
     summary = summarise(results, names)
+    drop_old_predictions(job.folder, results)
     write_cases_csv(job.folder / "cases.csv", results, names)
     about = {
         "checkpoint": job.checkpoints,

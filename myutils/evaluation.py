@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,23 @@ def score_case(volume: Volume, label_map: np.ndarray, num_classes: int) -> CaseR
         truth_ml={class_id: float(truth[class_id] * voxel_ml) for class_id in metrics},
         prediction_ml={class_id: float(prediction[class_id] * voxel_ml) for class_id in metrics},
     )
+
+
+def drop_old_predictions(folder: Path, results: Iterable[CaseResult]) -> None:
+    """Delete label maps of cases that ``cases.csv`` of before names and ``results`` do not; call it before writing.
+
+    What no evaluation scored stays, for ``predictions`` may hold files of the user's own.
+    """
+    before: set[str | None] = set()
+    with suppress(OSError, UnicodeError, csv.Error), (folder / "cases.csv").open(newline="", encoding="utf-8") as file:
+        before = {row.get("case") for row in csv.DictReader(file)}
+    gone = sorted(case_id for case_id in before - {result.case_id for result in results} if case_id)
+    files = [path for case_id in gone if (path := folder / "predictions" / f"{case_id}.nii.gz").is_file()]
+    for path in files:
+        path.unlink()
+    if files:
+        names = some([path.name for path in files])
+        logger.info("%s: removed label maps of cases that are no longer scored: %s", files[0].parent, names)
 
 
 def write_cases_csv(path: Path, results: Iterable[CaseResult], class_names: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -54,6 +55,21 @@ def test_evaluate_run_writes_figures_that_follow_from_its_predictions(trained: t
     assert len(stored["split_digest"]) == 64
     mean = np.mean([float(row["dice"]) for row in rows.values()])
     assert math.isclose(stored["mean"]["dice"]["mean"], mean, abs_tol=1e-5)
+
+
+def test_predictions_of_cases_no_longer_scored_are_removed(
+    trained: tuple[Path, BallSource], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, source = trained
+    predictions = folder / "test" / "predictions"
+    evaluate_run(folder, source, ["ball04", "ball05"], CPU)
+    (predictions / "mine.nii.gz").touch()  # no evaluation wrote it
+    with caplog.at_level(logging.INFO):
+        evaluate_run(folder, source, ["ball05"], CPU)
+    assert sorted(path.name for path in predictions.iterdir()) == ["ball05.nii.gz", "mine.nii.gz"]
+    assert f"{predictions}: removed label maps of cases that are no longer scored: 'ball04.nii.gz'" in caplog.text
+    (folder / "test" / "cases.csv").write_bytes(b"case,class\n\xff\x00")  # of a machine that crashed
+    evaluate_run(folder, source, ["ball05"], CPU)
 
 
 def test_draw_run_shows_a_run_and_its_baseline(trained: tuple[Path, BallSource], tmp_path: Path) -> None:
