@@ -186,8 +186,11 @@ def default_folder(flags: EvaluateFlags, bundle: InferenceBundle, source: CaseSo
 def refuse_other_results(folder: Path, checkpoints: Sequence[Path], data: str) -> None:
     """Raise a ValueError if the folder holds the results of other checkpoints, or on other data."""
     path = folder / "summary.json"
-    about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    scored, scored_on = about.get("checkpoint", ""), about.get("dataset_path", "")
+    try:
+        about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        scored, scored_on = about.get("checkpoint", ""), about.get("dataset_path", "")
+    except (ValueError, AttributeError) as error:  # cut off by a full disk, or of another program
+        raise ValueError(f"{path} cannot be read ({error}); delete it, or pass another --output_dir") from error
     before, now = ([Path(name).parts[-2:] for name in names.split(", ")] for names in (scored, paths_of(checkpoints)))
     if scored and before != now:  # run and file, for a run may have moved
         raise ValueError(f"{folder} holds the results of {scored}; pass another --output_dir, or delete it")

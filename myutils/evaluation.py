@@ -24,6 +24,7 @@ from myutils.distributed import is_main_rank, join_shares, own_share
 from myutils.inference import SCAN_ERRORS, InferenceOptions, predict_label_map
 from myutils.label_files import save_label_map
 from myutils.metrics import CaseMetrics, segmentation_metrics
+from myutils.whole_files import whole_file
 from networks.base import Segmenter
 
 logger = logging.getLogger(__name__)
@@ -155,8 +156,7 @@ def drop_old_predictions(folder: Path, results: Iterable[CaseResult]) -> None:
 
 def write_cases_csv(path: Path, results: Iterable[CaseResult], class_names: Sequence[str]) -> None:
     """One row per case and class, columns ``CSV_COLUMNS``; a distance to an empty mask is ``inf``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(CSV_COLUMNS)
         for result in results:
@@ -204,8 +204,8 @@ def _statistics(values: Sequence[float]) -> dict[str, Any]:
 
 def write_summary_json(path: Path, summary: Mapping[str, Any]) -> None:
     """Write a summary as strict JSON; a figure that JSON cannot hold is an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def format_table(

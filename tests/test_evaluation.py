@@ -16,6 +16,7 @@ from conftest import BallSource
 from helpers_runs import PointwiseNetwork
 from torch import Tensor
 
+import evaluate_3d
 from dataloaders.base import Volume
 from dataloaders.preprocess import Preprocess
 from myutils import evaluation
@@ -171,6 +172,27 @@ def test_summary_is_strict_json_even_if_everything_was_missed(tmp_path: Path) ->
     assert json.loads(text) == summary and "Infinity" not in text and "NaN" not in text
     with pytest.raises(ValueError, match="at least one case"):
         summarise([], NAMES)
+
+
+def test_a_summary_of_before_survives_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, write = tmp_path / "summary.json", Path.write_text
+    write_summary_json(path, {"n_cases": 1})
+
+    def write_half(path: Path, text: str, encoding: str) -> int:
+        write(path, text[:5], encoding)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(OSError, match="No space left"):
+        write_summary_json(path, {"n_cases": 2})
+    assert json.loads(path.read_text()) == {"n_cases": 1} and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", ['{"n_ca', "[]", "\0"])
+def test_a_summary_that_cannot_be_read_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "summary.json").write_text(content)
+    with pytest.raises(ValueError, match=r"summary\.json cannot be read .*; delete it"):
+        evaluate_3d.refuse_other_results(tmp_path, [tmp_path / "run/last.pt"], "")
 
 
 def test_table_is_aligned_and_complete() -> None:
