@@ -154,12 +154,21 @@ def require_free_outputs(scans: Iterable[Scan], outputs: Iterable[Path]) -> None
         ValueError: Naming the file and the fix.
     """
     inputs = [path for scan in scans for path in scan.files]
-    resolved = {path.resolve(): path for path in inputs}
+    resolved = {path.resolve() for path in inputs}
+    held = set(map(_identity, inputs)) - {None}
     seen: set[Path] = set()
     for output in outputs:
-        same = [path for path in inputs if output.exists() and output.samefile(path)]
-        if output.resolve() in resolved or same:
+        if output.resolve() in resolved or _identity(output) in held:
             raise ValueError(f"{output} is an input and would be overwritten; pass another --output")
         if output in seen:
             raise ValueError(f"two inputs would be written to {output}; rename one, or predict them separately")
         seen.add(output)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file of the system this is, whatever its name; None where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
