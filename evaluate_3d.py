@@ -60,6 +60,7 @@ from myutils.evaluation_cases import (
     require_match,
     warn_if_moved,
     warn_of_equal_ids,
+    warn_of_stored_axes,
 )
 from myutils.flags import option
 from myutils.inference import InferenceOptions
@@ -212,6 +213,7 @@ def run(job: Job) -> None:
     logger.info("cases: %d (%s)", len(job.case_ids), job.flags.split)
     if is_main_rank():
         warn_of_unstated(job.source, job.case_ids, bundle.preprocess.orientation)
+        warn_of_stored_axes(job.source, job.case_ids, bundle)
     try:
         results = evaluate_cases(
             bundle.network,

@@ -6,10 +6,12 @@ import dataclasses
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from dataloaders.base import CaseSource
 from dataloaders.case_lists import read_case_list, some
+from dataloaders.orientation import axis_names, note_stored_axes
 from dataloaders.splits import SplitRequest, TrainingSplit, make_test_ids, of_patients
 from myutils.checkpoint import InferenceBundle
 
@@ -59,6 +61,19 @@ def warn_of_equal_ids(source: CaseSource, bundle: InferenceBundle, data: Path | 
         len(training_ids(bundle)),
         trained,
     )
+
+
+def warn_of_stored_axes(source: CaseSource, case_ids: Sequence[str], bundle: InferenceBundle) -> None:
+    """Name the axes of other data than the training's where the network takes them as stored, as a prediction does."""
+    if bundle.preprocess.orientation != "stored" or is_training_data(source, bundle):
+        return
+    names = set()
+    for case_id in case_ids:
+        with suppress(ValueError, OSError):  # a file that cannot be read is named when it is scored
+            grid = source.grid(case_id)
+            names.add(axis_names([grid.affine]) if grid.oriented else "without directions")
+    if names:
+        note_stored_axes(", ".join(sorted(names)))
 
 
 def training_ids(bundle: InferenceBundle) -> set[str]:

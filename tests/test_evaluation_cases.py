@@ -7,11 +7,16 @@ import logging
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import BallSource
+from helpers_scans import trained_run, write_cohort
 
+import evaluate_3d
+from dataloaders.base import Grid
+from dataloaders.orientation import note_stored_axes
 from dataloaders.splits import TrainingSplit
-from myutils.evaluation_cases import choose_cases, warn_if_moved
+from myutils.evaluation_cases import choose_cases, warn_if_moved, warn_of_stored_axes
 
 
 class Pairs(BallSource):
@@ -61,3 +66,37 @@ def test_validation_cases_of_training_patients_are_named(caplog: pytest.LogCaptu
     joined = SimpleNamespace(split=TrainingSplit(("ball01",), (), ("ball00", "ball02")))
     assert choose_cases(Pairs(), joined, "val") == ("ball00", "ball02")
     assert "1 of 2 validation cases are of training patients" in caplog.text
+
+
+class Scattered(BallSource):
+    """ball00 is stored as LPS, ball01 without directions, ball02 damaged, the others as RAS."""
+
+    def grid(self, case_id: str) -> Grid:
+        if case_id == "ball02":
+            raise ValueError("damaged")
+        affine = np.diag([-1.0, -1.0, 1.0, 1.0]) if case_id == "ball00" else np.eye(4)
+        return Grid((4, 4, 4), affine, oriented=case_id != "ball01")
+
+
+def test_axes_of_other_data_are_named_to_a_network_that_takes_them_as_stored(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    note_stored_axes.cache_clear()
+    stored, turned = (SimpleNamespace(orientation=orientation) for orientation in ("stored", "ras"))
+    elsewhere, here = TrainingSplit(("gone",), (), ()), TrainingSplit(("ball03",), (), ())
+    source, ids = Scattered(), ["ball00", "ball01", "ball02", "ball04"]
+    warn_of_stored_axes(source, ids, SimpleNamespace(preprocess=turned, split=elsewhere))
+    warn_of_stored_axes(source, ids, SimpleNamespace(preprocess=stored, split=here))  # the data of the training
+    assert not caplog.text
+    warn_of_stored_axes(source, ids, SimpleNamespace(preprocess=stored, split=elsewhere))
+    assert "takes axes as stored, here LPS, RAS, without directions: in each scan" in caplog.text
+
+
+def test_an_evaluation_names_the_axes_of_other_data_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    note_stored_axes.cache_clear()
+    cohort, other = write_cohort(tmp_path / "balls"), write_cohort(tmp_path / "b", cases=1, labeled=1, prefix="other")
+    run = ["--checkpoint", str(trained_run(cohort, tmp_path / "run", method="supervised", orientation="stored"))]
+    assert evaluate_3d.main(run) == 0
+    assert "as stored" not in capsys.readouterr().err
+    assert evaluate_3d.main([*run, "--dataset_path", str(other)]) == 0
+    assert "takes axes as stored, here RAS" in capsys.readouterr().err
