@@ -20,6 +20,7 @@ from dataloaders.base import CaseSource, KeptCases, Volume
 from dataloaders.case_lists import some
 from dataloaders.geometry import reason_of
 from dataloaders.preprocess import Preprocess
+from dataloaders.say_once import warn_once
 from myutils.distributed import is_main_rank, join_shares, own_share
 from myutils.inference import SCAN_ERRORS, InferenceOptions, predict_label_map
 from myutils.label_files import save_label_map
@@ -29,6 +30,7 @@ from networks.base import Segmenter
 
 logger = logging.getLogger(__name__)
 
+LARGEST_SHEAR = 1.0  # degrees off right angles that distances may ignore
 METRICS = CaseMetrics._fields
 CSV_COLUMNS = ("case", "class", *METRICS, "truth_ml", "prediction_ml", "class_name")
 TABLE_COLUMNS = (
@@ -123,11 +125,23 @@ def evaluate_cases(
 
 
 def score_case(volume: Volume, label_map: np.ndarray, num_classes: int) -> CaseResult:
-    """Compare a label map (X, Y, Z) with the label of ``volume``, spacing and voxel volume from the volume itself."""
+    """Compare a label map (X, Y, Z) with the label of ``volume``, spacing and voxel volume from the volume itself.
+
+    Note:
+        Distances take the axes for perpendicular, with a warning where they are not.
+    """
     if volume.label is None:
         raise ValueError(f"case {volume.case_id} has no label; only labelled cases can be evaluated")
     metrics = segmentation_metrics(label_map, volume.label, num_classes=num_classes, spacing=volume.spacing)
-    voxel_ml = math.prod(volume.spacing) / 1000.0
+    directions = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
+    shear = math.degrees(math.asin(min(1.0, np.abs(directions.T @ directions - np.eye(3)).max())))
+    if shear > LARGEST_SHEAR:
+        warn_once(
+            logger,
+            f"case {volume.case_id}: its axes are {shear:.0f} degrees off right angles, as of a tilted gantry, which "
+            "distances in mm ignore; resample it to perpendicular axes",
+        )
+    voxel_ml = math.prod(volume.spacing) * abs(float(np.linalg.det(directions))) / 1000.0
     truth, prediction = (np.bincount(ids.ravel(), minlength=num_classes) for ids in (volume.label, label_map))
     return CaseResult(
         case_id=volume.case_id,

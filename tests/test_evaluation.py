@@ -109,6 +109,23 @@ def test_distances_are_in_mm_of_the_original_grid_with_resampling() -> None:
     assert scored.metrics[2] == MISSED and scored.prediction_ml[1] == pytest.approx(everything.size * 2.0 / 1000)
 
 
+def test_volumes_of_sheared_voxels_are_right_and_their_distances_named(caplog: pytest.LogCaptureFixture) -> None:
+    label, tilt = np.zeros((4, 4, 4), np.uint8), math.radians(25)
+    label[1:3, 1:3, 1:3] = 1
+    image, spacing = label[None].astype(np.float32), (0.5, 0.5, 5.0)
+    square, turned, sheared = (np.diag([*spacing, 1.0]) for _ in range(3))
+    sheared[1:3, 2] = 5 * math.sin(tilt), 5 * math.cos(tilt)  # slices that follow a tilted gantry
+    turned[1:3, 1:3] = [[0.5 * math.cos(tilt), -5 * math.sin(tilt)], [0.5 * math.sin(tilt), 5 * math.cos(tilt)]]
+    for affine in (square, turned, np.eye(4)):  # the last says nothing about the voxels' size
+        scored = score_case(Volume("straight", image, label, affine, spacing), label, 2)
+        assert scored.truth_ml[1] == pytest.approx(8 * 0.5 * 0.5 * 5 / 1000)
+    assert not caplog.text
+    for _ in range(2):
+        scored = score_case(Volume("tilted", image, label, sheared, spacing), label, 2)
+    assert scored.truth_ml[1] == scored.prediction_ml[1] == pytest.approx(8 * abs(np.linalg.det(sheared)) / 1000)
+    assert caplog.text.count("case tilted: its axes are 25 degrees off right angles") == 1
+
+
 def test_training_mode_survives_and_bad_requests_are_named() -> None:
     source, network = CleanSource(), threshold_network(0.0, 1.0).train()
     evaluate_cases(network, source, ["ball00"], Preprocess("mr"), OPTIONS, CPU, progress=False)
