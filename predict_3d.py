@@ -13,8 +13,8 @@ Several processes share the scans out: ``torchrun --nproc_per_node=2 predict_3d.
 
 It writes ``<name>.nii.gz`` (class ids, uint8) and with ``--probabilities`` ``<name>_prob.nii.gz`` (float32, one volume
 per class along the fourth axis), over files of before with ``--existing replace`` alone; ``--existing keep`` goes on
-after an interruption. A bad scan is reported and skipped. Exit code 0 all done, 1 some failed, 2 refused at the start,
-130 stopped. ``--help`` lists all flags.
+after an interruption. A bad scan is reported and skipped; a full disk ends the run. Exit code 0 all done, 1 some
+failed, 2 refused at the start, 130 stopped. ``--help`` lists all flags.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from myutils.ensemble import load_together
 from myutils.flags import option
 from myutils.inference import SCAN_ERRORS, InferenceOptions, label_map_from, predict_label_map, predict_probabilities
 from myutils.inference_flags import InferenceFlags, inference_options, start
-from myutils.label_files import save_in_geometry_of, save_volume
+from myutils.label_files import OutputFolderError, save_in_geometry_of, save_volume
 from myutils.run_folder import make_folder
 from myutils.scan_inputs import Scan, find_scans, join_channels, require_free_outputs, warn_of_modality
 
@@ -95,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.info("%d of %d scans segmented, in %s", len(job.scans) - len(failed), len(job.scans), job.folder)
         if failed and is_main_rank():
             logger.error("failed: %s", ", ".join(failed))
+    except OutputFolderError as error:
+        logger.error("error: %s; --existing keep does the others then", error)
+        return 1
     except KeyboardInterrupt:
         logger.info("stopped; the label maps in %s are whole, --existing keep does the others", job.folder)
         return 130
@@ -150,13 +153,19 @@ def without_done(job: Job, *, refuse: bool) -> Job:
 
 
 def run(job: Job) -> list[str]:
-    """Segment all scans, shared out over the ranks; returns the names of those that failed, on every rank."""
+    """Segment all scans, shared out over the ranks; returns the names of those that failed, on every rank.
+
+    Raises:
+        OutputFolderError: If no output can be written, be it this scan's or another's.
+    """
     failed: list[str | None] = []  # None for a scan that did not fail
     with logging_redirect_tqdm():
         for scan in tqdm(own_share(job.scans), desc="predict", unit="scan", disable=not is_main_rank()):
             try:
                 segment(scan, job)
                 failed.append(None)
+            except OutputFolderError:
+                raise
             except SCAN_ERRORS as error:
                 logger.error("%s: skipped: %s", scan.path, reason_of(error))
                 failed.append(scan.name)

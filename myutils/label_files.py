@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import nibabel as nib
@@ -15,6 +16,11 @@ GEOMETRY_FIELDS = (
     *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
     *("sform_code", "srow_x", "srow_y", "srow_z"),
 )
+FOLDER_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+
+
+class OutputFolderError(OSError):
+    """A file could not be written for a reason that holds for all others in its folder too."""
 
 
 def save_label_map(path: Path, label_map: np.ndarray, affine: np.ndarray) -> None:
@@ -52,5 +58,11 @@ def save_in_geometry_of(path: Path, array: np.ndarray, header: nib.Nifti1Header)
 
 
 def _save(image: nib.Nifti1Image, path: Path) -> None:
-    with whole_file(path) as partial:
-        nib.save(image, partial)
+    try:
+        with whole_file(path) as partial:
+            nib.save(image, partial)
+    except OSError as error:
+        if error.errno not in FOLDER_ERRNOS:
+            raise
+        reason = f"{error.strerror}; make room there, or use another folder"
+        raise OutputFolderError(f"cannot write {path}: {reason}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 try:
@@ -45,18 +46,20 @@ def claim_folder(folder: Path, *, chosen: bool) -> Path:
 
 
 def make_folder(folder: Path, flag: str, *, exist_ok: bool = True) -> None:
-    """Make a folder and those above it.
+    """Make a folder and those above it, and see that it can be written.
 
     Raises:
         FileExistsError: If there is one, without ``exist_ok``.
-        OSError: If it cannot be made, naming the ``flag`` that asked for it.
+        OSError: If it cannot be made or written, naming the ``flag`` that asked for it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=exist_ok)
+        TemporaryFile(dir=folder).close()
     except OSError as error:
-        if not exist_ok and folder.is_dir():
+        if not exist_ok and isinstance(error, FileExistsError) and folder.is_dir():
             raise
-        raise OSError(f"{flag}: cannot make {folder}: {error.strerror}; pass a folder that can be written") from error
+        what = "write into" if folder.is_dir() else "make"
+        raise OSError(f"{flag}: cannot {what} {folder}: {error.strerror}; pass a folder that can be written") from error
 
 
 def hold(folder: Path) -> IO[str]:
