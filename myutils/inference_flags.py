@@ -38,7 +38,8 @@ class InferenceFlags:
     )
     views: int | None = option(
         None,
-        help="average over this many views, the others turned, scaled and mirrored, >= 1; else the checkpoint's",
+        help="average over this many views, the others turned, scaled and, but for --no-flips, mirrored, >= 1; else "
+        "the checkpoint's",
         group=INFERENCE,
     )
     largest_component: bool | None = option(
@@ -61,6 +62,7 @@ class InferenceFlags:
         settings: dict[str, Any] = {
             "overlap": self.overlap,
             "tta_flips": False if self.views is not None and self.flips is None else self.flips,
+            "flip_axes": () if self.flips is False else None,  # views are turned and scaled alone then
             "tta_views": 1 if self.views is None and self.flips is not None else self.views,
             "largest_component": self.largest_component,
             "gpu": self.gpu,

@@ -12,7 +12,7 @@ from conftest import BallSource
 from helpers_runs import small_config
 
 from dataloaders.transforms import AugmentOptions
-from myutils.build import DataFacts, build_augmentation, build_network, resolve_config
+from myutils.build import DataFacts, build_augmentation, build_inference, build_network, resolve_config
 from myutils.config import RunConfig
 from myutils.fitting import fit_to_cases
 from myutils.flags import SuggestingParser, add_flags, check_limits, given_flags, option
@@ -236,3 +236,13 @@ def test_settings_that_leave_nothing_to_train_are_refused(given: dict[str, Any],
         resolve_config(RunConfig(max_iteration=9, **given), BallSource())
     resolve_config(RunConfig(max_iteration=10, **given), BallSource())
     resolve_config(RunConfig(max_iteration=9, method="supervised", optimizer="adamw", **given), BallSource())
+
+
+@pytest.mark.parametrize("method", ["best", "supervised"])
+def test_views_without_flips_are_not_mirrored(method: str) -> None:
+    trained = small_config(BallSource(), method=method, flip_axes=(0,))
+    for flips, axes in ((None, (0,)), (False, ())):
+        options = build_inference(InferenceFlags(views=3, flips=flips).apply_to(trained), "no")
+        assert (options.views, options.flips) == (3, axes)
+    with pytest.raises(ValueError, match="mirrored already; choose one"):
+        InferenceFlags(views=3, flips=True).apply_to(trained)
