@@ -1,6 +1,6 @@
 """Views of a whole image whose predictions are averaged: mirrored ones, and ones that are turned and scaled too.
 
-Turned and scaled views differ as augmented training patches do (``dataloaders.transforms.random_affine``), about
+Turned and scaled views differ as training patches do by default (``dataloaders.transforms.random_affine``), about
 the image's centre. They are the same for every image of a voxel size.
 """
 
