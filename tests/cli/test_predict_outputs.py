@@ -28,6 +28,7 @@ def test_a_full_disk_ends_the_run_at_the_first_scan(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(nib, "save", fail)
+    capsys.readouterr()  # of the training
     for number in (errno.ENOSPC, errno.EACCES, errno.EROFS):
         assert predict_3d.main(command) == 1
         told = capsys.readouterr().err
