@@ -88,6 +88,12 @@ def _read_slices(files: tuple[str, ...], folder: Path) -> sitk.Image:
     """Stack ordered slices that lie on one grid, and warn where their distances say that one is missing."""
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(files)
+    first = sitk.ImageFileReader()
+    first.SetFileName(files[0])
+    first.ReadImageInformation()
+    in_colour = first.GetNumberOfComponents() > 1  # which a scalar type would make grey
+    # else all slices would get the type of the first, whose slope and sign are not theirs
+    reader.SetOutputPixelType(sitk.sitkVectorFloat32 if in_colour else sitk.sitkFloat32)
     reader.MetaDataDictionaryArrayUpdateOn()
     image = reader.Execute()
     positions, directions = _numbers(reader, len(files), POSITION, 3), _numbers(reader, len(files), ORIENTATION, 6)

@@ -88,6 +88,7 @@ def write_dicom(
     patient: str = "",
     skip: Sequence[int] = (),
     shift: float = 0.0,
+    dtype: type[np.integer] = np.int16,
 ) -> Path:
     """Save voxels (X, Y, Z) as one DICOM series, a file per slice; spacing, origin, direction as in ITK (LPS).
 
@@ -95,7 +96,7 @@ def write_dicom(
     out; each lies ``shift`` mm further along x, as with a tilted gantry.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    image = sitk.GetImageFromArray(voxels.astype(np.int16).transpose(2, 1, 0))  # (X, Y, Z) in ITK
+    image = sitk.GetImageFromArray(voxels.astype(dtype).transpose(2, 1, 0))  # (X, Y, Z) in ITK
     image.SetSpacing(spacing)
     image.SetOrigin(origin)
     image.SetDirection([float(value) for value in direction])

@@ -7,6 +7,7 @@ from pathlib import Path
 import data_makers as make
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813 - its usual name
 
 from dataloaders import dicom_series
 from dataloaders.dicom_series import read_dicom_series
@@ -14,11 +15,48 @@ from dataloaders.dicom_series import read_dicom_series
 CORONAL = (1, 0, 0, 0, 0, -1, 0, 1, 0)
 
 
-def add_slices(folder: Path, name: str, **changes: object) -> None:
+def add_slices(folder: Path, name: str, voxels: np.ndarray | None = None, **changes: object) -> None:
     """Move slices of the same series, written with ``changes``, into ``folder``."""
-    other = make.write_dicom(folder.parent / name, make.counting_image(), **changes)
+    other = make.write_dicom(folder.parent / name, make.counting_image() if voxels is None else voxels, **changes)
     for path in other.iterdir():
         path.rename(folder / f"{name}_{path.name}")
+
+
+def patch_header(path: Path, old: bytes, new: bytes) -> None:
+    """Exchange bytes that occur once, for as many others."""
+    content = path.read_bytes()
+    assert content.count(old) == 1 and len(old) == len(new)
+    path.write_bytes(content.replace(old, new))
+
+
+def test_each_slice_has_its_own_slope(tmp_path: Path) -> None:
+    folder = make.write_dicom(tmp_path / "a", make.counting_image(), modality="CT")
+    slope = b"\x28\0\x53\x10\2\0\0\0"
+    patch_header(folder / "1_003.dcm", slope + b"1 ", slope + b".5")  # the names run against the order: the second
+    patch_header(folder / "1_002.dcm", slope + b"1 ", slope + b"4 ")
+    image, _, _ = read_dicom_series(folder)
+    assert np.array_equal(image[0], make.counting_image() * [1, 0.5, 4, 1])
+
+
+def test_slices_may_be_signed_after_an_unsigned_one(tmp_path: Path) -> None:
+    voxels = make.counting_image() - 50
+    voxels[..., 0] += 50
+    folder = make.write_dicom(tmp_path / "a", voxels, skip=(1, 2, 3), dtype=np.uint16)
+    add_slices(folder, "signed", voxels, skip=(0,))
+    assert np.array_equal(read_dicom_series(folder)[0][0], voxels)
+
+
+def test_slices_in_colour_stay_in_colour(tmp_path: Path) -> None:
+    for k in range(2):
+        colour = sitk.GetImageFromArray(np.full((5, 6, 3), (1, 2, 3 + k), np.uint8), isVector=True)
+        for key, value in {"0020|000e": "1.2.3.4", "0020|0032": f"0\\0\\{k}", "0020|0037": "1\\0\\0\\0\\1\\0"}.items():
+            colour.SetMetaData(key, value)
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetFileName(str(tmp_path / f"{k}.dcm"))
+        writer.Execute(colour)
+    image, _, _ = read_dicom_series(tmp_path)
+    assert image.shape == (3, 6, 5, 2) and image[:, 0, 0, 1].tolist() == [1, 2, 4]
 
 
 @pytest.mark.parametrize("shift", [0.4, -0.4])
