@@ -15,9 +15,9 @@ from nibabel.spatialimages import HeaderDataError
 from dataloaders.base import Grid, check_label
 
 Spacing = tuple[float, float, float]
-MILLIMETRES = {"meter": 1000.0, "micron": 0.001}
+MILLIMETRES = {1: 1000.0, 3: 0.001}  # by NIfTI's code of the unit: metres, micrometres
 GRID_TOLERANCE = 1e-3
-READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError)
+READ_ERRORS = (OSError, EOFError, ValueError, OverflowError, zlib.error, ImageFileError, HeaderDataError)
 
 
 def reason_of(error: Exception) -> str:
@@ -101,7 +101,7 @@ def states_orientation(header: nib.Nifti1Header) -> bool:
 
 def _affine_mm(image: nib.Nifti1Image) -> np.ndarray:
     affine = np.asarray(image.affine, dtype=np.float64).copy()
-    affine[:3] *= MILLIMETRES.get(image.header.get_xyzt_units()[0], 1.0)
+    affine[:3] *= MILLIMETRES.get(int(image.header["xyzt_units"]) & 7, 1.0)  # nibabel fails for unknown units of time
     return affine
 
 

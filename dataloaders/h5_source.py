@@ -141,7 +141,7 @@ class H5Source(CaseSource):
                 yield file
         except FileNotFoundError:  # is an OSError too, but says itself what is missing
             raise
-        except OSError as error:
+        except (OSError, KeyError, RuntimeError, TypeError) as error:  # h5py has one for each kind of damage
             raise ValueError(f"{path} is not a readable HDF5 file ({error}); copy it again") from error
 
 
@@ -165,10 +165,13 @@ def stated_voxel_size(asked: Spacing | None, usual: Spacing, root: Path) -> Spac
 
 
 def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
-    """The named dataset, or a FileNotFoundError that lists what the file has."""
+    """The named dataset; a FileNotFoundError lists what the file has, a ValueError says that it is something else."""
     if name not in file:
         raise FileNotFoundError(f"{file.filename} has no dataset {name!r} (it has: {', '.join(file) or 'nothing'})")
-    return file[name]
+    found = file[name]
+    if not isinstance(found, h5py.Dataset):
+        raise ValueError(f"{file.filename}: {name!r} is a {type(found).__name__}; store it as a dataset of voxels")
+    return found
 
 
 def _image(file: h5py.File) -> h5py.Dataset:

@@ -46,6 +46,23 @@ def test_units_become_millimetres(tmp_path: Path, unit: str, factor: float) -> N
     assert spacing == pytest.approx((factor, 2 * factor, 3 * factor))
 
 
+@pytest.mark.parametrize(("code", "factor"), [(66, 1.0), (255, 1.0), (65, 1000.0), (5, 1.0)])
+def test_unknown_units_are_no_error(tmp_path: Path, code: int, factor: float) -> None:
+    image = nib.Nifti1Image(make.counting_image(), make.AFFINE)
+    image.header["xyzt_units"] = code  # space in the last three bits; time 64 is unknown to NIfTI
+    nib.save(image, tmp_path / "a.nii")
+    assert read_nifti(tmp_path / "a.nii")[2] == pytest.approx((factor, 2 * factor, 3 * factor))
+
+
+def test_negative_dimension_is_refused_by_name(tmp_path: Path) -> None:
+    path = make.write_nifti(tmp_path / "a.nii", make.counting_image())
+    content = bytearray(path.read_bytes())
+    content[42:44] = np.int16(-6).tobytes()  # dim[1]
+    path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"a\.nii: the voxels cannot be read \(.*the file is damaged, copy it"):
+        read_nifti(path)
+
+
 def test_spacing_is_the_length_of_the_affine_columns() -> None:
     turned = np.array([[0.0, -2, 0, 7], [3, 0, 0, 8], [0, 0, 4, 9], [0, 0, 0, 1]])
     assert affine_spacing(turned, "x") == (3.0, 2.0, 4.0)

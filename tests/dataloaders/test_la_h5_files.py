@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import data_makers as make
+import h5py
 import numpy as np
 import pytest
 
@@ -70,6 +71,29 @@ def test_truncated_file_is_named(tmp_path: Path) -> None:
         source.load("a", with_label=False)
     with pytest.raises(ValueError, match="is not a readable HDF5 file"):
         source.labeled_ids()
+
+
+@pytest.mark.parametrize("kind", [KeyError, RuntimeError, TypeError])
+def test_whatever_h5py_raises_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def damaged(*_: object) -> bool:
+        raise kind("bad local heap signature")
+
+    write_cases(tmp_path, "a")
+    monkeypatch.setattr(h5py.Group, "__contains__", damaged)
+    source = LeftAtriumH5(tmp_path, voxel_size=VOXEL)
+    for read in (source.labeled_ids, lambda: source.load("a", with_label=True), lambda: source.grid("a")):
+        with pytest.raises(ValueError, match=r"mri_norm2.h5 is not a readable HDF5 file \(.*bad local heap.*copy it"):
+            read()
+
+
+def test_image_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
+    with h5py.File(make.write_la_case(tmp_path, "a", make.counting_image()), "a") as file:
+        del file["image"]
+        file.create_group("image")
+    with pytest.raises(ValueError, match=r"mri_norm2.h5: 'image' is a Group; store it as a dataset"):
+        LeftAtriumH5(tmp_path, voxel_size=VOXEL).grid("a")
 
 
 def test_image_with_four_axes_is_refused(tmp_path: Path) -> None:
