@@ -126,7 +126,8 @@ def warn_of_unstated(source: CaseSource, case_ids: Sequence[str], orientation: s
         warn_once(
             logger,
             f"{len(unstated)} of {len(case_ids)} cases do not say how they lie in the body, having neither qform nor "
-            f"sform, and may be mirrored to the others: {some(unstated)}; write their headers, or leave them out",
+            f"sform or a format without them, and may be mirrored to other scans: {some(unstated)}; write their "
+            "headers, as NIfTI where the format has none, or leave them out",
         )
 
 

@@ -249,7 +249,7 @@ def test_cases_that_may_be_mirrored_are_named(cohort: Path, tmp_path: Path, caps
     told = capsys.readouterr().err
     assert (
         "1 of 3 cases do not say how they lie in the body" in told
-        and "mirrored to the others: 'other01'; write" in told
+        and "mirrored to other scans: 'other01'; write" in told
     )
     assert "1 of 3 cases cannot be scored: case other02:" in told
 

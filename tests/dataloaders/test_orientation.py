@@ -6,6 +6,7 @@ import itertools
 import logging
 from pathlib import Path
 
+import data_makers as make
 import nibabel as nib
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from scipy.spatial.transform import Rotation
 
 from dataloaders.base import Grid, Volume
 from dataloaders.geometry import nifti_grid
-from dataloaders.orientation import Turn, tilt, turned
+from dataloaders.la_h5 import LeftAtriumH5
+from dataloaders.orientation import Turn, tilt, turned, warn_of_unstated
 from dataloaders.preprocess import Preprocess
 from dataloaders.survey import survey_grids
 from myutils.build import build_preprocess
@@ -201,6 +203,19 @@ def test_cases_that_do_not_say_how_they_lie_stay_as_stored(
     stated, silent = (nifti_grid(tmp_path / f"{name}.nii") for name in ("stated", "silent"))
     assert stated.oriented and not silent.oriented
     assert stated.shape == silent.shape == (3, 4, 5) and stated.affine.tolist() == np.diag([2.0, 2, 3, 1]).tolist()
+
+
+def test_cases_of_a_format_without_orientation_are_named_where_they_are_turned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b"):
+        make.write_la_case(tmp_path, name, make.counting_image((20, 20, 20)))
+    source = LeftAtriumH5(tmp_path, voxel_size=(1.0, 1.0, 1.0))
+    fitted = fit_to_cases(RunConfig(modality="mr"), source, ["a"]).orientation
+    warn_of_unstated(source, ["a", "b"], str(fitted))
+    assert fitted == "stored" and not caplog.text  # as in every training on LA
+    warn_of_unstated(source, ["a", "b"], "ras")
+    assert "2 of 2 cases do not say how they lie in the body" in caplog.text and "'a', 'b'; write" in caplog.text
 
 
 def test_an_oblique_case_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
