@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from nibabel.affines import voxel_sizes
 
 from dataloaders.base import CaseSource, Grid
+from dataloaders.case_lists import some
 from dataloaders.orientation import LARGEST_TILT, Turn, axis_names, tilt
 from dataloaders.preprocess import Preprocess
 from dataloaders.survey import fitting_flat_levels, fitting_patch, structure_range, survey_grids
@@ -29,7 +30,7 @@ def fit_to_cases(config: RunConfig, source: CaseSource, labeled: Sequence[str]) 
     if not is_open and config.spacing is None:
         return config
     grids = [source.grid(case_id) for case_id in labeled]
-    orientation = config.orientation or _fitting_orientation(grids)
+    orientation = config.orientation or _fitting_orientation(grids, labeled)
     preprocess = Preprocess(str(config.modality), config.spacing, orientation=orientation)
     for case_id, grid in zip(labeled, grids, strict=True):
         turn, steps = Turn.of(grid.affine, orientation), voxel_sizes(grid.affine)
@@ -47,10 +48,20 @@ def fit_to_cases(config: RunConfig, source: CaseSource, labeled: Sequence[str]) 
     )
 
 
-def _fitting_orientation(grids: Sequence[Grid]) -> str:
+def _fitting_orientation(grids: Sequence[Grid], labeled: Sequence[str]) -> str:
     """Axes of the body, unless a case does not say where they are, or lies so oblique that they might be confused."""
-    if not all(grid.oriented for grid in grids):
+    unstated = [case_id for case_id, grid in zip(labeled, grids, strict=True) if not grid.oriented]
+    if len(unstated) == len(grids):
         logger.info("axes stay as stored: the labelled cases do not say how they lie in the body")
+        return "stored"
+    if unstated:
+        logger.warning(
+            "axes stay as stored in all scans, for %d of %d labelled cases do not say how they lie in the body: %s; "
+            "write their qform or sform, or pass --orientation ras to turn the others",
+            len(unstated),
+            len(grids),
+            some(unstated),
+        )
         return "stored"
     most, names = max(tilt(grid.affine) for grid in grids), axis_names(grid.affine for grid in grids)
     if most > LARGEST_TILT:

@@ -194,7 +194,8 @@ def test_cases_that_do_not_say_how_they_lie_stay_as_stored(
     source = Stored()
     with caplog.at_level(logging.INFO):
         assert fit_to_cases(small_config(source), source, ["ball00"]).orientation == "stored"
-    assert "do not say how they lie" in caplog.text
+    assert "the labelled cases do not say how they lie" in caplog.text
+    assert [record.levelname for record in caplog.records] == ["INFO"]
     for name, codes in (("stated", (0, 1)), ("silent", (0, 0))):
         image = nib.Nifti1Image(np.zeros((3, 4, 5, 2), np.float32), np.diag([2.0, 2, 3, 1]))
         image.set_sform(image.affine, codes[1])
@@ -203,6 +204,17 @@ def test_cases_that_do_not_say_how_they_lie_stay_as_stored(
     stated, silent = (nifti_grid(tmp_path / f"{name}.nii") for name in ("stated", "silent"))
     assert stated.oriented and not silent.oriented
     assert stated.shape == silent.shape == (3, 4, 5) and stated.affine.tolist() == np.diag([2.0, 2, 3, 1]).tolist()
+
+
+def test_a_case_that_does_not_say_how_it_lies_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    class OneSilent(Stored):
+        def grid(self, case_id: str) -> Grid:
+            return super().grid(case_id)._replace(oriented=case_id != "ball01")
+
+    source = OneSilent()
+    fitted = fit_to_cases(small_config(source), source, ["ball00", "ball01", "ball02"])
+    assert fitted.orientation == "stored" and [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "1 of 3 labelled cases do not say how they lie in the body: 'ball01'; write their qform" in caplog.text
 
 
 def test_cases_of_a_format_without_orientation_are_named_where_they_are_turned(
