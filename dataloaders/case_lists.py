@@ -1,10 +1,10 @@
-"""List files: one case id per line, as the field's ``train.list`` and ``test.list``."""
+"""Names of cases and files, and list files: one case id per line, as the field's ``train.list`` and ``test.list``."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
@@ -23,6 +23,16 @@ def strip_nifti_suffix(name: str) -> str:
         if name.lower().endswith(suffix):
             return name[: -len(suffix)]
     return name
+
+
+def refuse_broken_links(paths: Iterable[Path]) -> None:
+    """Raise a FileNotFoundError that names the symbolic links to nothing, but for hidden ones."""
+    broken = sorted(str(path) for path in paths if path.is_symlink() and not path.exists() and path.name[0] != ".")
+    if broken:
+        raise FileNotFoundError(
+            f"symbolic links that lead to no file ({len(broken)}): {some(broken, 3)}; fetch their contents (as by "
+            "git annex get), mount what they lead to, or remove them"
+        )
 
 
 def read_case_list(path: Path) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dataloaders.base import SOURCES, Grid, lookup_case
-from dataloaders.case_lists import CHANNEL_SUFFIX, NIFTI_SUFFIXES, strip_nifti_suffix
+from dataloaders.case_lists import CHANNEL_SUFFIX, NIFTI_SUFFIXES, some, strip_nifti_suffix
 from dataloaders.class_names import (
     choose_modality,
     fit_class_names,
@@ -30,8 +30,9 @@ CaseTable = dict[str, tuple[tuple[Path, ...], Path | None]]  # id -> (channel fi
 class DecathlonFolder(FileSource):
     """Cases of ``training`` (MSD) or of ``imagesTr/`` and ``labelsTr/`` (nnU-Net raw v2, ``<id>_0000.nii.gz``).
 
-    A case without a label file is unlabelled. The images of ``test`` or ``imagesTs/`` come with no labels: they are
-    unlabelled cases too, after the training ones. 4D images and files per channel are multi-channel.
+    A case without a listed label, or without a file in ``labelsTr/``, is unlabelled. The images of ``test`` or
+    ``imagesTs/`` come with no labels: they are unlabelled cases too, after the training ones. 4D images and files per
+    channel are multi-channel.
 
     Args:
         root: Folder of ``dataset.json``.
@@ -71,15 +72,14 @@ class DecathlonFolder(FileSource):
 
 
 def training_cases(root: Path, content: dict[str, Any]) -> CaseTable:
-    """Cases by id from ``training``, else ``dataset``, else the folders; a label that is not there is None.
+    """Cases by id from ``training``, else ``dataset``, else the folders; the label is None where there is none.
 
     Raises:
-        FileNotFoundError: If an image that dataset.json names does not exist.
+        FileNotFoundError: If an image or a label that dataset.json names does not exist.
         ValueError: If an entry has no image, or an id comes twice.
     """
     if not content.get("training") and not content.get("dataset"):
-        grouped, folder = group_channels(root / "imagesTr", content), root / "labelsTr"
-        labels = list_nifti(folder) if folder.is_dir() else {}
+        grouped, labels = group_channels(root / "imagesTr", content), list_nifti(root / "labelsTr")
         return {case_id: (files, labels.get(case_id)) for case_id, files in grouped.items()}
     cases: CaseTable = {}
     for case_id, images, label in _entries(content):
@@ -87,7 +87,13 @@ def training_cases(root: Path, content: dict[str, Any]) -> CaseTable:
         name = case_id or strip_nifti_suffix(Path(images[0]).name)
         if name in cases:
             raise ValueError(f"{root / 'dataset.json'} lists case {name!r} twice; remove one entry")
-        cases[name] = (files, root / label if label and (root / label).is_file() else None)
+        cases[name] = (files, root / label if label else None)
+    missing = [str(label) for _, label in cases.values() if label and not label.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"labels that {root / 'dataset.json'} lists do not exist ({len(missing)}): {some(missing, 3)}; copy them "
+            "there, or take 'label' out of the entries of unlabelled cases"
+        )
     return cases
 
 
@@ -113,7 +119,7 @@ def group_channels(folder: Path, content: dict[str, Any]) -> dict[str, tuple[Pat
     ending = content.get("file_ending", ".nii.gz")
     if str(ending).lower() not in NIFTI_SUFFIXES:
         raise ValueError(f"{folder.parent / 'dataset.json'}: file_ending {ending!r}; convert the images to .nii.gz")
-    files = list_nifti(folder) if folder.is_dir() else {}
+    files = list_nifti(folder)
     grouped: dict[str, list[str]] = {}
     for name in files:
         match = CHANNEL_SUFFIX.match(name)

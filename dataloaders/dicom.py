@@ -11,7 +11,7 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813 - its usual name
 
 from dataloaders.base import SOURCES
-from dataloaders.case_lists import some
+from dataloaders.case_lists import refuse_broken_links, some
 from dataloaders.class_names import choose_modality, fit_class_names, stated_class_names
 from dataloaders.dicom_series import read_dicom_series
 from dataloaders.file_source import FileSource
@@ -50,6 +50,7 @@ class DicomFolders(FileSource):
 
     def __init__(self, root: Path, *, num_classes: int | None = None, modality: str | None = None) -> None:
         self.root = root
+        refuse_broken_links(root.iterdir())
         folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
         self.images = {path.name: path for path in folders if path.name != LABEL_FOLDER}
         if not self.images:
@@ -57,7 +58,7 @@ class DicomFolders(FileSource):
                 f"{root} has no case folders; put each case's DICOM series into a folder of its own"
             )
         beside = list_nifti(root)
-        inside = list_nifti(root / LABEL_FOLDER) if (root / LABEL_FOLDER).is_dir() else {}
+        inside = list_nifti(root / LABEL_FOLDER)
         both = [case_id for case_id in beside if case_id in inside]
         if both:
             raise ValueError(f"case {both[0]} has the labels {beside[both[0]]} and {inside[both[0]]}; keep one")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk  # noqa: N813 - its usual name
 
+from dataloaders.case_lists import refuse_broken_links
 from dataloaders.geometry import Spacing, affine_spacing
 from dataloaders.say_once import warn_once
 
@@ -44,12 +45,13 @@ def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
         Image (C, X, Y, Z) float32 after rescale slope and intercept, affine (4, 4) float64 to RAS+ mm, spacing in mm.
 
     Raises:
-        FileNotFoundError: If there is no such folder.
+        FileNotFoundError: If there is no such folder, or a link in it leads to no file.
         ValueError: If the folder holds no series or several, a DICOM file in it cannot be read, or the slices lie on no
             common orthogonal grid.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder; a DICOM case is a folder with the files of one series")
+    refuse_broken_links(folder.iterdir())
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if len(series) != 1:
         found = f"{len(series)} DICOM series: {', '.join(series)}" if series else "no DICOM series"

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from dataloaders.base import SOURCES
-from dataloaders.case_lists import is_nifti, strip_nifti_suffix
+from dataloaders.case_lists import is_nifti, refuse_broken_links, strip_nifti_suffix
 from dataloaders.class_names import (
     choose_modality,
     fit_class_names,
@@ -26,17 +26,19 @@ OTHER_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".hdr")  # o
 
 
 def list_nifti(folder: Path, names: re.Pattern[str] | None = None) -> dict[str, Path]:
-    """NIfTI files of a folder by name without suffix, sorted; hidden files, and other names, are left out.
+    """NIfTI files of a folder by name without suffix, sorted; none where there is no folder.
 
-    Scans in other formats are a warning.
+    Hidden files, and other names, are left out. Scans in other formats are a warning.
 
     Raises:
+        FileNotFoundError: If the folder, or a NIfTI file in it, is a symbolic link to nothing.
         ValueError: If ``a.nii`` and ``a.nii.gz`` are both there.
     """
+    refuse_broken_links([folder])
     files: dict[str, Path] = {}
     others: Counter[str] = Counter()
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.is_file():
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name.startswith(".") or path.is_dir():
             continue
         if not is_nifti(path.name):
             others[path.suffix.lower()] += path.suffix.lower() in OTHER_SUFFIXES
@@ -47,6 +49,7 @@ def list_nifti(folder: Path, names: re.Pattern[str] | None = None) -> dict[str, 
         if case_id in files:
             raise ValueError(f"{folder} holds {files[case_id].name} and {path.name}; keep one file per case")
         files[case_id] = path
+    refuse_broken_links(files.values())
     if others.total():
         found = ", ".join(f"{count} {suffix}" for suffix, count in others.items() if count)
         warn_once(logger, f"{folder}: files that are not NIfTI are left out: {found}; convert them to .nii.gz")
@@ -76,7 +79,7 @@ class NiftiFolder(NiftiFiles):
         self.images = list_nifti(root / "images")
         if not self.images:
             raise FileNotFoundError(f"{root / 'images'} holds no .nii or .nii.gz file")
-        self.labels = list_nifti(root / "labels") if (root / "labels").is_dir() else {}
+        self.labels = list_nifti(root / "labels")
         self.warn_of_orphans()
         self.class_names = fit_class_names(stated_class_names(root), num_classes, str(root))
         self.num_classes = len(self.class_names)

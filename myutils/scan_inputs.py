@@ -11,7 +11,7 @@ import nibabel as nib
 import SimpleITK as sitk  # noqa: N813 - its usual name
 
 from dataloaders.base import Volume
-from dataloaders.case_lists import CHANNEL_SUFFIX, is_nifti, strip_nifti_suffix
+from dataloaders.case_lists import CHANNEL_SUFFIX, is_nifti, refuse_broken_links, strip_nifti_suffix
 from dataloaders.dicom import LABEL_FOLDER, kind_of, read_tags
 from dataloaders.dicom_series import read_dicom_series
 from dataloaders.geometry import READ_ERRORS, nifti_channels, read_nifti_channels
@@ -75,7 +75,7 @@ def find_scans(path: Path) -> list[Scan]:
     of such folders are their labels. Hidden ones are left out.
 
     Raises:
-        FileNotFoundError: If there is no such path, or no scan in it.
+        FileNotFoundError: If there is no such path, no scan in it, or a link in it that leads to none.
         ValueError: If a file is not NIfTI by its name, two files bear the same name, or a folder holds both kinds.
     """
     if path.is_file():
@@ -101,6 +101,7 @@ def find_scans(path: Path) -> list[Scan]:
     if inside:
         if files:
             logger.info("--input %s: its %d NIfTI files are taken for labels of the series", path, len(files))
+        refuse_broken_links(path.iterdir())
         chosen = [folder for folder in folders if folder.name != LABEL_FOLDER or _holds_series(folder)]
         return [Scan(folder.name, folder) for folder in chosen]
     holders = [str(folder) for folder in folders if list_nifti(folder)]

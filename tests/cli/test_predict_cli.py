@@ -287,6 +287,8 @@ def test_impossible_requests_are_refused_in_one_line(
     assert "does not exist" in refused(capsys, checkpoint, tmp_path / "none.nii.gz", out)
     (tmp_path / "empty").mkdir()
     assert "no DICOM series" in refused(capsys, checkpoint, tmp_path / "empty", out)
+    (tmp_path / "empty" / "b.nii.gz").symlink_to(tmp_path / "annex")
+    assert "lead to no file (1): " in refused(capsys, checkpoint, tmp_path / "empty", out)
     (tmp_path / "a.png").write_bytes(b"png")
     assert "pass a .nii or .nii.gz" in refused(capsys, checkpoint, tmp_path / "a.png", out)
     assert "is a file; pass a folder" in refused(capsys, checkpoint, path, tmp_path / "a.png")

@@ -13,6 +13,7 @@ import SimpleITK as sitk  # noqa: N813 - its usual name
 
 from dataloaders.dicom import DicomFolders
 from dataloaders.dicom_series import read_dicom_series
+from myutils.scan_inputs import find_scans
 
 # ITK's LPS: spacing (0.5, 0.75, 2), origin (-10, 20, 30), axes along L, P, S. RAS turns the signs of x and y.
 RAS = np.array([[-0.5, 0, 0, 10], [0, -0.75, 0, -20], [0, 0, 2, 30], [0, 0, 0, 1.0]])
@@ -95,6 +96,18 @@ def test_damaged_slice_is_refused_by_name(tmp_path: Path, kept: int) -> None:
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=f"{path.name} is no readable slice of the series; export it again"):
         read_dicom_series(folder)
+
+
+def test_links_to_nothing_are_refused(tmp_path: Path) -> None:
+    folder = make.write_dicom(tmp_path / "a", make.counting_image())
+    (folder / "slice").symlink_to(tmp_path / "annex")
+    source = DicomFolders(tmp_path, num_classes=2)
+    with pytest.raises(FileNotFoundError, match=r"symbolic links that lead to no file \(1\): '.*a/slice'; fetch"):
+        source.load("a", with_label=False)
+    (tmp_path / "b").symlink_to(tmp_path / "annex")
+    for find in (find_scans, lambda root: DicomFolders(root, num_classes=2)):
+        with pytest.raises(FileNotFoundError, match=r"symbolic links that lead to no file \(1\): '.*b'; fetch"):
+            find(tmp_path)
 
 
 def test_files_that_are_no_slices_may_lie_beside_the_series(tmp_path: Path) -> None:

@@ -102,6 +102,27 @@ def test_impossible_number_of_classes_is_refused(tmp_path: Path, count: int) -> 
         NiftiFolder(tmp_path, num_classes=count)
 
 
+@pytest.mark.parametrize("folder", ["images", "labels"])
+def test_links_to_nothing_are_refused_by_name(tmp_path: Path, folder: str) -> None:
+    for name in ("a", "b"):
+        write_pair(tmp_path, name)
+    (tmp_path / folder / ".#b.nii.gz").symlink_to("editor")  # hidden
+    (tmp_path / folder / "notes.txt").symlink_to("gone.txt")  # no scan
+    NiftiFolder(tmp_path, num_classes=2)
+    for name in "cdef":
+        (tmp_path / folder / f"{name}.nii.gz").symlink_to(tmp_path / "annex" / name)
+    message = rf"that lead to no file \(4\): '.*{folder}/c.nii.gz', .*/e.nii.gz' and 1 more; fetch their contents"
+    with pytest.raises(FileNotFoundError, match=message):
+        NiftiFolder(tmp_path, num_classes=2)
+
+
+def test_a_label_folder_that_is_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    make.write_nifti(tmp_path / "images/a.nii.gz", make.counting_image())
+    (tmp_path / "labels").symlink_to(tmp_path / "share")
+    with pytest.raises(FileNotFoundError, match=r"symbolic links that lead to no file \(1\): '.*labels'; .* mount"):
+        NiftiFolder(tmp_path, num_classes=2)
+
+
 def test_same_name_with_both_suffixes_is_refused(tmp_path: Path) -> None:
     write_pair(tmp_path, "a")
     make.write_nifti(tmp_path / "images/a.nii", make.counting_image())
