@@ -19,7 +19,12 @@ GAP_TOLERANCE = 0.1  # of the usual slice distance
 SAME_PLACE = 0.01  # mm; no two slices lie closer
 LARGEST_SHIFT = 0.5  # of a pixel, beside the line through the first slice
 LARGEST_TURN = 1e-3  # of a direction's entries between two slices: rounding in the header
-POSITION, ORIENTATION = "0020|0032", "0020|0037"
+LARGEST_SIZE_GAP = 1e-3  # of a pixel's side between two slices: rounding in the header
+POSITION, ORIENTATION, THICKNESS = "0020|0032", "0020|0037", "0018|0050"
+PIXEL_SIZES = ("0028|0030", "0018|1164", "0018|2010")  # in the body; else at the detector, or on a scanned film
+TAGS = (POSITION, ORIENTATION, THICKNESS, *PIXEL_SIZES)
+
+Header = dict[str, str]  # text per tag of TAGS that a slice has
 
 
 def sitk_affine(image: sitk.Image) -> np.ndarray:
@@ -46,8 +51,8 @@ def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
 
     Raises:
         FileNotFoundError: If there is no such folder, or a link in it leads to no file.
-        ValueError: If the folder holds no series or several, a DICOM file in it cannot be read, or the slices lie on no
-            common orthogonal grid.
+        ValueError: If the folder holds no series or several, a DICOM file in it cannot be read, a header has text for a
+            number, or the slices lie on no common orthogonal grid.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder; a DICOM case is a folder with the files of one series")
@@ -59,7 +64,7 @@ def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
     files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
     _refuse_lost_slices(folder, files)
     try:
-        image = sitk.ReadImage(files[0]) if len(files) == 1 else _read_slices(files, folder)
+        image = _read_slice(files[0], folder) if len(files) == 1 else _read_slices(files, folder)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(
@@ -86,6 +91,13 @@ def _refuse_lost_slices(folder: Path, files: tuple[str, ...]) -> None:
             )
 
 
+def _read_slice(file: str, folder: Path) -> sitk.Image:
+    """A series of one file."""
+    image = sitk.ReadImage(file)
+    _set_voxel_size(image, [{tag: image.GetMetaData(tag) for tag in TAGS if image.HasMetaDataKey(tag)}], folder)
+    return image
+
+
 def _read_slices(files: tuple[str, ...], folder: Path) -> sitk.Image:
     """Stack ordered slices that lie on one grid, and warn where their distances say that one is missing."""
     reader = sitk.ImageSeriesReader()
@@ -98,8 +110,11 @@ def _read_slices(files: tuple[str, ...], folder: Path) -> sitk.Image:
     reader.SetOutputPixelType(sitk.sitkVectorFloat32 if in_colour else sitk.sitkFloat32)
     reader.MetaDataDictionaryArrayUpdateOn()
     image = reader.Execute()
-    positions, directions = _numbers(reader, len(files), POSITION, 3), _numbers(reader, len(files), ORIENTATION, 6)
-    if positions is None or directions is None:
+    count = len(files)
+    headers = [{tag: reader.GetMetaData(k, tag) for tag in TAGS if reader.HasMetaDataKey(k, tag)} for k in range(count)]
+    _set_voxel_size(image, headers, folder)
+    positions, directions = _numbers(headers, POSITION, 3, folder), _numbers(headers, ORIENTATION, 6, folder)
+    if not len(positions) == len(directions) == count:
         warn_once(logger, f"{folder}: slices do not say where they lie; their order and distances are guessed")
         return image
     names = [Path(name).name for name in files]
@@ -107,11 +122,51 @@ def _read_slices(files: tuple[str, ...], folder: Path) -> sitk.Image:
     return image
 
 
-def _numbers(reader: sitk.ImageSeriesReader, slices: int, tag: str, count: int) -> np.ndarray | None:
-    """The ``count`` numbers of a tag in each slice (N, count); None where one lacks them."""
-    texts = [reader.GetMetaData(k, tag).split("\\") for k in range(slices) if reader.HasMetaDataKey(k, tag)]
-    complete = len(texts) == slices and all(len(text) == count for text in texts)
-    return np.array(texts, dtype=float) if complete else None
+def _numbers(headers: list[Header], tag: str, count: int, folder: Path) -> np.ndarray:
+    """The ``count`` numbers of a tag (n, count) in the n slices that have them."""
+    texts = [header[tag].split("\\") for header in headers if tag in header]
+    full = [text for text in texts if len(text) == count and all(part.strip() for part in text)]
+    try:
+        return np.array(full, dtype=float).reshape(-1, count)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder}: tag {tag} is no number in a slice ({error}); correct it, or export the series again"
+        ) from error
+
+
+def _set_voxel_size(image: sitk.Image, headers: list[Header], folder: Path) -> None:
+    """Give an image the pixel size that its headers state and, if it is one slice, its thickness.
+
+    ITK takes 1 mm where it finds none, as in some kinds of image and for every single slice; that is a warning.
+    """
+    spacing = list(image.GetSpacing())
+    found = (_numbers(headers, tag, 2, folder) for tag in PIXEL_SIZES)
+    sizes = next((positive for size in found if len(positive := size[(size > 0).all(1)])), None)  # (n, 2)
+    if sizes is not None:
+        others = sizes[np.abs(sizes / sizes[0] - 1).max(1) > LARGEST_SIZE_GAP]
+        if len(others):
+            raise ValueError(
+                f"{folder}: {len(others)} of {len(headers)} slices have pixels of another size, such as {others[0]} mm "
+                f"beside {sizes[0]} mm; keep the slices of one size, or resample the series to one grid first"
+            )
+        spacing[:2] = sizes[0, ::-1].tolist()  # DICOM has the distance of the rows first
+    elif spacing[:2] == [1, 1] or any(tag in header for tag in PIXEL_SIZES for header in headers):
+        spacing[:2] = [1.0, 1.0]
+        _warn_of_guess(folder, "pixel size", PIXEL_SIZES[0])
+    if image.GetSize()[2:] == (1,):
+        thickness = _numbers(headers, THICKNESS, 1, folder)
+        if len(thickness) and thickness[0, 0] > 0:
+            spacing[2] = float(thickness[0, 0])
+        elif spacing[2] == 1:
+            _warn_of_guess(folder, "slice thickness", THICKNESS)
+    image.SetSpacing(spacing)
+
+
+def _warn_of_guess(folder: Path, what: str, tag: str) -> None:
+    warn_once(
+        logger,
+        f"{folder}: no {what} is stated, 1 mm is taken, on which all distances in mm depend; write it into tag {tag}",
+    )
 
 
 def _require_grid(folder: Path, names: list[str], positions: np.ndarray, directions: np.ndarray, pixel: float) -> None:

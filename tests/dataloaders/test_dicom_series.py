@@ -12,6 +12,7 @@ import SimpleITK as sitk  # noqa: N813 - its usual name
 from dataloaders import dicom_series
 from dataloaders.dicom_series import read_dicom_series
 
+PIXELS = b".75\\.5"  # as written into every slice: DICOM has the distance of the rows first
 CORONAL = (1, 0, 0, 0, 0, -1, 0, 1, 0)
 
 
@@ -57,6 +58,41 @@ def test_slices_in_colour_stay_in_colour(tmp_path: Path) -> None:
         writer.Execute(colour)
     image, _, _ = read_dicom_series(tmp_path)
     assert image.shape == (3, 6, 5, 2) and image[:, 0, 0, 1].tolist() == [1, 2, 4]
+
+
+def test_pixels_of_other_sizes_are_refused(tmp_path: Path) -> None:
+    folder = make.write_dicom(tmp_path / "a", make.counting_image())
+    patch_header(folder / "1_002.dcm", PIXELS, b".75\\.6")
+    message = r"a: 1 of 4 slices have pixels of another size, such as \[0.75 0.6 ?\] mm beside \[0.75 0.5 ?\] mm; keep"
+    with pytest.raises(ValueError, match=message):
+        read_dicom_series(folder)
+
+
+@pytest.mark.parametrize("change", [(PIXELS, b"0.0\\.0"), (b"\x28\0\x30\0", b"\x28\0\x32\0")])
+def test_pixels_without_a_size_get_1_mm_with_a_warning(
+    tmp_path: Path, change: tuple[bytes, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make.write_dicom(tmp_path / "a", make.counting_image())
+    for path in folder.iterdir():
+        patch_header(path, *change)  # a size of zero, or its tag made another
+    assert read_dicom_series(folder)[2] == pytest.approx((1.0, 1.0, 2.0))
+    assert "a: no pixel size is stated, 1 mm is taken" in caplog.text and "into tag 0028|0030" in caplog.text
+
+
+def test_a_single_slice_is_as_thick_as_it_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make.write_dicom(tmp_path / "a", make.counting_image((6, 5, 1)), spacing=(0.5, 0.75, 6.5))
+    assert read_dicom_series(folder)[2] == pytest.approx((0.5, 0.75, 6.5)) and not caplog.text
+    thickness = b"\x18\0\x50\0\4\0\0\0"
+    patch_header(folder / "1_001.dcm", thickness + b"6.5 ", thickness + b"    ")
+    assert read_dicom_series(folder)[2] == pytest.approx((0.5, 0.75, 1.0))
+    assert "a: no slice thickness is stated, 1 mm is taken" in caplog.text
+
+
+def test_a_position_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    folder = make.write_dicom(tmp_path / "a", make.counting_image())
+    patch_header(folder / "1_002.dcm", b"-10\\20\\34", b"-1o\\20\\34")
+    with pytest.raises(ValueError, match=r"a: tag 0020\|0032 is no number in a slice \(.*'-1o'\); correct it"):
+        read_dicom_series(folder)
 
 
 @pytest.mark.parametrize("shift", [0.4, -0.4])
