@@ -146,7 +146,8 @@ class CaseStore:
             image = np.load(entry / "image.npy", mmap_mode="r")
             label = np.load(entry / "label.npy", mmap_mode="r") if about["labeled"] else None
             voxels = np.load(entry / "targets.npy")
-            (entry / "about.json").touch()  # its time says when the entry was last used
+            with suppress(OSError):  # a store that others own can be read all the same
+                (entry / "about.json").touch()  # its time says when the entry was last used
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError) as error:

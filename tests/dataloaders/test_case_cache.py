@@ -146,6 +146,20 @@ def test_damaged_entry_is_made_anew_with_a_warning(tmp_path: Path, caplog: pytes
     assert np.isfinite(case.volume.image).all()
 
 
+def test_store_that_cannot_be_touched_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CaseCache(make_source(tmp_path), MR, store=store_at(tmp_path)).get("c0", with_label=False)
+
+    def read_only(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", read_only)
+    source = open_source(tmp_path)
+    assert CaseCache(source, MR, store=store_at(tmp_path)).get("c0", with_label=False).is_mapped
+    assert source.reads == [] and not caplog.text
+
+
 def test_full_disk_keeps_cases_in_memory_and_says_so_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
