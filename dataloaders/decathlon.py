@@ -5,13 +5,14 @@ Source: Simpson et al. 2019 (MSD), arXiv:1902.09063; Isensee et al. 2021 (nnU-Ne
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dataloaders.base import SOURCES, Grid, lookup_case
-from dataloaders.case_lists import CHANNEL_SUFFIX, NIFTI_SUFFIXES, some, strip_nifti_suffix
+from dataloaders.case_lists import CHANNEL_SUFFIX, NIFTI_SUFFIXES, refuse_broken_links, some, strip_nifti_suffix
 from dataloaders.class_names import (
     choose_modality,
     fit_class_names,
@@ -22,6 +23,9 @@ from dataloaders.class_names import (
 from dataloaders.file_source import FileSource
 from dataloaders.geometry import Spacing, nifti_channels, nifti_grid, read_nifti_channels
 from dataloaders.nifti_folder import list_nifti
+from dataloaders.say_once import warn_once
+
+logger = logging.getLogger(__name__)
 
 CaseTable = dict[str, tuple[tuple[Path, ...], Path | None]]  # id -> (channel files, label file)
 
@@ -30,7 +34,7 @@ CaseTable = dict[str, tuple[tuple[Path, ...], Path | None]]  # id -> (channel fi
 class DecathlonFolder(FileSource):
     """Cases of ``training`` (MSD) or of ``imagesTr/`` and ``labelsTr/`` (nnU-Net raw v2, ``<id>_0000.nii.gz``).
 
-    A case without a listed label, or without a file in ``labelsTr/``, is unlabelled. The images of ``test`` or
+    A case without a label file is unlabelled, with a warning where one is listed. The images of ``test`` or
     ``imagesTs/`` come with no labels: they are unlabelled cases too, after the training ones. 4D images and files per
     channel are multi-channel.
 
@@ -75,7 +79,7 @@ def training_cases(root: Path, content: dict[str, Any]) -> CaseTable:
     """Cases by id from ``training``, else ``dataset``, else the folders; the label is None where there is none.
 
     Raises:
-        FileNotFoundError: If an image or a label that dataset.json names does not exist.
+        FileNotFoundError: If an image that dataset.json names does not exist, or a label is a link to nothing.
         ValueError: If an entry has no image, or an id comes twice.
     """
     if not content.get("training") and not content.get("dataset"):
@@ -88,13 +92,15 @@ def training_cases(root: Path, content: dict[str, Any]) -> CaseTable:
         if name in cases:
             raise ValueError(f"{root / 'dataset.json'} lists case {name!r} twice; remove one entry")
         cases[name] = (files, root / label if label else None)
-    missing = [str(label) for _, label in cases.values() if label and not label.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"labels that {root / 'dataset.json'} lists do not exist ({len(missing)}): {some(missing, 3)}; copy them "
-            "there, or take 'label' out of the entries of unlabelled cases"
+    listed = [label for _, label in cases.values() if label]
+    refuse_broken_links(listed)
+    if missing := [str(label) for label in listed if not label.is_file()]:
+        warn_once(
+            logger,
+            f"labels that {root / 'dataset.json'} lists do not exist ({len(missing)}), so that these cases are "
+            f"unlabelled: {some(missing, 3)}",
         )
-    return cases
+    return {name: (files, label if label and label.is_file() else None) for name, (files, label) in cases.items()}
 
 
 def unlabeled_images(root: Path, content: dict[str, Any]) -> dict[str, tuple[Path, ...]]:

@@ -73,13 +73,12 @@ def make_acdc_h5(root: Path) -> Instance:
 
 @maker("decathlon")
 def make_decathlon(root: Path) -> Instance:
-    names = ("case_b", "case_a", "case_c")
-    training = [{"image": f"./imagesTr/{name}.nii.gz"} for name in names]
-    for name in names:
+    training = []
+    for name in ("case_b", "case_a", "case_c"):
         make.write_nifti(root / f"imagesTr/{name}.nii.gz", make.counting_image((*make.SHAPE, 2)))
-    for name, entry in zip(names[:2], training, strict=False):
-        entry["label"] = f"./labelsTr/{name}.nii.gz"
-        make.write_nifti(root / entry["label"], make.corner_label())
+        training.append({"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"})
+    for name in ("case_b", "case_a"):
+        make.write_nifti(root / f"labelsTr/{name}.nii.gz", make.corner_label())
     labels = {"0": "background", "1": "organ", "2": "tumour"}
     (root / "dataset.json").write_text(json.dumps({"training": training, "labels": labels}))
     source = SOURCES.get("decathlon").from_options(SourceOptions(root=root))
