@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dataloaders.base import SOURCES, TrainingDefaults
+from dataloaders.case_lists import refuse_broken_links
 from dataloaders.h5_source import H5Source
 
 CASE_FOLDER = "2018LA_Seg_Training Set"
@@ -32,6 +33,7 @@ class LeftAtriumH5(H5Source):
     def find_files(root: Path) -> dict[str, Path]:
         """The files of the case folders, which may lie in the root itself."""
         folder = root / CASE_FOLDER if (root / CASE_FOLDER).is_dir() else root
+        refuse_broken_links([*folder.glob("*"), *folder.glob("*/*.h5")])
         found = {path.parent.name: path for path in sorted(folder.glob(f"*/{CASE_FILE}"))}
         if not found:
             raise FileNotFoundError(

@@ -40,6 +40,16 @@ def test_case_folders_may_lie_in_the_root_itself(tmp_path: Path) -> None:
     assert source.case_ids() == ["a"]
 
 
+@pytest.mark.parametrize("name", ["b", "b/mri_norm2.h5"])
+def test_links_to_nothing_are_refused(tmp_path: Path, name: str) -> None:
+    write_cases(tmp_path, "a")
+    link = tmp_path / "2018LA_Seg_Training Set" / name
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(tmp_path / "annex")
+    with pytest.raises(FileNotFoundError, match=rf"that lead to no file \(1\): '.*{name}'; fetch"):
+        LeftAtriumH5(tmp_path, voxel_size=VOXEL)
+
+
 @pytest.mark.parametrize(
     ("label", "message"),
     [
