@@ -101,8 +101,6 @@ def start_process_group(gpu: int | None = None) -> tuple[RankInfo, torch.device]
         raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but RANK is not set; start with torchrun")
     info = RankInfo(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
     device = select_device(gpu, info.local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     join_group("nccl" if device.type == "cuda" else "gloo")
     return info, device
 

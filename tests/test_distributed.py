@@ -31,10 +31,14 @@ def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def pretend_cuda(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
+    """So many cards; returns those that were made the current one."""
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
+    return current
 
 
 @pytest.mark.usefixtures("no_cuda")
@@ -52,13 +56,14 @@ def test_select_device_refuses_a_gpu_that_is_not_there(gpu: int) -> None:
 
 
 def test_select_device_takes_the_asked_or_the_ranks_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_cuda(monkeypatch, 2)
+    current = pretend_cuda(monkeypatch, 2)
     assert select_device() == torch.device("cuda", 0)
     assert select_device(1) == torch.device("cuda", 1)
     assert select_device(None, local_rank=1) == torch.device("cuda", 1)
     assert select_device(None, local_rank=3) == torch.device("cuda", 1)
     with pytest.raises(ValueError, match="--gpu 2: this machine has 2 CUDA devices"):
         select_device(2)
+    assert current == [0, 1, 1, 1]
 
 
 @pytest.mark.usefixtures("no_cuda")

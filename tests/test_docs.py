@@ -29,9 +29,8 @@ def test_links_lead_to_files_and_sections(page: Path) -> None:
 
 
 def test_tests_that_are_named_exist() -> None:
-    defined = {
-        name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
-    }
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    defined = {name for source in sources for name in re.findall(r"def (test_\w+)", source)}
     for page in PAGES:
         named = set(re.findall(r"\btest_\w+\b(?!\.py)", page.read_text(encoding="utf-8")))
         assert named <= defined | {"test_list"}, (page.name, named - defined)
