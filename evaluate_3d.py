@@ -46,11 +46,10 @@ from myutils.ensemble import load_together
 from myutils.evaluation import (
     CaseResult,
     DamagedCasesError,
-    drop_old_predictions,
     evaluate_cases,
     format_table,
     summarise,
-    write_cases_csv,
+    write_scores,
     write_summary_json,
 )
 from myutils.evaluation_cases import (
@@ -229,8 +228,7 @@ def run(job: Job) -> None:
         if not error.results:
             raise ValueError(f"{error}; nothing was scored, and nothing in {folder} was changed") from error
         if is_main_rank():
-            drop_old_predictions(folder, error.results)
-            write_cases_csv(folder / "cases.csv", error.results, bundle.class_names)
+            write_scores(folder, error.results, bundle.class_names)
             (folder / "summary.json").unlink(missing_ok=True)  # that of an evaluation before
         advice = "mend them, or leave them out with --test_list or --val_list"
         raise ValueError(f"{error}; {folder / 'cases.csv'} holds the others, there is no summary: {advice}") from error
@@ -242,8 +240,7 @@ def write_results(job: Job, results: Sequence[CaseResult]) -> None:
     """Per-case CSV, summary JSON and the table."""
     names = job.bundle.class_names
     summary = summarise(results, names)
-    drop_old_predictions(job.folder, results)
-    write_cases_csv(job.folder / "cases.csv", results, names)
+    write_scores(job.folder, results, names)
     about = {
         "checkpoint": job.checkpoints,
         "step": job.bundle.step,

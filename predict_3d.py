@@ -32,7 +32,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataloaders.geometry import reason_of, states_orientation
-from dataloaders.orientation import axis_names, note_stored_axes
+from dataloaders.orientation import note_stored_axes, stated_axes
 from myutils.build import kept_parts
 from myutils.checkpoint import InferenceBundle
 from myutils.distributed import barrier, is_main_rank, join_shares, own_share, start_process_group, stop_process_group
@@ -195,7 +195,7 @@ def segment(scan: Scan, job: Job) -> None:
     header = scan.header()
     oriented = header is None or states_orientation(header)
     if job.bundle.preprocess.orientation == "stored":
-        note_stored_axes(axis_names([volume.affine]) if oriented else "without directions")
+        note_stored_axes(stated_axes(volume.affine, oriented))
     elif not oriented:
         logger.warning("%s does not say how it lies in the body, and may be mirrored to the network", scan.path)
     for path, array in zip(job.outputs(scan), arrays, strict=True):

@@ -31,7 +31,7 @@ from monai.inferers import sliding_window_inference
 from torch import Tensor
 
 from myutils.checkpoint import InferenceBundle, load_for_inference
-from myutils.distributed import autocast, resolve_amp, start_process_group
+from myutils.distributed import autocast, start_process_group
 from myutils.inference import InferenceOptions, fast_layout, sliding_window_probabilities
 from myutils.inference_flags import InferenceFlags, inference_options
 from myutils.metrics import segmentation_metrics
@@ -67,11 +67,10 @@ def main() -> None:
             maps[name] = most_probable(side(image), 0).cpu().numpy()
             if number:
                 seconds[name].append(time.perf_counter() - started)
-    amp = resolve_amp(options.amp, device)
     lines = [
         f"torch {torch.__version__}, monai {version('monai')}, {torch.get_num_threads()} threads, {device.type}, "
         f"volume {tuple(image.shape[1:])}, window {options.patch_size}, overlap {options.overlap}, "
-        f"{settings.rounds} rounds, ours and 'monai alike' with --amp {amp}, the others in float32",
+        f"{settings.rounds} rounds, ours and 'monai alike' with --amp {options.amp}, the others in float32",
         f"{'side':16s}{'seconds':>10s}{'x ours':>8s}{'Dice %':>9s}{'Dice to monai %':>17s}",
     ]
     for name, values in seconds.items():
@@ -110,7 +109,7 @@ def make_sides(
         return network(images).logits
 
     def as_ours(images: Tensor) -> Tensor:
-        with autocast(amp, device):
+        with autocast(options.amp, device):
             return logits(images)
 
     def alike(image: Tensor) -> Tensor:
@@ -125,7 +124,6 @@ def make_sides(
             overlaps.append(1 - (step + 0.5) / window if step else 0.0)  # MONAI rounds the step down
         return overlaps
 
-    amp = resolve_amp(options.amp, device)
     plain = dataclasses.replace(options, sigma=1e6)
     weighted: dict[str, Any] = {"mode": "gaussian", "sigma_scale": options.sigma}
     strided = [max(0.0, 1 - step / size) for step, size in zip(stride, options.patch_size, strict=True)]

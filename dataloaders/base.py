@@ -132,8 +132,8 @@ class CaseSource(ABC):
         return Grid((x, y, z), volume.affine)
 
     def states_orientation(self, case_id: str) -> bool:
-        """Whether a case's file says how it lies in the body, by its header alone; formats that always say so do."""
-        return True
+        """Whether a case's file says how it lies in the body."""
+        return self.grid(case_id).oriented
 
     def patient(self, case_id: str) -> str:
         """Whom a case shows: cases with the same answer are kept together by the splits. By default the case itself."""

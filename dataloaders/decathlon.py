@@ -70,10 +70,6 @@ class DecathlonFolder(FileSource):
         """From the header of the first channel."""
         return nifti_grid(lookup_case(case_id, self.images, self.root)[0])
 
-    def states_orientation(self, case_id: str) -> bool:
-        """Whether the header has a qform or an sform."""
-        return self.grid(case_id).oriented
-
 
 def training_cases(root: Path, content: dict[str, Any]) -> CaseTable:
     """Cases by id from ``training``, else ``dataset``, else the folders; the label is None where there is none.
@@ -94,13 +90,15 @@ def training_cases(root: Path, content: dict[str, Any]) -> CaseTable:
         cases[name] = (files, root / label if label else None)
     listed = [label for _, label in cases.values() if label]
     refuse_broken_links(listed)
-    if missing := [str(label) for label in listed if not label.is_file()]:
+    missing = [label for label in listed if not label.is_file()]
+    if missing:
         warn_once(
             logger,
             f"labels that {root / 'dataset.json'} lists do not exist ({len(missing)}), so that these cases are "
-            f"unlabelled: {some(missing, 3)}",
+            f"unlabelled: {some([str(label) for label in missing], 3)}",
         )
-    return {name: (files, label if label and label.is_file() else None) for name, (files, label) in cases.items()}
+    absent = set(missing)
+    return {name: (files, None if label in absent else label) for name, (files, label) in cases.items()}
 
 
 def unlabeled_images(root: Path, content: dict[str, Any]) -> dict[str, tuple[Path, ...]]:

@@ -122,6 +122,10 @@ class DicomFolders(FileSource):
             ids = {case_id: found for case_id, found in ids.items() if found != commonest}
         return {case_id: f"PatientID {found}" for case_id, found in ids.items() if found}
 
+    def states_orientation(self, case_id: str) -> bool:
+        """Always; ``grid`` would read the voxels for it."""
+        return True
+
     def read_image(self, case_id: str) -> tuple[np.ndarray, np.ndarray, Spacing]:
         """Read one series."""
         return read_dicom_series(self.images[case_id])

@@ -101,7 +101,3 @@ class NiftiFiles(FileSource):
     def grid(self, case_id: str) -> Grid:
         """From the header."""
         return nifti_grid(lookup_case(case_id, self.images, self.root))
-
-    def states_orientation(self, case_id: str) -> bool:
-        """Whether the header has a qform or an sform."""
-        return self.grid(case_id).oriented

@@ -105,10 +105,6 @@ class H5Source(CaseSource):
         x, y, z = (int(stored[axis]) for axis in self.stored_axes)
         return Grid((x, y, z), self._affine(), oriented=False)
 
-    def states_orientation(self, case_id: str) -> bool:
-        """The files never do."""
-        return False
-
     def case_files(self, case_id: str, *, with_label: bool) -> tuple[Path, ...]:
         """The case's one file."""
         return (lookup_case(case_id, self.files, self.root),)

@@ -90,9 +90,14 @@ def turned(volume: Volume, turn: Turn) -> Volume:
     )
 
 
+def axis_directions(affine: np.ndarray) -> np.ndarray:
+    """Unit vectors (3, 3) along the array axes, one per column."""
+    return np.asarray(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))
+
+
 def tilt(affine: np.ndarray) -> float:
     """Largest angle in degrees between an array axis and the direction of the body that it is turned to."""
-    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    directions = axis_directions(affine)
     closest = io_orientation(affine)[:, 0].astype(int)
     cosines = np.abs(directions[closest, range(3)])
     return float(np.degrees(np.arccos(np.clip(cosines, 0, 1))).max())
@@ -101,6 +106,11 @@ def tilt(affine: np.ndarray) -> float:
 def axis_names(affines: Iterable[np.ndarray]) -> str:
     """The orientations that occur, such as "LPS, RAS"."""
     return ", ".join(sorted({"".join(aff2axcodes(affine)) for affine in affines}))
+
+
+def stated_axes(affine: np.ndarray, oriented: bool) -> str:
+    """The orientation of one scan, or that nobody stated it."""
+    return axis_names([affine]) if oriented else "without directions"
 
 
 def warn_if_oblique(volume: Volume) -> None:

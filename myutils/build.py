@@ -91,7 +91,7 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
     config = _with_method_defaults(config, method, flip_axes, max_iteration)
     prototypes = bool(config.use_contrastive_prototype)
     kind = f"on --method {config.method}{'' if prototypes else ' without prototypes'}"
-    idle = {kind: unread_flags(method, prototypes=prototypes)} | idle_flags(vars(config))
+    idle = {kind: unread_flags(method, prototypes=prototypes)} | idle_flags(vars(config) | {"labeled_bs": labeled_bs})
     if not method.uses_unlabeled:
         idle["without unlabelled patches"] = {"labeled_bs", "place_prior"}
     for reason, flags in idle.items():

@@ -48,14 +48,17 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def idle_flags(settings: Mapping[str, Any]) -> dict[str, Set[str]]:
-    """Flags that change nothing beside the other settings of a run, by the reason: "with --no-augment"."""
-    labeled_bs = settings["labeled_bs"] or max(1, settings["batch_size"] // 2)
+    """Flags that change nothing beside the other settings of a run, by the reason: "with --no-augment".
+
+    Args:
+        settings: As of ``check_settings``, with ``labeled_bs`` filled.
+    """
     boxes = {"paste_unlabeled"} if settings["feature_perturbation"] else {"paste_unlabeled", "perturbed_share"}
     rules: list[tuple[bool, str, Set[str]]] = [
         (not settings["augment"], "with --no-augment", {"affine_share", *_AFFINE, "strong_intensity"}),
         (not settings["affine_share"], "with --affine_share 0", _AFFINE),
         (not settings["copy_paste"], "with --no-copy_paste", boxes),
-        (settings["batch_size"] - labeled_bs == 1, "with one unlabelled patch a step", {"paste_unlabeled"}),
+        (settings["batch_size"] - settings["labeled_bs"] == 1, "with one unlabelled patch a step", {"paste_unlabeled"}),
         (not settings["use_dfp"], "with --no-use_dfp", {"anchor_weight", "num_eigenvectors", "ema_alpha"}),
         (settings["optimizer"] != "muon", f"with --optimizer {settings['optimizer']}", {"muon_interval"}),
         (settings["spacing"] is None, "without --spacing", {"interpolation"}),

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from dataloaders.base import CaseSource, KeptCases, Volume
 from dataloaders.case_lists import some
 from dataloaders.geometry import reason_of
+from dataloaders.orientation import axis_directions
 from dataloaders.preprocess import Preprocess
 from dataloaders.say_once import warn_once
 from myutils.distributed import is_main_rank, join_shares, own_share
@@ -133,7 +134,7 @@ def score_case(volume: Volume, label_map: np.ndarray, num_classes: int) -> CaseR
     if volume.label is None:
         raise ValueError(f"case {volume.case_id} has no label; only labelled cases can be evaluated")
     metrics = segmentation_metrics(label_map, volume.label, num_classes=num_classes, spacing=volume.spacing)
-    directions = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
+    directions = axis_directions(volume.affine)
     shear = math.degrees(math.asin(min(1.0, np.abs(directions.T @ directions - np.eye(3)).max())))
     if shear > LARGEST_SHEAR:
         warn_once(
@@ -151,8 +152,14 @@ def score_case(volume: Volume, label_map: np.ndarray, num_classes: int) -> CaseR
     )
 
 
-def drop_old_predictions(folder: Path, results: Iterable[CaseResult]) -> None:
-    """Delete label maps of cases that ``cases.csv`` of before names and ``results`` do not; call it before writing.
+def write_scores(folder: Path, results: Sequence[CaseResult], class_names: Sequence[str]) -> None:
+    """Write ``cases.csv`` of a folder, and leave no label map of a case that only an evaluation before scored."""
+    _drop_old_predictions(folder, results)
+    write_cases_csv(folder / "cases.csv", results, class_names)
+
+
+def _drop_old_predictions(folder: Path, results: Iterable[CaseResult]) -> None:
+    """Delete label maps of cases that ``cases.csv`` of before names and ``results`` do not.
 
     What no evaluation scored stays, for ``predictions`` may hold files of the user's own.
     """

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dataloaders.base import CaseSource
 from dataloaders.case_lists import read_case_list, some
-from dataloaders.orientation import axis_names, note_stored_axes
+from dataloaders.orientation import note_stored_axes, stated_axes
 from dataloaders.splits import SplitRequest, TrainingSplit, make_test_ids, of_patients
 from myutils.checkpoint import InferenceBundle
 
@@ -71,7 +71,7 @@ def warn_of_stored_axes(source: CaseSource, case_ids: Sequence[str], bundle: Inf
     for case_id in case_ids:
         with suppress(ValueError, OSError):  # a file that cannot be read is named when it is scored
             grid = source.grid(case_id)
-            names.add(axis_names([grid.affine]) if grid.oriented else "without directions")
+            names.add(stated_axes(grid.affine, grid.oriented))
     if names:
         note_stored_axes(", ".join(sorted(names)))
 

@@ -17,14 +17,7 @@ from dataloaders.splits import ids_digest
 from myutils.build import build_inference, kept_parts
 from myutils.checkpoint import load_for_inference
 from myutils.distributed import is_main_rank, resolve_amp
-from myutils.evaluation import (
-    CaseResult,
-    drop_old_predictions,
-    evaluate_cases,
-    summarise,
-    write_cases_csv,
-    write_summary_json,
-)
+from myutils.evaluation import CaseResult, evaluate_cases, summarise, write_scores, write_summary_json
 from myutils.overlay import OverlayCase, save_overlay
 from myutils.run_log import read_metrics
 
@@ -65,8 +58,7 @@ def evaluate_run(
     summary |= {"checkpoint": checkpoint.name, "step": bundle.step, "split_digest": bundle.split.digest}
     summary |= {"test_ids": list(case_ids), "test_digest": ids_digest(case_ids)}
     if is_main_rank():
-        drop_old_predictions(folder / "test", results)
-        write_cases_csv(folder / "test" / "cases.csv", results, bundle.class_names)
+        write_scores(folder / "test", results, bundle.class_names)
         write_summary_json(folder / "test" / "summary.json", summary)
     return results, summary
 

@@ -18,6 +18,7 @@ from dataloaders.patches import Batch
 from myutils.methods.base import StepOutput
 from myutils.overlay import class_colours, richest_slice
 from myutils.run_folder import hold
+from myutils.whole_files import whole_file
 
 _PICTURE_ROWS = 192  # at least half of this
 
@@ -128,9 +129,8 @@ def _drop_after(path: Path, step: int) -> None:
     kept = [line for line in lines if _step_of(line) <= step]
     if kept == lines:
         return
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)  # a full disk leaves the old file
+    with whole_file(path) as partial:  # a full disk leaves the old file
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def _step_of(line: str) -> float:
