@@ -26,7 +26,7 @@ from myutils.build import DataFacts
 from myutils.checkpoint import RunState
 from myutils.distributed import RankInfo, join_group, stop_process_group
 from myutils.label_files import save_volume
-from myutils.methods.base import METHODS
+from myutils.methods.base import METHODS, Method
 from myutils.prototype_sampling import sample_per_class, shared_keys
 from myutils.rank_batch import all_rows, draw_rows, fetch_rows
 from myutils.report import evaluate_run
@@ -93,33 +93,17 @@ def run_rank(rank: int, folder: str) -> None:
 
 
 def train_rank(rank: int, folder: str) -> None:
-    """Train every method for a few steps and write its whole state to the folder; then evaluate and predict."""
+    """Train every row for a few steps and write its whole state to the folder; then evaluate and predict."""
     torch.set_num_threads(1)
     join_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    source = BallSource()
-    for name in METHODS.names():
-        config = small_config(
-            source,
-            method=name,
-            use_contrastive_prototype=True,
-            use_learned_selector=True,
-            confidence_threshold=0.0,
-            max_iteration=3,
-            memory_interval=1,
-            warmup_iteration=int(name in WITH_WARM_UP),
-        )
-        state = RunState(config, DataFacts.of(source), make_training_split(source, config.split_request()))
-        run = Path(folder) / name
-        run.mkdir(exist_ok=True)
-        trainer = Trainer(state, source, run, RankInfo(rank, 2, rank), torch.device("cpu"))
-        trainer.fit()
-        torch.save(trainer.method.state_dict(), run / f"rank{rank}.pt")
-    share_cases(rank, source, Path(folder) / "mean_teacher")
-    torch.save(work_on_rows(rank, 2), Path(folder) / f"rows{rank}.pt")
     for name in SHARED:
-        fit_in_float32(Path(folder) / "shared" / name, RankInfo(rank, 2, rank), name)
+        run = Path(folder) / name
+        method = fit_in_float32(run, RankInfo(rank, 2, rank), name)
+        torch.save(method.state_dict(), run / f"rank{rank}.pt")
+    share_cases(rank, BallSource(), Path(folder) / "mean_teacher")
+    torch.save(work_on_rows(rank, 2), Path(folder) / f"rows{rank}.pt")
     predict_scans(Path(folder), Path(folder) / f"failed{rank}.json")
-    del trainer
+    del method
     stop_process_group()
     (Path(folder) / f"threads{rank}.json").write_text(json.dumps(gloo_threads()))
 
@@ -136,20 +120,22 @@ def gloo_threads() -> list[str]:
     return found
 
 
-def fit_in_float32(run: Path, ranks: RankInfo, name: str) -> None:
+def fit_in_float32(run: Path, ranks: RankInfo, name: str) -> Method:
     """Some steps with all that draws at random; losses of every step are logged."""
     source = BallSource()
     config = small_config(source, **{"log_every": 1, "patch_size": (8, 8, 8), "optimizer": "adamw"} | SHARED[name][0])
     run.mkdir(parents=True, exist_ok=True)
     state = RunState(config, DataFacts.of(source), make_training_split(source, config.split_request()))
-    Trainer(state, source, run, ranks, torch.device("cpu")).fit()
+    trainer = Trainer(state, source, run, ranks, torch.device("cpu"))
+    trainer.fit()
+    return trainer.method
 
 
 def predict_scans(folder: Path, failed: Path) -> None:
     """Segment the folder's scans with the supervised run, and write down which failed."""
     predicted = folder / failed.stem.replace("failed", "predicted")
     flags = predict_3d.PredictFlags(
-        checkpoint=(folder / "shared" / "supervised" / "last.pt",), input=folder / "scans", output=predicted
+        checkpoint=(folder / "supervised" / "last.pt",), input=folder / "scans", output=predicted
     )
     failed.write_text(json.dumps(predict_3d.run(predict_3d.prepare(flags))))
 
@@ -194,7 +180,7 @@ def log_end(folder: Path, rank: int) -> str:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the states of both ranks, one sub-folder per method."""
+    """Folder with the states of both ranks, one sub-folder per row."""
     folder = tmp_path_factory.mktemp("two_ranks")
     for case_id in TEST_IDS:
         volume = BallSource().load(case_id, with_label=False)
@@ -207,11 +193,12 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", METHODS.names())
+@pytest.mark.parametrize("name", SHARED)
 def test_two_ranks_hold_equal_weights_and_memory(two_ranks: Path, name: str) -> None:
     first, second = (torch.load(two_ranks / name / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
-    assert first["prototypes.manager.memory_count"].sum() > 0
+    if SHARED[name][0]["use_contrastive_prototype"]:
+        assert first["prototypes.manager.memory_count"].sum() > 0
     assert (two_ranks / name / "last.pt").exists()
 
 
@@ -222,7 +209,7 @@ def test_two_ranks_with_half_the_batch_each_have_the_losses_of_one(two_ranks: Pa
     if SHARED[name][0]["use_contrastive_prototype"]:
         losses += ["Loss/contrastive_loss", "Loss/intra_loss", "Loss/inter_loss"]
     for loss in losses:
-        (_, shared), (_, alone) = (read_metrics(folder, loss) for folder in (two_ranks / "shared" / name, tmp_path))
+        (_, shared), (_, alone) = (read_metrics(folder, loss) for folder in (two_ranks / name, tmp_path))
         assert len(alone) == 4 and shared[:2] == pytest.approx(alone[:2], rel=1e-4), loss
         assert shared == pytest.approx(alone, rel=SHARED[name][1]), loss
 
