@@ -148,7 +148,7 @@ class RunConfig:
 
     dfp_start_iter: int | None = option(None, "step of the first pools; else 20 % of the training", low=0, group=DFP)
     dfp_reconstruct_interval: int = option(200, "steps between rebuilds of the pools", low=1, group=DFP)
-    selector_train_iter: int = option(20, "steps after a rebuild that train the pool selector", low=0, group=DFP)
+    selector_train_iter: int = option(20, "steps after a rebuild that train the pool selector", low=1, group=DFP)
     max_global_features: int = option(50_000, "features kept over all classes", group=DFP)
     max_store: int = option(256, "features per class that a step may store and compare", low=1, group=DFP)
     num_dfp: int = option(8, "patterns of co-variation, one pool each", group=DFP)

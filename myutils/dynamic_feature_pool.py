@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from myutils.distributed import concat_ranks
@@ -54,6 +55,18 @@ def leading_patterns(symmetric: Tensor, count: int) -> Tensor:
     return vectors.flip(1)[:, :count].T.contiguous()
 
 
+def in_old_order(patterns: Tensor, centres: Tensor) -> Tensor:
+    """Patterns (J, E) with the numbers and the sides of the earlier centres (J, E) that they are most like.
+
+    An eigenvector's sign is arbitrary, and its place changes with its eigenvalue: what has learned to name pools by
+    their number must find them there after a rebuild.
+    """
+    cosines = unit_vectors(centres) @ unit_vectors(patterns).T  # (J, J)
+    rows, columns = linear_sum_assignment(cosines.abs().cpu().numpy(), maximize=True)
+    side = torch.where(cosines[rows, columns] < 0, -1.0, 1.0)
+    return patterns[columns] * side[:, None]
+
+
 class DynamicFeaturePool(nn.Module):
     """A ring buffer of reliable features per class, and what is derived from it when it is rebuilt.
 
@@ -69,7 +82,7 @@ class DynamicFeaturePool(nn.Module):
         store: Features (K, P + 1, E); the last slot takes what is not kept.
         count: Features held per class (K,).
         cursor: Slot that the next feature of a class takes (K,).
-        centres: Centre of each pool (J, E), of standardised features.
+        centres: Centre of each pool (J, E), of standardised features turned to its pattern's side.
         anchors: Leading patterns per class (K, A, E), orthonormal, pointing to the class's side.
         class_mean: Mean of each class's features (K, E), averaged over rebuilds.
         class_second: Their second moments (K, E, E), averaged over rebuilds.
@@ -155,15 +168,17 @@ class DynamicFeaturePool(nn.Module):
         self.deviation.copy_(found.deviation)
         standard = self.standardise(features)  # (N, E)
         patterns = leading_patterns(found.correlation, len(self.centres))  # (J, E)
-        pools = (standard @ patterns.T).abs().argmax(1)  # (N,)
+        if self.sizes.any():
+            patterns = in_old_order(patterns, self.centres)
+        along = standard @ patterns.T  # (N, J)
+        pools = along.abs().argmax(1)  # (N,)
         member = class_membership(pools, len(patterns)).to(standard)  # (J, N)
         self.sizes.copy_(member.sum(1).long())
-        # An empty pool keeps its pattern as centre, so that it can win features later.
-        self.centres.copy_(
-            ((member @ standard) / member.sum(1, keepdim=True).clamp(min=1)).where(
-                member.any(1, keepdim=True), patterns
-            )
-        )
+        # Both ends of a pattern belong to its pool; without their signs they would cancel. An empty pool keeps its
+        # pattern as centre, so that it can win features later.
+        sides = torch.where(along < 0, -1.0, 1.0).T  # (J, N)
+        means = (member * sides) @ standard / member.sum(1, keepdim=True).clamp(min=1)
+        self.centres.copy_(means.where(member.any(1, keepdim=True), patterns))
         for class_id in range(self.num_classes):
             self._rebuild_anchors(class_id, features[class_labels == class_id])
 
@@ -192,9 +207,9 @@ class DynamicFeaturePool(nn.Module):
         return (features.float() - self.mean) / self.deviation
 
     def nearest_pools(self, features: Tensor) -> Tensor:
-        """Index (N,) of the centre with the highest cosine to each feature (N, E), without gradient."""
+        """Index (N,) of the centre that each feature (N, E) lies along, by the highest ``|cosine|``; no gradient."""
         standard = unit_vectors(self.standardise(features.detach()))
-        return (standard @ unit_vectors(self.centres).T).argmax(1)
+        return (standard @ unit_vectors(self.centres).T).abs().argmax(1)
 
     def anchor_loss(self, features: Tensor, class_labels: Tensor) -> Tensor:
         """1 - cosine of features (N, E) to the nearest anchor of their class (N,): mean over classes of class means."""
@@ -209,14 +224,15 @@ class DynamicFeaturePool(nn.Module):
     def pool_losses(self, regions: Tensor, pools: Tensor, margin: float = 1.0) -> tuple[Tensor, Tensor]:
         """Compactness and separation of region features (R, E) that a selector assigned to pools (R,).
 
-        Compactness: mean of 1 - cosine to the pool's centre. Separation: ``inter_class_loss`` between the pools. Both
-        are 0, on the graph, until there are pools.
+        Compactness: mean of 1 - |cosine| to the pool's centre. Separation: ``inter_class_loss`` between the pools, of
+        regions turned to their centre's side. Both are 0, on the graph, until there are pools.
         """
         units = unit_vectors(self.standardise(regions))
-        own = unit_vectors(self.centres)[pools]  # (R, E)
-        compact = (1.0 - (units * own).sum(1)).mean() if len(units) else 0.0 * units.sum()
+        along = (units * unit_vectors(self.centres)[pools]).sum(1)  # (R,)
+        compact = (1.0 - along.abs()).mean() if len(units) else 0.0 * units.sum()
         member = class_membership(pools, len(self.centres))  # (J, R)
-        separation = inter_class_loss(units, member, margin)
+        turned = units * torch.where(along < 0, -1.0, 1.0)[:, None]
+        separation = inter_class_loss(turned, member, margin)
         built = self.sizes.any()
         return compact * built, separation * built
 
