@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataloaders.base import CaseSource, KeptCases, Volume
+from dataloaders.base import CaseSource, Volume
 from dataloaders.case_cache import CaseCache
 from dataloaders.patches import Batch, PatchDataset, collate
 from dataloaders.samplers import StepPlan, StepSampler
@@ -32,7 +32,7 @@ from myutils.distributed import (
     peak_memory_mb,
     resolve_amp,
 )
-from myutils.evaluation import evaluate_cases, summarise
+from myutils.evaluation import DamagedCasesError
 from myutils.finite_watch import FiniteWatch, NonFiniteLossError
 from myutils.methods.base import StepOutput, batch_dice
 from myutils.prototype_checks import NonFiniteFeaturesError
@@ -40,6 +40,7 @@ from myutils.run_log import RunLog, step_scalars
 from myutils.schedules import poly_lr
 from myutils.seeding import derive_seed, seed_everything
 from myutils.stop_signals import stop_signals
+from myutils.validation import Validation
 from networks.compiling import compile_networks
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,6 @@ class Trainer:
         config = state.config
         self.max_iteration: int = required(config.max_iteration, "max_iteration")
         self.amp = resolve_amp(config.amp, device)
-        self.preprocess = build.build_preprocess(config)
         seed_everything(config.seed, deterministic=config.deterministic)
         self.method = build.build_method(config, state.facts).to(device)
         if config.compile:
@@ -81,7 +81,7 @@ class Trainer:
         self.optimizer = build.build_optimizer(config, self.method)
         self._trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
-        self._validation_cases = KeptCases(source)
+        self.validation = Validation(state, source, self.amp, device)
         self.watch = FiniteWatch(eager=device.type == "cpu", advice=self._advice)
         self.interrupted, self._clock = False, (0.0, 0)  # the clock: time and step of the last log entry
 
@@ -105,8 +105,7 @@ class Trainer:
     def read_labels(self) -> None:
         """Read the labels: a wrong one is named before training, the facts keep what they say; errors of ``load``."""
         self.state.facts = self.state.facts.with_labels(self._with_own_label(name) for name in self.state.split.labeled)
-        for case_id in self.state.split.val:
-            self.source.load(case_id, with_label=True)
+        self.validation.check()
 
     def _with_own_label(self, case_id: str) -> Volume:
         """The case with its label on the grid of the file: resampled, two parts may become one."""
@@ -260,7 +259,11 @@ class Trainer:
     def _validate_and_save(self, log: RunLog, done: int, *, validate: bool) -> None:
         names = ["last.pt"]  # written last: a kill in between repeats the validation instead of losing best.pt
         if validate and self.state.split.val:
-            score = self._validation_dice()  # the ranks share the cases out
+            try:
+                score = self.validation.dice(self.method.inference_network())
+            except DamagedCasesError:
+                self._save(names)  # of the steps nothing is lost
+                raise
             log.scalars(done, {"Validation/dice": score})
             if score > self.state.best_dice:
                 self.state.best_dice = score
@@ -273,19 +276,6 @@ class Trainer:
             for name in names:
                 write_checkpoint(self.folder / name, self.state, tensors)
         barrier()
-
-    def _validation_dice(self) -> float:
-        results = evaluate_cases(
-            self.method.inference_network(),
-            self._validation_cases,
-            self.state.split.val,
-            self.preprocess,
-            build.build_inference(self.state.config, self.amp),
-            self.device,
-            keep_largest=build.kept_parts(self.state.config, self.state.facts),
-            progress=False,
-        )
-        return float(summarise(results, self.state.facts.class_names)["mean"]["dice"]["mean"])
 
     def _advice(self) -> str:
         """What to do about a step that is not finite."""

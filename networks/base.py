@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from myutils.registry import Registry
 from networks.checkpointing import checkpoint_blocks, is_checkpointed
-from networks.layers import mend_layers
+from networks.layers import ChannelsLastConv3d, mend_layers
 
 Triple = tuple[int, int, int]
 
@@ -149,7 +149,7 @@ class SegmentationNetwork(Segmenter):
     def fresh_copy(self) -> SegmentationNetwork:
         """A network of the same kind with weights of its own, drawn from torch's global generator."""
         copy = make_network(type(self), self.in_channels, self.num_classes, self.flat_levels)
-        mend_layers(copy)
+        mend_layers(copy, any(isinstance(module, ChannelsLastConv3d) for module in self.modules()))
         if is_checkpointed(self):
             checkpoint_blocks(copy)
         return copy

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,12 @@ from myutils import trainer
 from myutils.build import DataFacts, build_method
 from networks.base import NETWORKS
 from networks.compiling import compile_networks
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """Torch limits how often a function is compiled in one process."""
+    torch.compiler.reset()
 
 
 @pytest.mark.slow
@@ -62,6 +70,40 @@ def test_the_flag_compiles_the_method_and_a_run_ends_as_without(
     assert compiled == [runs[1].method]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mean_teacher", "cps", "mc_net"])
+def test_graphs_of_a_training_stay_whole_after_a_validation(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where maps have their channels last in a validation, the layers that they took could not be compiled."""
+    ran: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        size = len(graph.graph.nodes)
+
+        def run(*values: object) -> object:
+            ran.append(size)
+            return graph.forward(*values)
+
+        return run
+
+    monkeypatch.setattr(trainer, "compile_networks", partial(compile_networks, backend=counting))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    settings = {"method": method, "labelnum": 3, "val_num": 1, "save_every": 1, "memory_interval": 1}
+    built = small_trainer(BallSource(), tmp_path, compile=True, use_contrastive_prototype=False, **settings)
+    train_step, per_step = built.train_step, []
+
+    def step(*args: object) -> object:
+        ran.clear()
+        output = train_step(*args)
+        per_step.append(list(ran))
+        return output
+
+    built.train_step = step  # type: ignore[method-assign]
+    built.fit()
+    assert len(per_step) == 4 and per_step[0] and all(graphs == per_step[0] for graphs in per_step[1:])
 
 
 def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,8 +72,9 @@ def test_a_run_trains_and_scores_on_the_device(tmp_path: Path) -> None:
     maps = []
     for device in (CUDA, CPU):
         network = trainer.method.inference_network().to(device)
-        options = build.build_inference(trainer.state.config, "no")
-        maps.append(predict_label_map(network, volume, trainer.preprocess, options, device))
+        config = trainer.state.config
+        options, preprocess = build.build_inference(config, "no"), build.build_preprocess(config)
+        maps.append(predict_label_map(network, volume, preprocess, options, device))
     assert (maps[0] == maps[1]).mean() > 0.999
 
 

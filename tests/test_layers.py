@@ -11,7 +11,7 @@ from helpers_runs import small_config
 from torch import nn
 from torch.nn import functional
 
-from myutils.build import DataFacts, build_network
+from myutils.build import DataFacts, build_method
 from myutils.distributed import resolve_amp
 from networks.base import NETWORKS, make_network
 from networks.layers import (
@@ -170,9 +170,13 @@ def test_the_layout_follows_the_cpu_and_the_network(
     network = NETWORKS.get(name)(1, 2)
     mend_layers(network)
     assert {type(module) for module in network.modules() if isinstance(module, nn.Conv3d)} == {expected}
-    config = small_config(BallSource(), model=name, compile=True)  # whose graph the other layout would break
-    compiled = build_network(config, DataFacts.of(BallSource()))
-    assert {type(module) for module in compiled.modules() if isinstance(module, nn.Conv3d)} == {GuardedConv3d}
+    # Whose graph the other layout would break, in a second network and in the parts of one too.
+    for method in ("supervised", "cps", "mc_net"):
+        if method == "mc_net" and name != "unet_3d":
+            continue
+        config = small_config(BallSource(), method=method, model=name, compile=True)
+        compiled = build_method(config, DataFacts.of(BallSource()))
+        assert {type(module) for module in compiled.modules() if isinstance(module, nn.Conv3d)} == {GuardedConv3d}
 
 
 def test_running_statistics_are_left_to_torch() -> None:

@@ -6,6 +6,7 @@ import json
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import BallSource
@@ -13,6 +14,7 @@ from helpers_runs import assert_same_weights, random_batch, small_trainer, spoil
 
 from dataloaders.base import Volume
 from myutils.distributed import RankInfo
+from myutils.evaluation import DamagedCasesError
 from myutils.finite_watch import NonFiniteLossError
 from myutils.trainer import Trainer, TrainingInterrupted
 
@@ -195,6 +197,34 @@ def test_trainer_stopped_at_a_validation_step_validates_first(tmp_path: Path) ->
     with pytest.raises(TrainingInterrupted):
         resumed.fit()
     assert resumed.state.step == 2 and resumed.state.best_dice >= 0 and (tmp_path / "best.pt").exists()
+
+
+def test_trainer_refuses_a_validation_case_that_cannot_be_prepared(tmp_path: Path) -> None:
+    source = BallSource()
+    trainer = small_trainer(source, tmp_path, labelnum=4, val_num=1)
+    load, val = source.load, trainer.state.split.val[0]
+
+    def damaged(case_id: str, *, with_label: bool = True) -> Volume:
+        volume = load(case_id, with_label=with_label)
+        if case_id == val:
+            volume.image[0, 0, 0, 0] = np.nan
+        return volume
+
+    source.load = damaged  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=f"{val}: .*NaN"):
+        trainer.read_labels()
+
+
+def test_trainer_that_cannot_validate_keeps_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = small_trainer(BallSource(), tmp_path, labelnum=4, val_num=1, save_every=2)
+
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("myutils.evaluation.predict_label_map", full)
+    with pytest.raises(DamagedCasesError, match="ball04: MemoryError"):
+        trainer.fit()
+    assert Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU).state.step == 2
 
 
 def test_trainer_killed_between_best_and_last_repeats_the_validation(
