@@ -27,10 +27,10 @@ from dataloaders.preprocess import Preprocess
 logger = logging.getLogger(__name__)
 
 _TARGETS_PER_CLASS = 2000
-_LARGEST_MAPPED = 256  # cases of one process: each map holds a file open, and systems allow about 1,000 of these
+_LARGEST_MAPPED = 128  # files of one process: each map holds one open, and some systems allow 256 of these
 _UNFINISHED = ".new-"  # first letters of an entry's name until it is whole
 _ABANDONED_AFTER = 3600.0  # seconds without a change
-_FORMAT = 3  # of an entry; a change makes old entries unreadable
+_FORMAT = 4  # of an entry; a change makes old entries unreadable
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,16 @@ class PreparedCase:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of this process's memory; arrays mapped from the disk take none."""
-        arrays = [self.volume.image, *([] if self.volume.label is None else [self.volume.label])]
-        return sum(array.nbytes for array in arrays if not isinstance(array, np.memmap))
+        """Bytes of this process's memory; voxels mapped from the disk take none."""
+        return sum(array.nbytes for array in (*self._voxels(), *self.targets) if not isinstance(array, np.memmap))
 
     @property
-    def is_mapped(self) -> bool:
-        """Whether the voxels lie in files that this process holds open."""
-        return isinstance(self.volume.image, np.memmap)
+    def mapped_files(self) -> int:
+        """Files with voxels that this process holds open."""
+        return sum(isinstance(array, np.memmap) for array in self._voxels())
+
+    def _voxels(self) -> list[np.ndarray]:
+        return [self.volume.image, *([] if self.volume.label is None else [self.volume.label])]
 
 
 class CaseCache:
@@ -68,6 +70,10 @@ class CaseCache:
         self._source, self._preprocess, self._limit, self._store = source, preprocess, limit_bytes, store
         self._cases: OrderedDict[tuple[str, bool], PreparedCase] = OrderedDict()
         self._bytes, self._mapped = 0, 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the cases: what is sent to a loader's worker would be a copy of its own, maps of files included."""
+        return {**vars(self), "_cases": OrderedDict(), "_bytes": 0, "_mapped": 0}
 
     def get(self, case_id: str, *, with_label: bool) -> PreparedCase:
         """The prepared case; its label file is opened only if ``with_label``."""
@@ -84,7 +90,7 @@ class CaseCache:
 
     def _count(self, case: PreparedCase, sign: int) -> None:
         self._bytes += sign * case.memory_bytes
-        self._mapped += sign * case.is_mapped
+        self._mapped += sign * case.mapped_files
 
     def _prepared(self, case_id: str, with_label: bool) -> PreparedCase:
         """From the store where it has the case, else from its files; then the store gets it."""
@@ -107,7 +113,7 @@ def _targets(label: np.ndarray) -> tuple[np.ndarray, ...]:
     for class_id in np.unique(label[label > 0]):
         flat = np.flatnonzero(label == class_id)
         step = max(1, len(flat) // _TARGETS_PER_CLASS)
-        targets.append(np.stack(np.unravel_index(flat[::step], label.shape), axis=1))
+        targets.append(np.stack(np.unravel_index(flat[::step], label.shape), axis=1).astype(np.int32))
     return tuple(targets)
 
 
@@ -135,7 +141,7 @@ class CaseStore:
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.folder, self._limit = folder, limit_bytes
-        self._full = False
+        self._full = self._unreadable = False
         self._counted, self._written = limit_bytes, 0  # bytes at the last count, and written by this process since
 
     def read(self, name: str, case_id: str) -> PreparedCase | None:
@@ -150,7 +156,12 @@ class CaseStore:
                 (entry / "about.json").touch()  # its time says when the entry was last used
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError) as error:
+        except OSError as error:  # too many open files, a disk that does not answer: the entry may be whole
+            if not self._unreadable:
+                logger.warning("%s cannot be read (%s); such cases are read from their own files", entry, error)
+            self._unreadable = True
+            return None
+        except (ValueError, KeyError, EOFError) as error:
             logger.warning("%s is damaged (%s) and is made anew", entry, error)
             shutil.rmtree(entry, ignore_errors=True)
             return None
@@ -183,7 +194,7 @@ class CaseStore:
         np.save(folder / "image.npy", np.ascontiguousarray(volume.image))
         if volume.label is not None:
             np.save(folder / "label.npy", np.ascontiguousarray(volume.label))
-        np.save(folder / "targets.npy", np.concatenate(case.targets) if case.targets else np.zeros((0, 3), np.int64))
+        np.save(folder / "targets.npy", np.concatenate(case.targets) if case.targets else np.zeros((0, 3), np.int32))
         about: dict[str, Any] = {
             "labeled": volume.label is not None,
             "affine": volume.affine.tolist(),

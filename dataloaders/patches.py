@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,6 +58,24 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
 
+@contextmanager
+def named_worker_losses() -> Iterator[None]:
+    """Say what to do where the system ended a loader's worker, which torch notices in the midst of anything.
+
+    Raises:
+        ChildProcessError: In the place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ChildProcessError(
+            f"{str(error).strip()} The memory, or the shared memory (/dev/shm; docker run --shm-size 8g), may be full: "
+            "pass fewer --num_workers, or --cache_gb for one copy of the cases in all of them"
+        ) from error
+
+
 class PatchDataset(Dataset[dict[str, object]]):
     """Cuts the patch that a ``SampleKey`` describes; the same key gives the same patch in any process.
 
@@ -101,7 +120,7 @@ class PatchDataset(Dataset[dict[str, object]]):
             image = crop(volume.image, corner, options.patch_size, fill)
             label = None if volume.label is None else crop(volume.label, corner, options.patch_size, 0)
         arrays = [image] if label is None else [image, label]
-        arrays = mirror_and_turn(arrays, rng, options)
+        arrays = mirror_and_turn(arrays, rng, options, volume.spacing)
         return arrays[0], arrays[-1]
 
     def _target(self, case: PreparedCase, rng: np.random.Generator) -> np.ndarray | None:

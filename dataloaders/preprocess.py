@@ -37,7 +37,7 @@ class Preprocess:
     Args:
         modality: "mr" (z-score) or "ct" (clip, then scale).
         spacing: Voxel size in mm to work at, along the turned axes; None to keep each image's own.
-        interpolation: "linear" or "cubic", for the image; labels take the nearest voxel.
+        interpolation: "linear" or "cubic", for the image, within its own range; labels take the nearest voxel.
         ct_range: Values that CT is clipped to and that become -2 and 2, in every case alike: Hounsfield units mean the
             same everywhere. None to clip each case to percentiles of its own and take the z-score.
         orientation: "ras" for axes that run right, forward and up, as closely as they go; "stored" for the file's.
@@ -88,7 +88,7 @@ class Preprocess:
         if self.spacing is None:
             return replace(volume, image=image)
         shape, ratio, order = image.shape[1:], self._ratio(volume.spacing), SPLINE_ORDER[self.interpolation]
-        image = np.stack([resample(channel, size, ratio, order=order) for channel in image])
+        image = np.stack([_resampled(channel, size, ratio, order) for channel in image])
         label = volume.label
         if label is not None:
             label = resample(label, size, ratio, order=0)
@@ -211,6 +211,12 @@ def resample(
     start = _first_voxel(array.shape, size, ratio) + np.array([rows.start * ratio[0], 0, 0])
     ndimage.affine_transform(array, np.asarray(ratio), start, output=sampled, order=order, mode="nearest")
     return sampled
+
+
+def _resampled(channel: np.ndarray, size: tuple[int, ...], ratio: tuple[float, ...], order: SplineOrder) -> np.ndarray:
+    """An image's channel (X, Y, Z) on another grid, within its own range, which cubic splines overshoot at edges."""
+    found = resample(channel, size, ratio, order=order)
+    return found.clip(channel.min(), channel.max()) if order > 1 else found
 
 
 def resampled_affine(

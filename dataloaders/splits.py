@@ -247,7 +247,7 @@ def _train_list(source: CaseSource, request: SplitRequest) -> tuple[str, ...] | 
 
 
 def _test_list(source: CaseSource, request: SplitRequest) -> tuple[str, ...] | None:
-    listed = _listed(source, request.test_list)
+    listed = _listed(source, request.test_list, needs_label=True)
     return listed if listed is not None else _checked(source, source.official_test(), "the data's own test list")
 
 

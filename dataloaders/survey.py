@@ -14,7 +14,7 @@ from dataloaders.geometry import Spacing
 from dataloaders.orientation import Turn
 
 _PATCH_VOXELS = 64**3
-_PATCH_STEP = 8  # networks divide each axis by 8 or 16, by less where levels are flat
+_PATCH_STEP = 8
 _MOST_FLAT_LEVELS = 3
 _PERCENTILES = (0.5, 99.5)
 _VOXELS_PER_CASE = 100_000
@@ -46,8 +46,8 @@ def survey_grids(grids: Sequence[Grid], orientation: str) -> Survey:
 def structure_range(source: CaseSource, case_ids: Sequence[str]) -> tuple[float, float] | None:
     """0.5 and 99.5 percentile of the intensities inside the labelled structures, all cases and channels together.
 
-    None where nothing is labelled, or all values are one. Cases are read one after the other; errors as in
-    ``CaseSource.load``.
+    None where nothing is labelled, or all values are one; rounded to five digits. Cases are read one after the other;
+    errors as in ``CaseSource.load``.
     """
     found = [np.empty(0, np.float32)]
     for case_id in case_ids:
@@ -56,7 +56,7 @@ def structure_range(source: CaseSource, case_ids: Sequence[str]) -> tuple[float,
         found.append(inside[:: max(1, len(inside) // _VOXELS_PER_CASE)])
     inside = np.concatenate(found)
     inside = inside[np.isfinite(inside)]
-    low, high = np.percentile(inside, _PERCENTILES).round(2).tolist() if len(inside) else (0.0, 0.0)
+    low, high = (float(f"{x:.5g}") for x in np.percentile(inside, _PERCENTILES)) if len(inside) else (0.0, 0.0)
     return (low, high) if low < high else None
 
 
@@ -77,7 +77,7 @@ def fitting_flat_levels(spacing: Spacing) -> Triple:
 
 
 def fitting_patch(
-    survey: Survey, spacing: Spacing | None, usual: Triple | None = None, flat_levels: Triple = (0, 0, 0)
+    survey: Survey, spacing: Spacing | None, usual: Triple | None = None, parts: Triple = (_PATCH_STEP,) * 3
 ) -> Triple:
     """Size of a training patch that fits the cases, as they are or resampled.
 
@@ -89,11 +89,11 @@ def fitting_patch(
         survey: Of the labelled cases.
         spacing: Voxel size in mm that they are resampled to; None for their own.
         usual: The data set's customary patch; it is cut down to the median case alone.
-        flat_levels: Of the network, per axis: each halves the number of voxels that a side is a multiple of.
+        parts: What each side is a multiple of, such as what the network divides the axes by: it pads the rest with
+            zeros, in the middle of a case too.
     """
     steps = spacing or survey.spacing
     sizes = [round(extent / step, 3) for extent, step in zip(survey.extent, steps, strict=True)]
-    parts = [max(1, _PATCH_STEP >> flat) for flat in flat_levels]
     if usual is not None:
         held = [math.ceil(size / part) * part for size, part in zip(sizes, parts, strict=True)]
         x, y, z = (min(side, max(2 * part, limit)) for side, limit, part in zip(usual, held, parts, strict=True))

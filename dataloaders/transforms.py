@@ -7,10 +7,14 @@ two views of one geometry only through deep copies of their state.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
+
+_ALIKE = 0.1  # logarithm of the ratio of two sides of a voxel
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class AugmentOptions:
     Attributes:
         patch_size: Voxels of the patch along X, Y, Z.
         flip_axes: Image axes along which a mirrored patch is plausible.
-        rotate90: Quarter turns in the X-Y plane; used where the patch is square there.
+        rotate90: Quarter turns in the X-Y plane; used where patch and voxels are square there (``turns_quarterly``).
         foreground_share: Share of patches that are centred on a structure, where one is known or guessed.
         affine_share: Share of patches that are rotated and scaled.
         intensity: Whether labelled patches get mild intensity changes, and strong views exist at all.
@@ -119,10 +123,17 @@ def affine_crop(
     return np.stack(sampled).reshape(*array.shape[:-3], *patch_size)
 
 
-def mirror_and_turn(arrays: list[np.ndarray], rng: np.random.Generator, options: AugmentOptions) -> list[np.ndarray]:
-    """The same random mirroring and quarter turns for all arrays (..., X, Y, Z)."""
+def turns_quarterly(patch_size: Sequence[int], spacing: Sequence[float]) -> bool:
+    """Whether a quarter turn in the X-Y plane leaves a patch's size and, but for a tenth, its voxels' as they are."""
+    return patch_size[0] == patch_size[1] and abs(math.log(spacing[0] / spacing[1])) < _ALIKE
+
+
+def mirror_and_turn(
+    arrays: list[np.ndarray], rng: np.random.Generator, options: AugmentOptions, spacing: Sequence[float] = (1, 1, 1)
+) -> list[np.ndarray]:
+    """The same random mirroring and quarter turns for all arrays (..., X, Y, Z) of voxels of ``spacing``."""
     axes = tuple(axis - 3 for axis in options.flip_axes if rng.random() < 0.5)
-    turns = int(rng.integers(4)) if options.rotate90 and options.patch_size[0] == options.patch_size[1] else 0
+    turns = int(rng.integers(4)) if options.rotate90 and turns_quarterly(options.patch_size, spacing) else 0
     result = []
     for array in arrays:
         changed = np.flip(array, axes) if axes else array

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dataloaders.base import SOURCES, CaseSource, Volume
@@ -51,12 +52,23 @@ class DataFacts:
             tuple(source.flip_axes),
         )
 
-    def with_labels(self, cases: Iterable[Volume]) -> DataFacts:
-        """The same with what the labels of the labelled cases say; a class that none shows is a warning."""
+    def with_labels(self, cases: Iterable[Volume], resampled: Iterable[Volume] | None = None) -> DataFacts:
+        """The same with what the labels of the labelled cases say; a class that none shows is a warning.
+
+        So is one that none shows any more where they are ``resampled`` to ``--spacing``.
+        """
         parts = survey_parts((case.label for case in cases if case.label is not None), self.num_classes)
         missing = [self.class_names[k] for k in range(1, self.num_classes) if not parts.shown[k]]
         if missing:
             logger.warning("no labelled case shows %s: the network cannot learn it", ", ".join(missing))
+        if resampled is not None:
+            left = {int(k) for case in resampled for k in np.unique(np.asarray(case.label))}
+            lost = [self.class_names[k] for k in range(1, self.num_classes) if parts.shown[k] and k not in left]
+            if lost:
+                text = (
+                    "--spacing leaves no voxel of %s in any labelled case: it cannot be learned; make it finer"
+                )
+                logger.warning(text, ", ".join(lost))
         return dataclasses.replace(self, single_parts=parts.single)
 
     @classmethod
@@ -176,18 +188,20 @@ def build_cache(config: RunConfig, source: CaseSource) -> CaseCache:
 
 
 def build_augmentation(config: RunConfig) -> AugmentOptions:
-    """Random changes of a resolved configuration."""
+    """Random changes of a resolved configuration; a method that reads no strong views gets them unchanged."""
+    strong = METHODS.get(config.method).uses_strong_views
+    flat = config.flat_levels or (0, 0, 0)
     return AugmentOptions(
         patch_size=required(config.patch_size, "patch_size"),
         flip_axes=required(config.flip_axes, "flip_axes"),
-        rotate90=config.rotate90,
+        rotate90=config.rotate90 and flat[0] == flat[1],
         foreground_share=config.foreground_share,
         affine_share=config.affine_share if config.augment else 0.0,
         intensity=config.augment,
         max_angle=config.affine_angle,
         max_scale=config.affine_scale,
-        strong_views=required(config.strong_views, "strong_views"),
-        strong_intensity=1.0 if config.strong_intensity is None else config.strong_intensity,  # runs of before
+        strong_views=required(config.strong_views, "strong_views") if strong else 1,
+        strong_intensity=(1.0 if config.strong_intensity is None else config.strong_intensity) if strong else 0.0,
     )
 
 

@@ -14,15 +14,7 @@ from torch import Tensor, nn
 from myutils import prototype_checks as checks
 from myutils import prototype_forms as forms
 from myutils import prototype_losses as losses
-from myutils.prototype_memory import (
-    RANKINGS,
-    Candidates,
-    PrototypeMemory,
-    best_per_class,
-    flatten_classes,
-    merge_ranks,
-    unit_vectors,
-)
+from myutils.prototype_memory import RANKINGS, Candidates, PrototypeMemory, best_of_ranks, flatten_classes, unit_vectors
 from myutils.prototype_sampling import pick_voxels, require_class_ids, sample_per_class
 from myutils.pseudo_labels import pseudo_labels
 
@@ -140,7 +132,9 @@ class ContrastivePrototypeManager(PrototypeMemory):
         self.store(self._rank(self.known_rows(merged, labels), labels, ranks, from_labeled))
 
     @torch.no_grad()
-    def candidates(self, vectors: Tensor, logits: Tensor, class_labels: Tensor, from_labeled: bool) -> Candidates:
+    def candidates(
+        self, vectors: Tensor, logits: Tensor, class_labels: Tensor, from_labeled: bool, keys: Tensor | None = None
+    ) -> Candidates:
         """The best trusted voxels of each class, for ``store``: predicted as their label, above the threshold.
         With several ranks this is a collective call; all get the best of all ranks.
 
@@ -149,11 +143,12 @@ class ContrastivePrototypeManager(PrototypeMemory):
             logits: What the voxels were predicted as (S, K).
             class_labels: Class ids (S,), ``ignore_index`` for rows to leave out.
             from_labeled: Whether these are true labels; see ``update_memory``.
+            keys: Random numbers (S,) for the ranking "random", such as ``shared_keys``; default drawn here.
         """
         found = pseudo_labels(logits)
         trusted = found.gated(self.confidence_threshold, self.ignore_index)
         labels = class_labels.where(trusted == class_labels, self.ignore_index)
-        return self._rank(self.known_rows(vectors, class_labels), labels, found.confidence, from_labeled)
+        return self._rank(self.known_rows(vectors, class_labels), labels, found.confidence, from_labeled, keys)
 
     def contrastive_class_to_class_learned_memory(self, features: Tensor, class_labels: Tensor) -> Tensor:
         """Weighted mean of 1 - cosine between the features of a class and its memory, averaged over classes.
@@ -273,15 +268,17 @@ class ContrastivePrototypeManager(PrototypeMemory):
             total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         return total, {**parts, "total_prototype_loss": total}
 
-    def _rank(self, vectors: Tensor, class_labels: Tensor, confidences: Tensor, from_labeled: bool) -> Candidates:
-        """Best M vectors per class over all ranks, from (N, E), (N,), (N,)."""
+    def _rank(
+        self, vectors: Tensor, labels: Tensor, confidences: Tensor, from_labeled: bool, drawn: Tensor | None = None
+    ) -> Candidates:
+        """Best M vectors per class over all ranks, from (N, E), (N,), (N,); ``drawn`` as keys of ``candidates``."""
         keys = confidences
         if self.ranking == "random":
-            keys = torch.rand_like(confidences)
+            keys = torch.rand_like(confidences) if drawn is None else drawn
         elif self.feature_selectors is not None and self.ranking != "confidence":
-            keys = losses.own_class_logits(self.feature_selectors, vectors, class_labels)
+            keys = losses.own_class_logits(self.feature_selectors, vectors, labels)
         keys = -keys if self.ranking == "lowest" else keys
-        return Candidates(*merge_ranks(*best_per_class(vectors, class_labels, keys, self.memory.shape)), from_labeled)
+        return Candidates(*best_of_ranks(vectors, labels, keys, self.memory.shape), from_labeled)
 
     def _contrastive(self, vectors: Tensor, units: Tensor, class_labels: Tensor, member: Tensor) -> Tensor:
         """The contrastive term of voxels (S, E), their directions, class ids (S,) and groups (P, K, S)."""

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 
+import torch
 from nibabel.affines import voxel_sizes
 
 from dataloaders.base import CaseSource, Grid
@@ -13,8 +14,9 @@ from dataloaders.case_lists import some
 from dataloaders.orientation import LARGEST_TILT, Turn, axis_names, tilt
 from dataloaders.preprocess import Preprocess
 from dataloaders.survey import fitting_flat_levels, fitting_patch, structure_range, survey_grids
+from dataloaders.transforms import turns_quarterly
 from myutils.config import RunConfig
-from networks.base import NETWORKS
+from networks.base import NETWORKS, make_network
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +41,19 @@ def fit_to_cases(config: RunConfig, source: CaseSource, labeled: Sequence[str]) 
     takes_flat_levels = NETWORKS.get(config.model).takes_flat_levels
     fitting = fitting_flat_levels(config.spacing or survey.spacing) if takes_flat_levels else (0, 0, 0)
     flat_levels = config.flat_levels or fitting
-    patch = config.patch_size or fitting_patch(survey, config.spacing, source.defaults.patch_size, flat_levels)
+    with torch.device("meta"):
+        parts = make_network(NETWORKS.get(config.model), 1, 2, flat_levels).stride
+    patch = config.patch_size or fitting_patch(survey, config.spacing, source.defaults.patch_size, parts)
     ct_range = structure_range(source, labeled) if wants_range else config.ct_range
     if wants_range and ct_range is None:
-        logger.warning("CT: no structure in the labelled cases to take a range from; each case is clipped to its own")
+        logger.warning(
+            "CT: the labelled cases show no structure, or one value in all of it, to take a range from; each case is "
+            "clipped to its own"
+        )
+    if config.rotate90 and not (
+        turns_quarterly(patch, config.spacing or survey.spacing) and flat_levels[0] == flat_levels[1]
+    ):
+        logger.warning("without effect on patches or voxels that are not square in the X-Y plane: --rotate90")
     return dataclasses.replace(
         config, orientation=orientation, flat_levels=flat_levels, patch_size=patch, ct_range=ct_range
     )

@@ -91,6 +91,11 @@ def flatten_classes(
     return torch.cat(rows), torch.cat(ids), torch.cat(ranks)
 
 
+def best_of_ranks(vectors: Tensor, class_labels: Tensor, keys: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """``best_per_class`` of all ranks' rows together, equal on every rank; a collective call."""
+    return merge_ranks(*best_per_class(vectors, class_labels, keys, shape))
+
+
 @torch.no_grad()
 def merge_ranks(candidates: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Select the best M candidates per class among all ranks; every rank ends with the same ones.

@@ -37,11 +37,15 @@ class PseudoVoxels(NamedTuple):
 
 
 class _Drawn(NamedTuple):
-    """Voxels of one part: flat positions among its patches (S,), class ids or ``IGNORE`` (S,), projections (S, E)."""
+    """Voxels of one part: flat positions among its patches (S,), class ids or ``IGNORE`` (S,), projections (S, E).
+
+    ``keys`` (S,) are random numbers of the voxels, the same ones on any number of ranks.
+    """
 
     positions: Tensor
     classes: Tensor
     projected: Tensor
+    keys: Tensor
 
 
 class PrototypeTerm(nn.Module):
@@ -128,12 +132,15 @@ class PrototypeTerm(nn.Module):
             found = []
             if self.refills_at(step):
                 split = len(groups) // parts if len(groups) == slots else int((groups < manager.num_classes).sum())
-                first, known = labels.numel(), projected.detach()
-                drawn = _Drawn(positions[:split].clamp(max=first - 1), groups[:split], known[:split])
+                first, known, drawn_keys = labels.numel(), projected.detach(), keys[positions]
+                drawn = _Drawn(
+                    positions[:split].clamp(max=first - 1), groups[:split], known[:split], drawn_keys[:split]
+                )
                 found.append(self._candidates(drawn, student, teacher_l, from_labeled=True))
                 if pseudo is not None:
                     classes = (groups[split:] - manager.num_classes).clamp(min=IGNORE)
-                    drawn = _Drawn((positions[split:] - first).clamp(min=0), classes, known[split:])
+                    places = (positions[split:] - first).clamp(min=0)
+                    drawn = _Drawn(places, classes, known[split:], drawn_keys[split:])
                     found.append(self._candidates(drawn, student, pseudo.teacher, from_labeled=False))
             return manager.compare_and_store(all_rows(predicted), all_rows(groups), found, parts)
 
@@ -144,7 +151,7 @@ class PrototypeTerm(nn.Module):
         """What one part offers to the memory: the teacher's embeddings, without a teacher the student's own."""
         stored = drawn.projected if teacher is None else self._teacher_embeddings(teacher, drawn.positions)
         logits = pick_voxels((student if teacher is None else teacher).logits.detach(), drawn.positions)
-        return self.manager.candidates(stored, logits, drawn.classes, from_labeled=from_labeled)
+        return self.manager.candidates(stored, logits, drawn.classes, from_labeled, drawn.keys)
 
     def _teacher_embeddings(self, teacher: SegmentationOutput, positions: Tensor) -> Tensor:
         """Teacher features (S, F) at flat positions (S,) through the averaged projection, (S, E)."""

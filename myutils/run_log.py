@@ -57,11 +57,12 @@ class RunLog:
                 self._writer.add_scalar(name, value, step)
 
     def pictures(self, step: int, batch: Batch, output: StepOutput) -> None:
-        """The first labelled patch, its label and the prediction; the first unlabelled one and its pseudo-label."""
+        """The first labelled patch as the network saw it, its label and the prediction; the first unlabelled one."""
         if not self.enabled or output.logits_l is None:
             return
         colours = class_colours(output.logits_l.shape[1])
-        image, label = batch.image_l[0, 0], batch.label_l[0]
+        image = (batch.image_l if output.images_l is None else output.images_l)[0, 0]
+        label = output.truth(batch)[0]
         shown = [(image, None), (image, label), (image, output.logits_l[0].argmax(0))]
         self._writer.add_image("labeled/image_label_prediction", _panel(shown, label, colours), step)
         if output.pseudo_labels is not None and len(batch.image_u):

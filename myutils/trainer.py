@@ -15,9 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataloaders.base import CaseSource, Volume
+from dataloaders.base import CaseSource
 from dataloaders.case_cache import CaseCache
-from dataloaders.patches import Batch, PatchDataset, collate
+from dataloaders.patches import Batch, PatchDataset, collate, named_worker_losses
 from dataloaders.samplers import StepPlan, StepSampler
 from myutils import build
 from myutils.checkpoint import RunState, load_weights, read_checkpoint, write_checkpoint
@@ -104,14 +104,14 @@ class Trainer:
 
     def read_labels(self) -> None:
         """Read the labels: a wrong one is named before training, the facts keep what they say; errors of ``load``."""
-        self.state.facts = self.state.facts.with_labels(self._with_own_label(name) for name in self.state.split.labeled)
-        self.validation.check()
-
-    def _with_own_label(self, case_id: str) -> Volume:
-        """The case with its label on the grid of the file: resampled, two parts may become one."""
+        labeled = self.state.split.labeled
+        cases = (self.cache.get(name, with_label=True).volume for name in labeled)
         if self.state.config.spacing is None:
-            return self.cache.get(case_id, with_label=True).volume
-        return self.source.load(case_id, with_label=True)
+            self.state.facts = self.state.facts.with_labels(cases)
+        else:  # on the grid of the file: resampled, two parts may become one
+            own = (self.source.load(name, with_label=True) for name in labeled)
+            self.state.facts = self.state.facts.with_labels(own, cases)
+        self.validation.check()
 
     def fit(self) -> RunState:
         """Train from the state's step to the end; the first checkpoint is written before the first step.
@@ -127,7 +127,7 @@ class Trainer:
         try:
             if first == 0:
                 self._save(("last.pt",))
-            with stop_signals(self), self._progress_bar(first) as bar:
+            with named_worker_losses(), stop_signals(self), self._progress_bar(first) as bar:
                 for step, batch in enumerate(self.loader(first), start=first):
                     output = self.train_step(network, batch.to(self.device), step)
                     self.state.step = step + 1

@@ -61,8 +61,8 @@ def test_as_many_flat_levels_as_levels_are_a_2d_network(name: str, levels: int) 
         with pytest.raises(ValueError, match=f"--flat_levels .*the network has {levels} levels; pass at most {levels}"):
             make_network(NETWORKS.get(name), 1, 2, wrong)
     survey = Survey((30.0, 40.0, 9.0), (1.0, 1.0, 1.0))
-    assert fitting_patch(survey, None, flat_levels=(0, 0, levels)) == (24, 40, 9)
-    assert fitting_patch(survey, None, (112, 112, 80), (0, 0, levels)) == (32, 40, 9)
+    assert fitting_patch(survey, None, parts=(8, 8, 1)) == (24, 40, 9)
+    assert fitting_patch(survey, None, (112, 112, 80), (8, 8, 1)) == (32, 40, 9)
 
 
 def test_networks_without_flat_levels_refuse_them_and_are_given_none() -> None:
@@ -91,10 +91,10 @@ def test_fitting_flat_levels_by_hand(spacing: tuple, flat: tuple) -> None:
 
 def test_a_patch_of_thick_slices_needs_no_padding() -> None:
     cine = Survey((324.0, 384.0, 100.0), (1.5, 1.5, 10.0))  # 216 x 256 x 10 voxels
-    assert fitting_patch(cine, None, flat_levels=(0, 0, 2)) == (160, 160, 10)
+    assert fitting_patch(cine, None, parts=(8, 8, 2)) == (160, 160, 10)
     assert fitting_patch(cine, None) == (128, 128, 16)
-    assert fitting_patch(cine, None, (112, 112, 80), (0, 0, 2)) == (112, 112, 10)
-    assert fitting_patch(Survey((9.0, 30.0, 2.0), (1.0, 1.0, 2.0)), None, flat_levels=(0, 0, 3)) == (16, 24, 2)
+    assert fitting_patch(cine, None, (112, 112, 80), (8, 8, 2)) == (112, 112, 10)
+    assert fitting_patch(Survey((9.0, 30.0, 2.0), (1.0, 1.0, 2.0)), None, parts=(8, 8, 1)) == (16, 24, 2)
 
 
 class Thick(BallSource):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from math import exp
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_feature_perturbation_changes_what_unlabelled_patches_learn_and_nothing_
 def test_a_single_unlabelled_patch_takes_its_boxes_from_labelled_ones() -> None:
     method = make(paste_unlabeled=1.0, strong_views=2)
     batch = random_batch(unlabeled=1, views=2)
-    _, target, pasted = method._mix(batch, torch.full((2, 3, 16, 16, 16), 1 / 3))
+    _, target, pasted = method._mix(batch, batch.image_u_strong, torch.full((2, 3, 16, 16, 16), 1 / 3), boxes=True)
     assert pasted is not None and pasted.any()
     assert (target.amax(1)[pasted] == 1).all()
 
@@ -122,7 +123,7 @@ def test_mix_gives_true_labels_for_certain_where_they_were_pasted() -> None:
     method = make()
     batch = random_batch()
     believed = torch.tensor([0.2, 0.3, 0.5]).reshape(1, 3, 1, 1, 1).expand(2, 3, 16, 16, 16)
-    mixed, target, pasted = method._mix(batch, believed)
+    mixed, target, pasted = method._mix(batch, batch.image_u_strong, believed, boxes=True)
     assert pasted is not None
     confidence, labels = target.max(1)
     assert (confidence[pasted] == 1).all() and (confidence[~pasted] == 0.5).all()
@@ -136,7 +137,7 @@ def test_mix_of_unlabelled_patches_carries_the_other_belief_and_counts_as_foreig
     method = make(paste_unlabeled=1.0)
     batch = random_batch()
     believed = torch.rand(2, 3, 16, 16, 16).softmax(1)
-    mixed, target, pasted = method._mix(batch, believed)
+    mixed, target, pasted = method._mix(batch, batch.image_u_strong, believed, boxes=True)
     assert pasted is not None and 0 < pasted.float().mean() < 0.6
     for own, other in ((0, 1), (1, 0)):
         box = pasted[own]
@@ -215,6 +216,29 @@ def test_consistency_weight_ramps_up_once() -> None:
     method = make(consistency=0.5, consistency_rampup=10)
     assert method(random_batch(), 10).terms["consistency"].weight == 0.5
     assert method(random_batch(), 0).terms["consistency"].weight == pytest.approx(0.5 * 0.00674, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["mean_teacher", "ua_mt", "cov_dfp"])
+def test_ramp_up_starts_after_the_warm_up(name: str) -> None:
+    config = small_config(BallSource(), method=name, warmup_iteration=40, max_iteration=100, consistency_rampup=None)
+    method = build_method(config, DataFacts.of(BallSource()))
+    assert method.rampup == 18  # 30 % of the 60 steps that are left
+    assert [method.ramp(step) for step in (39, 40, 49, 58)] == pytest.approx([exp(-5), exp(-5), exp(-5 / 4), 1.0])
+
+
+def test_views_that_are_all_one_are_computed_once() -> None:
+    """Without changes of intensity only boxes and dropped channels tell strong views apart."""
+    settings = {"strong_views": 2, "strong_intensity": 0.0, "perturbed_share": 0.5, "max_iteration": 10}
+    method, seen = make(feature_perturbation=True, **settings), []
+    run = method.student.run_branches
+    method.student.run_branches = lambda images, *rest: seen.append(len(images)) or run(images, *rest)
+    batch = random_batch()
+    batch.image_u_strong = batch.image_u.repeat(2, 1, 1, 1, 1)
+    for step in (4, 5):
+        method(batch, step)
+    few = len(batch.image_l) + len(batch.image_u)
+    assert seen == [few + len(batch.image_u), few]
+    assert [make(**settings | {"strong_intensity": size}).views_at(9) for size in (0.0, 0.5)] == [1, 2]
 
 
 def test_teacher_sees_weak_views_in_evaluation_mode() -> None:

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import BallSource
-from helpers_runs import random_batch, small_method
+from helpers_runs import random_batch, small_config, small_method
 from torch import nn
 from torch.nn import functional
 
-from myutils.build import resolve_config
+from myutils.build import build_augmentation, resolve_config
 from myutils.config import RunConfig
-from myutils.methods.base import Method
+from myutils.methods.base import METHODS, Method
 from myutils.methods.bcp import largest_components
 from myutils.methods.dtc import signed_distances
 from myutils.methods.fixmatch import gated_cross_entropy
@@ -249,6 +249,12 @@ WEIGHTS = {
     "bcp": 0.5,
     "ss_net": 1.0,
 }
+
+
+def test_strong_views_that_nothing_reads_are_left_as_the_weak_ones() -> None:
+    for name in METHODS.names():
+        config = small_config(BallSource(), method=name, strong_intensity=0.7)
+        assert build_augmentation(config).strong_intensity == (0.7 if METHODS.get(name).uses_strong_views else 0.0)
 
 
 @pytest.mark.parametrize(("name", "weight"), WEIGHTS.items())

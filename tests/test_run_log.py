@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers_runs import random_batch
+from helpers_runs import random_batch, small_method
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -83,6 +83,27 @@ def test_full_disk_names_the_folder_and_the_fix(tmp_path: Path, monkeypatch: pyt
             log.scalars(1, {"a": 1.0})
     assert str(tmp_path) in str(e.value)
     log.close()
+
+
+def test_pictures_show_what_the_network_saw_and_was_compared_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mix of two patches is shown as such, beside its own labels."""
+    shown: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+
+    def keep(panels: list, *_: object) -> np.ndarray:
+        shown.extend(panels)
+        return np.zeros((3, 2, 2), np.float32)
+
+    monkeypatch.setattr("myutils.run_log._panel", keep)
+    method, batch, log = small_method("bcp", warmup_iteration=2), random_batch(), RunLog(tmp_path)
+    for step in (0, 2):
+        shown.clear()
+        output = method(batch, step)
+        log.pictures(step, batch, output)
+        assert output.images_l is not None and output.labels_l is not None
+        assert not torch.equal(output.images_l, batch.image_l)
+        assert torch.equal(shown[0][0], output.images_l[0, 0]) and torch.equal(shown[1][1], output.labels_l[0])
 
 
 def test_pictures_show_image_label_prediction_and_pseudo_label(tmp_path: Path) -> None:

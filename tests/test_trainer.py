@@ -6,7 +6,6 @@ import json
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import BallSource
@@ -14,7 +13,6 @@ from helpers_runs import assert_same_weights, random_batch, small_trainer, spoil
 
 from dataloaders.base import Volume
 from myutils.distributed import RankInfo
-from myutils.evaluation import DamagedCasesError
 from myutils.finite_watch import NonFiniteLossError
 from myutils.trainer import Trainer, TrainingInterrupted
 
@@ -170,79 +168,21 @@ def test_trainer_saves_on_ctrl_c(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_trainer_validates_on_held_out_labelled_cases_and_keeps_the_best(tmp_path: Path) -> None:
-    trainer = small_trainer(BallSource(), tmp_path, labelnum=4, val_num=1, save_every=2)
-    assert len(trainer.state.split.labeled) == 3 and len(trainer.state.split.val) == 1
-    trainer.fit()
-    assert (tmp_path / "best.pt").exists() and 0 <= trainer.state.best_dice <= 1
-    assert Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU).state.best_dice == trainer.state.best_dice
-
-
-def test_trainer_reads_a_validation_case_once(tmp_path: Path) -> None:
+def test_trainer_names_a_class_that_resampling_removes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = BallSource()
-    trainer = small_trainer(source, tmp_path, labelnum=4, val_num=1, save_every=1)
-    trainer.fit()
-    assert trainer.state.step == 4  # validations
-    assert source.label_reads.count(trainer.state.split.val[0]) == 1
+    load = source.load
 
-
-def test_trainer_stopped_at_a_validation_step_validates_first(tmp_path: Path) -> None:
-    trainer = small_trainer(BallSource(), tmp_path, labelnum=4, val_num=1, save_every=2)
-    trainer.interrupted = True  # asked to stop before the first step: it ends at step 1, which is no validation step
-    with pytest.raises(TrainingInterrupted):
-        trainer.fit()
-    assert (trainer.state.step, trainer.state.best_dice) == (1, -1.0) and not (tmp_path / "best.pt").exists()
-    resumed = Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU)
-    resumed.interrupted = True
-    with pytest.raises(TrainingInterrupted):
-        resumed.fit()
-    assert resumed.state.step == 2 and resumed.state.best_dice >= 0 and (tmp_path / "best.pt").exists()
-
-
-def test_trainer_refuses_a_validation_case_that_cannot_be_prepared(tmp_path: Path) -> None:
-    source = BallSource()
-    trainer = small_trainer(source, tmp_path, labelnum=4, val_num=1)
-    load, val = source.load, trainer.state.split.val[0]
-
-    def damaged(case_id: str, *, with_label: bool = True) -> Volume:
+    def thin(case_id: str, *, with_label: bool = True) -> Volume:
         volume = load(case_id, with_label=with_label)
-        if case_id == val:
-            volume.image[0, 0, 0, 0] = np.nan
+        if volume.label is not None:
+            volume.label[:] = volume.label == 1
+            volume.label[1, 1, 1] = 2  # a single voxel of the last class, between those of the coarse grid
         return volume
 
-    source.load = damaged  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match=f"{val}: .*NaN"):
-        trainer.read_labels()
-
-
-def test_trainer_that_cannot_validate_keeps_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = small_trainer(BallSource(), tmp_path, labelnum=4, val_num=1, save_every=2)
-
-    def full(*_: object, **__: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr("myutils.evaluation.predict_label_map", full)
-    with pytest.raises(DamagedCasesError, match="ball04: MemoryError"):
-        trainer.fit()
-    assert Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU).state.step == 2
-
-
-def test_trainer_killed_between_best_and_last_repeats_the_validation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written = []
-
-    def write(path: Path, state: object, tensors: object) -> None:
-        written.append(path.name)
-
-    monkeypatch.setattr("myutils.trainer.write_checkpoint", write)
-    small_trainer(BallSource(), tmp_path, labelnum=4, val_num=1, max_iteration=1).fit()
-    assert written == ["last.pt", "best.pt", "last.pt"]  # the new step counts only once best.pt is whole
-
-
-def test_trainer_without_validation_writes_no_best(tmp_path: Path) -> None:
-    small_trainer(BallSource(), tmp_path).fit()
-    assert (tmp_path / "last.pt").exists() and not (tmp_path / "best.pt").exists()
+    source.load = thin  # type: ignore[method-assign]
+    trainer = small_trainer(source, tmp_path, spacing=(4.0, 4.0, 4.0), patch_size=(8, 8, 8))
+    trainer.read_labels()
+    assert f"--spacing leaves no voxel of {source.class_names[2]} in any labelled case" in caplog.text
 
 
 def test_trainer_logs_every_part_with_its_weight(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ class StepOutput:
         pseudo_labels: Pseudo-labels (Bu, X, Y, Z) of the weak views, for pictures; None where there are none.
         logits_l: Logits (Bl, K, X, Y, Z) of the labelled patches, detached, for pictures and the training Dice.
         labels_l: What they are compared with (Bl, X, Y, Z), where it is not the batch's labels.
+        images_l: What the network saw (Bl, C, X, Y, Z), where it is not the batch's labelled patches.
     """
 
     terms: dict[str, LossTerm]
@@ -48,6 +49,7 @@ class StepOutput:
     pseudo_labels: Tensor | None = None
     logits_l: Tensor | None = None
     labels_l: Tensor | None = None
+    images_l: Tensor | None = None
 
     def truth(self, batch: Batch) -> Tensor:
         """Class ids (Bl, X, Y, Z) that ``logits_l`` are compared with."""
@@ -102,7 +104,9 @@ class Method(nn.Module, ABC):
         super().__init__()
         self.student = network
         self.config = config
-        self.rampup = fraction_rampup(config.consistency_rampup, required(config.max_iteration, "max_iteration"))
+        self.warmup = (config.warmup_iteration or 0) if self.uses_unlabeled else 0
+        left = required(config.max_iteration, "max_iteration") - self.warmup
+        self.rampup = fraction_rampup(config.consistency_rampup, left)
         self.prototypes = PrototypeTerm(network, config) if config.use_contrastive_prototype else None
         self.deep = DeepSupervision(network.coarse_dims, network.num_classes) if config.deep_supervision else None
 
@@ -150,8 +154,8 @@ class Method(nn.Module, ABC):
             self.prototypes.after_step(step)
 
     def ramp(self, step: int) -> float:
-        """Ramp-up factor of everything that rests on the model's own predictions."""
-        return sigmoid_rampup(step, self.rampup)
+        """Ramp-up factor of everything that rests on the model's own predictions; it starts after the warm-up."""
+        return sigmoid_rampup(step - self.warmup, self.rampup)
 
     def unlabeled_weight(self, step: int) -> float:
         """Weight of the method's loss on unlabelled patches: ``--consistency`` after its ramp-up."""

@@ -82,7 +82,7 @@ class BidirectionalCopyPaste(TeacherMethod):
         terms = {"supervised": LossTerm(dice_ce_loss(student.logits, target), 1.0)}
         terms |= self.coarse_terms(student, target)
         terms |= self.prototype_terms(student, target, step)
-        return StepOutput(terms, {}, None, student.logits.detach(), target)
+        return StepOutput(terms, {}, None, student.logits.detach(), target, mixed)
 
     def losses(self, batch: Batch, step: int) -> StepOutput:
         """The second phase: pairs of labelled and unlabelled patches, mixed inward and outward."""
@@ -107,4 +107,4 @@ class BidirectionalCopyPaste(TeacherMethod):
         own = pairs.label_l.masked_fill(~mask, IGNORE)
         terms |= self.prototype_terms(student, own, step, teacher_l=teacher_l, teacher_u=teacher_u, foreign=~mask)
         shown = label_u[: len(batch.image_u)]
-        return StepOutput(terms, {}, shown, student.logits[:count].detach(), labels[:count])
+        return StepOutput(terms, {}, shown, student.logits[:count].detach(), labels[:count], images[:count])

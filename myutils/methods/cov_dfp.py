@@ -20,6 +20,7 @@ Note:
 
 from __future__ import annotations
 
+import logging
 from types import MappingProxyType
 from typing import Any
 
@@ -38,6 +39,8 @@ from myutils.pseudo_labels import pseudo_labels
 from myutils.rank_batch import all_rows
 from myutils.schedules import fraction_rampup
 from networks.base import SegmentationNetwork, SegmentationOutput
+
+logger = logging.getLogger(__name__)
 
 _REGION = 4
 _START_SHARE = 0.2
@@ -66,8 +69,9 @@ class CovarianceFeaturePools(MeanTeacher):
             nn.Linear(width, width), nn.LayerNorm(width), nn.LeakyReLU(0.2), nn.Linear(width, config.num_dfp)
         )
         steps = required(config.max_iteration, "max_iteration")
-        warmup = required(config.warmup_iteration, "warmup_iteration")  # nothing is collected in it
-        self.start = max(warmup, fraction_rampup(config.dfp_start_iter, steps, _START_SHARE))
+        self.start = max(self.warmup, fraction_rampup(config.dfp_start_iter, steps, _START_SHARE))
+        if config.dfp_start_iter is not None and config.dfp_start_iter < self.warmup:
+            logger.warning("--dfp_start_iter: nothing is collected in the warm-up; pools start at %d", self.warmup)
         if config.selector_train_iter >= config.dfp_reconstruct_interval:
             raise ValueError(
                 f"--selector_train_iter {config.selector_train_iter}: leaves none of the "
@@ -106,8 +110,7 @@ class CovarianceFeaturePools(MeanTeacher):
     def further_terms(self, parts: StepParts, step: int) -> tuple[dict[str, LossTerm], dict[str, Tensor]]:
         """The pool's terms; all are computed in every stage, so that each parameter always takes part."""
         config, stage = self.config, self.stage(step)
-        views = required(config.strong_views, "strong_views")
-        labels_u = self.confident_labels(parts.believed, views, parts.foreign)
+        labels_u = self.confident_labels(parts.believed, self.views_at(step), parts.foreign)
         positions_l, classes_l = self._draw(parts.batch.label_l)
         positions_u, classes_u = self._draw(labels_u)
         with torch.autocast(labels_u.device.type, enabled=False):

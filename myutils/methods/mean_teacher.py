@@ -68,11 +68,12 @@ class MeanTeacher(TeacherMethod):
         """See the base class."""
         labeled = len(batch.image_l)
         teacher_l, teacher_u = self.teach(batch, batch.image_u, with_labeled=self.refills_at(step))
-        views = required(self.config.strong_views, "strong_views")
+        views = self.views_at(step)
         probs = teacher_u.logits.float().softmax(1)
         believed = top_class(probs)
         perturbed = self.perturbs_at(step)
-        strong, target, foreign = self._mix(batch, probs.repeat(views, 1, 1, 1, 1), boxes=perturbed)
+        strong = batch.image_u_strong[: views * len(batch.image_u)]
+        strong, target, foreign = self._mix(batch, strong, probs.repeat(views, 1, 1, 1, 1), boxes=perturbed)
         images = torch.cat([batch.image_l, strong])
         change = partial(drop_channels, first=labeled) if perturbed and self.config.feature_perturbation else None
         student = self.student.run_branches(images, [self.student.branch], change)[0]
@@ -104,21 +105,27 @@ class MeanTeacher(TeacherMethod):
         share = self.config.perturbed_share
         return share is None or step < share * required(self.config.max_iteration, "max_iteration")
 
+    def views_at(self, step: int) -> int:
+        """Strong views that differ at ``step``: without changed intensities, boxes and dropped channels all are one."""
+        config = self.config
+        differ = config.augment and config.strong_intensity != 0
+        differ |= self.perturbs_at(step) and bool(config.copy_paste or config.feature_perturbation)
+        return required(config.strong_views, "strong_views") if differ else 1
+
     def further_terms(self, parts: StepParts, step: int) -> tuple[dict[str, LossTerm], dict[str, Tensor]]:
         """Terms and logged scalars that a subclass adds to the step."""
         return {}, {}
 
-    def _mix(self, batch: Batch, probs: Tensor, *, boxes: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _mix(self, batch: Batch, strong: Tensor, probs: Tensor, *, boxes: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Strong views with boxes of other patches, their class probabilities, and which voxels were pasted.
 
-        Probabilities ``probs`` (V * Bu, K, X, Y, Z) are the teacher's; voxels of a labelled patch have their true
-        class for certain. A single unlabelled patch has no other one to take boxes from.
+        Views ``strong`` (V * Bu, C, X, Y, Z) have the teacher's ``probs`` (V * Bu, K, X, Y, Z); voxels of a labelled
+        patch have their true class for certain. A single unlabelled patch has no other one to take boxes from.
         """
         if not (boxes and self.config.copy_paste and len(batch.image_u)):
-            return batch.image_u_strong, probs, None
+            return strong, probs, None
         share = (self.config.paste_unlabeled or 0.0) if len(batch.image_u) * rank_count() > 1 else 0.0
-        shape = batch.image_u_strong[:, 0].shape
+        shape = strong[:, 0].shape
         paste = draw_paste(len(batch.image_l), shape, batch.image_u.device, share)
         certain = one_hot_labels(batch.label_l, probs.shape[1])
-        strong = paste.apply(batch.image_l, batch.image_u_strong)
-        return strong, paste.apply(certain, probs), paste.boxes
+        return paste.apply(batch.image_l, strong), paste.apply(certain, probs), paste.boxes

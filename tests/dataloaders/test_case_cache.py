@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import shutil
 import time
 from pathlib import Path
@@ -37,7 +38,7 @@ def test_each_channel_has_its_own_outside(tmp_path: Path) -> None:
     store = CaseStore(tmp_path, 1 << 30)
     case = CaseCache(source, MR).get("ball00", with_label=False)
     kept = store.write("entry", case)
-    assert kept.is_mapped
+    assert kept.mapped_files
     for found in (case, kept):
         assert found.outside.tolist() == case.volume.image.min((1, 2, 3)).tolist() and len(found.outside) == 2
 
@@ -74,7 +75,7 @@ def test_second_process_reads_no_image_file(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     again = CaseCache(source, MR, store=store_at(tmp_path)).get("c0", with_label=True)
     assert source.reads == []
-    assert isinstance(again.volume.image, np.memmap) and again.memory_bytes == 0
+    assert isinstance(again.volume.image, np.memmap) and again.mapped_files == 2
     plain = CaseCache(open_source(tmp_path), MR).get("c0", with_label=True)
     for case in (first, again):
         assert np.array_equal(case.volume.image, plain.volume.image)
@@ -135,15 +136,52 @@ def test_store_removes_what_a_killed_process_left_and_counts_what_others_write(t
     assert entry.name not in left and len(left) == 2  # the other process's bytes count
 
 
-def test_damaged_entry_is_made_anew_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("kept", [0, 40])
+def test_damaged_entry_is_made_anew_with_a_warning(kept: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     CaseCache(make_source(tmp_path), MR, store=store_at(tmp_path)).get("c0", with_label=False)
     image = next((tmp_path / "store").rglob("image.npy"))
-    image.write_bytes(image.read_bytes()[:40])
+    image.write_bytes(image.read_bytes()[:kept])
     source = open_source(tmp_path)
     with caplog.at_level(logging.WARNING):
         case = CaseCache(source, MR, store=store_at(tmp_path)).get("c0", with_label=False)
     assert source.reads == ["c0"] and "damaged" in caplog.text
     assert np.isfinite(case.volume.image).all()
+
+
+def test_entry_that_cannot_be_read_just_now_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_source(tmp_path)
+    for name in ("c0", "c1"):
+        CaseCache(open_source(tmp_path), MR, store=store_at(tmp_path)).get(name, with_label=False)
+    entries = sorted((tmp_path / "store").iterdir())
+
+    def busy(*_: object, **__: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    source = open_source(tmp_path)
+    cache = CaseCache(source, MR, store=store_at(tmp_path))
+    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING):
+        patched.setattr(np, "load", busy)
+        cases = [cache.get(name, with_label=False) for name in ("c0", "c1")]
+    assert source.reads == ["c0", "c1"] and all(case.memory_bytes for case in cases)
+    assert sorted((tmp_path / "store").iterdir()) == entries
+    assert caplog.text.count("Too many open files") == 1
+
+
+def test_cache_that_is_sent_to_a_worker_takes_no_cases_along(tmp_path: Path) -> None:
+    """A worker that is not forked gets a pickle; a map in it would be a copy in memory that nobody counts."""
+    cache = CaseCache(make_source(tmp_path), MR, store=store_at(tmp_path))
+    case = cache.get("c0", with_label=True)
+    sent = pickle.loads(pickle.dumps(cache))
+    assert not sent._cases and (sent._bytes, sent._mapped) == (0, 0)
+    again = sent.get("c0", with_label=True)
+    assert again.mapped_files == 2 and np.array_equal(again.volume.image, case.volume.image)
+
+
+def test_targets_count_as_memory_of_mapped_cases_too(tmp_path: Path) -> None:
+    case = CaseCache(make_source(tmp_path), MR, store=store_at(tmp_path)).get("c0", with_label=True)
+    assert case.memory_bytes == sum(target.nbytes for target in case.targets) > 0
 
 
 def test_store_that_cannot_be_touched_is_read(
@@ -156,7 +194,7 @@ def test_store_that_cannot_be_touched_is_read(
 
     monkeypatch.setattr(Path, "touch", read_only)
     source = open_source(tmp_path)
-    assert CaseCache(source, MR, store=store_at(tmp_path)).get("c0", with_label=False).is_mapped
+    assert CaseCache(source, MR, store=store_at(tmp_path)).get("c0", with_label=False).mapped_files
     assert source.reads == [] and not caplog.text
 
 
@@ -200,7 +238,7 @@ def test_mapped_cases_hold_a_bounded_number_of_files_open(tmp_path: Path, monkey
     before = len(list(OPEN_FILES.iterdir()))
     for _ in range(2):
         for index in range(12):
-            assert cache.get(f"d{index}", with_label=False).is_mapped
+            assert cache.get(f"d{index}", with_label=False).mapped_files
     assert len(list(OPEN_FILES.iterdir())) - before <= 4
 
 

@@ -1,4 +1,4 @@
-"""Patches: crops, views, seeds, the step plan and the cache."""
+"""Patches: crops, views, seeds and what is kept."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import BallSource
 
-from dataloaders.base import Volume
+from dataloaders.base import KeptCases, Volume
 from dataloaders.case_cache import CaseCache, PreparedCase
-from dataloaders.patches import PatchDataset, collate
+from dataloaders.patches import PatchDataset, collate, named_worker_losses
 from dataloaders.preprocess import Preprocess
-from dataloaders.samplers import SampleKey, StepPlan, StepSampler
+from dataloaders.samplers import SampleKey
 from dataloaders.transforms import (
     AugmentOptions,
     affine_crop,
@@ -23,6 +23,7 @@ from dataloaders.transforms import (
     crop,
     mirror_and_turn,
     random_affine,
+    turns_quarterly,
 )
 
 PATCH = (8, 8, 8)
@@ -121,6 +122,34 @@ def test_mirror_and_turn_treats_image_and_label_alike_and_keeps_forbidden_axes()
         assert np.array_equal(image[0], turned)
         seen.add(turned.tobytes())
     assert seen == {label.tobytes(), np.ascontiguousarray(label[::-1]).tobytes()}
+
+
+def test_quarter_turns_need_square_patches_of_square_voxels(caplog: pytest.LogCaptureFixture) -> None:
+    image = np.arange(4 * 4 * 2, dtype=np.float32).reshape(1, 4, 4, 2)
+    options = AugmentOptions((4, 4, 2), flip_axes=(), rotate90=True)
+    for spacing, turned in (((0.7, 0.72, 5.0), True), ((3.0, 1.0, 1.0), False)):
+        found = [mirror_and_turn([image], np.random.default_rng(seed), options, spacing)[0] for seed in range(8)]
+        assert any(not np.array_equal(patch, image) for patch in found) == turned
+    assert turns_quarterly((8, 8, 4), (1, 1, 5)) and not turns_quarterly((8, 16, 4), (1, 1, 1))
+
+
+def test_kept_cases_are_read_once_up_to_a_limit() -> None:
+    source = BallSource()
+    first = source.load("ball00", with_label=True)
+    assert first.label is not None
+    kept = KeptCases(source, first.image.nbytes + first.label.nbytes)
+    source.label_reads.clear()
+    for _ in range(2):
+        for case_id in ("ball00", "ball01"):
+            kept.load(case_id)
+    assert source.label_reads == ["ball00", "ball01", "ball01"]
+
+
+def test_a_loaders_worker_that_was_killed_is_named_with_what_to_do() -> None:
+    with pytest.raises(ChildProcessError, match=r"DataLoader worker.*--num_workers"), named_worker_losses():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    with pytest.raises(RuntimeError, match=r"^another$"), named_worker_losses():
+        raise RuntimeError("another")
 
 
 def test_change_intensity_follows_chance_and_size_and_keeps_the_input() -> None:
@@ -247,44 +276,3 @@ def test_collate_puts_labelled_patches_first_and_carries_no_other_label() -> Non
     assert batch.image_u.shape == batch.image_u_strong.shape == (1, 1, *PATCH)
     assert batch.cases_l == ("ball00",) and batch.cases_u == ("ball07",)
     assert not hasattr(batch, "label_u")
-
-
-PLAN = StepPlan(labeled=["a", "b", "c"], unlabeled=["u", "v", "w", "x", "y"], batch_size=4, labeled_bs=2, seed=5)
-
-
-def test_step_plan_is_a_function_of_seed_and_step() -> None:
-    again = StepPlan(PLAN.labeled, PLAN.unlabeled, 4, 2, seed=5)
-    assert PLAN.keys(17) == again.keys(17)
-    assert PLAN.keys(17) != StepPlan(PLAN.labeled, PLAN.unlabeled, 4, 2, seed=6).keys(17)
-    assert len({key.seed for step in range(50) for key in PLAN.keys(step)}) == 200
-
-
-def test_step_plan_warms_up_on_labelled_patches_and_goes_on_in_order() -> None:
-    warm = StepPlan(PLAN.labeled, PLAN.unlabeled, 4, 2, seed=5, warmup=3)
-    keys = [warm.keys(step) for step in range(8)]
-    assert [sum(key.labeled for key in step) for step in keys] == [4, 4, 4, 2, 2, 2, 2, 2]
-    labeled = [key.case_id for step in keys for key in step if key.labeled]
-    unlabeled = [key for step in keys for key in step if not key.labeled]
-    assert [labeled.count(case) for case in PLAN.labeled] in ([8, 7, 7], [7, 8, 7], [7, 7, 8])
-    assert unlabeled == [key for step in range(5) for key in PLAN.keys(step) if not key.labeled]
-
-
-def test_step_plan_sees_every_case_equally_often() -> None:
-    keys = [key for step in range(15) for key in PLAN.keys(step)]
-    labeled = [key.case_id for key in keys if key.labeled]
-    unlabeled = [key.case_id for key in keys if not key.labeled]
-    assert {case: labeled.count(case) for case in PLAN.labeled} == dict.fromkeys(PLAN.labeled, 10)
-    assert {case: unlabeled.count(case) for case in PLAN.unlabeled} == dict.fromkeys(PLAN.unlabeled, 6)
-
-
-def test_step_sampler_shares_the_same_step_between_ranks() -> None:
-    whole = list(StepSampler(PLAN, first_step=3, max_iteration=6))
-    parts = [list(StepSampler(PLAN, first_step=3, max_iteration=6, rank=r, world_size=2)) for r in (0, 1)]
-    for step, keys in enumerate(whole):
-        assert sorted(keys) == sorted(parts[0][step] + parts[1][step])
-        assert [key.labeled for key in parts[0][step]] == [True, False]
-
-
-def test_step_sampler_refuses_an_uneven_share() -> None:
-    with pytest.raises(ValueError, match="--labeled_bs 2 and 2 unlabelled patches cannot be shared by 3 processes"):
-        StepSampler(PLAN, first_step=0, max_iteration=1, world_size=3)

@@ -165,6 +165,14 @@ def test_call_resamples_image_label_and_affine_together() -> None:
     assert (out.label[inner] == (expected[inner] > 0)).mean() > 0.9
 
 
+def test_cubic_splines_stay_within_the_range_of_the_image() -> None:
+    image = np.zeros((1, 12, 12, 12), np.float32)
+    image[:, 6:] = 1.0
+    step = Volume("step", image, None, np.eye(4), (1.0, 1.0, 1.0))
+    found = Preprocess("ct", spacing=(0.4, 1.0, 1.0), interpolation="cubic", ct_range=(0.0, 1.0))(step).image
+    assert found.min() == -2.0 and found.max() == 2.0  # -2.4 and 2.4 beside the edge without
+
+
 def test_spacing_that_leaves_hardly_a_voxel_is_refused() -> None:
     volume = volume_of(np.random.default_rng(0).normal(size=(1, 9, 8, 7)), np.diag([1.0, 1.5, 2.0, 1.0]))
     message = (

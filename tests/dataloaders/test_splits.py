@@ -100,6 +100,12 @@ def test_without_lists_the_seed_decides_and_nothing_overlaps() -> None:
     assert len({split.digest for split in splits}) > 1
 
 
+def test_test_list_is_asked_for_labels_before_the_training_where_it_is_read_then(tmp_path: Path) -> None:
+    (tmp_path / "test.txt").write_text("case00\ncase09\n")
+    with pytest.raises(ValueError, match=r"test.txt names 'case09', which have no label file"):
+        make_training_split(ListedCases(), SplitRequest(labelnum=2, test_list=tmp_path / "test.txt"))
+
+
 def test_name_that_is_not_utf8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ListedCases, "case_ids", lambda _: (*IDS, "M\udcfcller"))  # of a Latin-1 file name
     with pytest.raises(ValueError, match=r"not UTF-8.*rename the file"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import numpy as np
@@ -14,6 +15,7 @@ from dataloaders.survey import Survey, fitting_patch, structure_range, survey_gr
 from myutils.build import resolve_config
 from myutils.config import RunConfig
 from myutils.fitting import fit_to_cases
+from networks.base import NETWORKS
 
 
 class ScanSource(BallSource):
@@ -65,6 +67,28 @@ def test_fitting_patch_by_hand(shape: tuple, spacing: tuple, patch: tuple) -> No
     found = fitting_patch(survey_of(shape, spacing), None)
     assert found == patch
     assert np.prod(found) <= 64**3
+
+
+def test_fitting_patch_is_a_multiple_of_what_the_network_divides_by() -> None:
+    source = BallSource()  # 16 voxels and more
+    for model, part in (("unet_3d", 8), ("vnet", 16)):
+        config = small_config(source, model=model, patch_size=None)
+        patch = fit_to_cases(config, source, source.case_ids()[:2]).patch_size
+        network = NETWORKS.get(model)(1, 2)
+        assert patch is not None and network.stride == (part,) * 3 and not any(size % part for size in patch)
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(1.0, (-5.0, 105.0)), (1 / 65535, (-5 / 65535, 105 / 65535))])
+def test_a_range_keeps_its_digits_whatever_the_unit(scale: float, expected: tuple[float, float]) -> None:
+    source = BallSource()
+
+    def load(case_id: str, *, with_label: bool = True) -> Volume:
+        volume = BallSource.load(source, case_id, with_label=with_label)
+        values = np.where(np.arange(volume.image.size) % 2, -5.0, 105.0).reshape(volume.image.shape) * scale
+        return dataclasses.replace(volume, image=values.astype(np.float32))
+
+    source.load = load  # type: ignore[method-assign]
+    assert structure_range(source, ["ball00"]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_fitting_patch_of_resampled_cases() -> None:
