@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +34,8 @@ import torch
 
 from dataloaders.orientation import warn_of_unstated
 from dataloaders.splits import make_test_ids, make_training_split
-from myutils.build import DataFacts, build_source, kept_parts, resolve_config
+from myutils.announce import describe, how_to_go_on, list_files, short_message
+from myutils.build import DataFacts, build_source, resolve_config
 from myutils.checkpoint import RunState, read_checkpoint
 from myutils.config import RunConfig
 from myutils.distributed import RankInfo, any_rank, barrier, broadcast_object, start_process_group, stop_process_group
@@ -43,8 +43,9 @@ from myutils.evaluation import format_table
 from myutils.finite_watch import NonFiniteLossError
 from myutils.fitting import fit_to_cases
 from myutils.flags import SuggestingParser, add_flags, given_flags
+from myutils.methods.base import METHODS
 from myutils.registry import closest_hint
-from myutils.report import draw_run, evaluate_run, result_checkpoint
+from myutils.report import draw_run, evaluate_run
 from myutils.run_folder import claim_folder, refuse_used_name, write_json
 from myutils.run_log import setup_logging
 from myutils.step_profile import check_length, format_profile, profile_training
@@ -75,7 +76,7 @@ def train(parser: SuggestingParser, given: dict[str, Any]) -> int:
     """The job that the flags describe; exit codes as in ``main``."""
     try:
         trainer = prepare(given)
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, torch.cuda.OutOfMemoryError) as error:
         stop_process_group()
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -133,8 +134,7 @@ def start_run(config: RunConfig, ranks: RankInfo, device: torch.device) -> Train
     """A new run in a new folder; nothing of an older run is touched."""
     if config.exp is not None and ranks.is_main:
         refuse_used_name(config.output_dir / config.exp)
-    if config.evaluate and config.test_list is not None and not config.test_list.is_file():
-        raise FileNotFoundError(f"--test_list {config.test_list}: there is no such file")  # known now, not after hours
+    require_test_list(config)
     source = build_source(config) if ranks.is_main else None  # what a source makes once is made by one process
     barrier()
     source = source or build_source(config)
@@ -176,6 +176,7 @@ def resume_run(config: RunConfig, given: dict[str, Any], ranks: RankInfo, device
         )
     taken = {name: getattr(asked, name) for name in KEPT_FROM_FLAGS if name in given}
     stored = dataclasses.replace(state.config, **taken)
+    require_test_list(stored)
     source = build_source(stored)
     found, trained, split = DataFacts.of(source), state.facts, state.split
     if (found.class_names, found.in_channels) != (trained.class_names, trained.in_channels):
@@ -194,18 +195,36 @@ def resume_run(config: RunConfig, given: dict[str, Any], ranks: RankInfo, device
     return trainer
 
 
+def require_test_list(config: RunConfig) -> None:
+    """Raise a FileNotFoundError where the test list is missing: known now, not after hours. It is not read."""
+    if config.evaluate and config.test_list is not None and not config.test_list.is_file():
+        raise FileNotFoundError(f"--test_list {config.test_list}: there is no such file")
+
+
 def baseline_trainer(trainer: Trainer) -> Trainer:
-    """The supervised-only run on the same labels, steps and augmentation, in the folder ``baseline`` of the run."""
-    folder = trainer.folder / "baseline"
+    """The supervised-only run on the same labels, steps and augmentation, in the folder ``baseline`` of the run.
+
+    It is ``--method supervised`` with the run's other flags; deep supervision that the method alone brings stays away.
+    """
+    folder, config = trainer.folder / "baseline", trainer.state.config
     if (folder / "last.pt").exists():
         baseline = Trainer.resume(trainer.source, folder, trainer.ranks, trainer.device)
+        kept = {name: getattr(config, name) for name in KEPT_FROM_FLAGS if name != "baseline"}
+        baseline.state.config = dataclasses.replace(baseline.state.config, **kept)
     else:
+        brought = METHODS.get(config.method).defaults.get("deep_supervision", False)
         config = dataclasses.replace(
-            trainer.state.config, method="supervised", use_contrastive_prototype=False, baseline=False, exp="baseline"
+            config,
+            method="supervised",
+            use_contrastive_prototype=False,
+            deep_supervision=bool(config.deep_supervision) and not brought,
+            baseline=False,
+            exp="baseline",
         )
         if trainer.ranks.is_main:
             folder.mkdir(exist_ok=True)
             write_json(folder / "config.json", config.to_dict())
+            write_json(folder / "split.json", trainer.state.split.to_dict())
         state = RunState(config, trainer.state.facts, trainer.state.split)
         baseline = Trainer(state, trainer.source, folder, trainer.ranks, trainer.device)
     baseline.cache = trainer.cache
@@ -240,60 +259,6 @@ def evaluate(trained: dict[str, Path], trainer: Trainer) -> None:
     sys.stdout.write(f"\n{len(test_ids)} test cases, {config.max_iteration} steps, seed {config.seed}\n{table}\n\n")
     results = {name: cases for name, (cases, _) in outcome.items()}
     draw_run(folder / "overlay.png", source, trained, results, source.class_names)
-
-
-def list_files(folder: Path) -> None:
-    """Print the path of everything that the run wrote."""
-    for title, path in {
-        "checkpoint": result_checkpoint(folder),
-        "per-case figures": folder / "test" / "cases.csv",
-        "summary": folder / "test" / "summary.json",
-        "predictions": folder / "test" / "predictions",
-        "picture": folder / "overlay.png",
-        "baseline": folder / "baseline",
-        "TensorBoard": folder / "tensorboard",
-    }.items():
-        if path.exists():
-            sys.stdout.write(f"{title:18s}{path}\n")
-
-
-def describe(trainer: Trainer) -> None:
-    """Say what is about to happen."""
-    state, source = trainer.state, trainer.source
-    config, split = state.config, state.split
-    prototypes = ", with the contrastive prototype manager" if trainer.method.prototypes is not None else ""
-    cases = f"{len(split.labeled)} labelled, {len(split.unlabeled)} unlabelled, {len(split.val)} validation"
-    logger.info("data: %s, %d classes, %s", config.dataset_name, source.num_classes, ", ".join(source.class_names[1:]))
-    logger.info("cases: %s (split %s)", cases, split.digest[:12])
-    if config.ct_range is not None:
-        logger.info("intensities: CT, clipped to %g..%g (--ct_range)", *config.ct_range)
-    kept = [source.class_names[class_id] for class_id in kept_parts(config, state.facts)]
-    if kept:
-        logger.info("predictions: the largest part alone of %s (--no-largest_component)", ", ".join(kept))
-    levels = trainer.method.student.flat_levels
-    flat = f", flat levels {' '.join(map(str, levels))}" if any(levels) else ""
-    logger.info("method: %s on %s%s%s", config.method, config.model, flat, prototypes)
-    if state.step == trainer.max_iteration:
-        logger.info("steps: all %d are done", state.step)
-    else:
-        steps = f"{state.step} to {trainer.max_iteration}, batch {config.batch_size} ({trainer.labeled_bs} labelled)"
-        patch = "x".join(map(str, config.patch_size or ()))
-        logger.info("steps: %s, patch %s, autocast %s", steps, patch, trainer.amp)
-    logger.info("run: %s", trainer.folder)
-
-
-def how_to_go_on(trainer: Trainer) -> str:
-    """The command that goes on from the run's last checkpoint, be it with the training or with the evaluation."""
-    if not (trainer.folder / "last.pt").exists():
-        return f"Nothing was saved: delete {trainer.folder} and start again"
-    place = ["--output_dir", str(trainer.folder.parent), "--exp", trainer.folder.name]
-    return f"Go on from the last checkpoint with:\n  python train_cov_dfp_3d.py {shlex.join(place)} --resume"
-
-
-def short_message(error: Exception) -> str:
-    """The error's text; of one that a loader process passed on, the last line of its traceback."""
-    text = str(error).strip()
-    return text.splitlines()[-1] if "Original Traceback" in text else text
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
         --methods supervised,mean_teacher,best --full --seeds 0,1,2 --max_iteration 2000 -- --patch_size 32 40 32
 
 The training pool is the first ``--pool`` cases, the test cases are those after it; without the flag they are the data's
-own training and test list, or four fifths and the rest. The first ``--labelnum`` cases of the pool are labelled.
+own training and test list, or four fifths and the rest. Without a training list of the data's own these are the
+labelled cases, and all scans without a label are in the pool too. The first ``--labelnum`` cases of the pool are labelled.
 ``supervised`` sees only these, and every patch of its batch is a labelled one, so that all rows see equally many;
 ``--full`` adds supervised training with all labels of the pool, the ceiling. The last checkpoint counts, no test case
 chooses anything: to choose settings, ``--cases`` leaves out the last cases of the data. Orientation, flat levels, patch
@@ -102,7 +103,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--dataset_path", type=Path, help="folder of the data; none for demo")
     parser.add_argument("--num_classes", type=int, help="for formats that do not store it")
-    pool_help = "the first cases are trained on, the rest is the test; else the data's own lists, or four fifths"
+    pool_help = "so many first cases are trained on, the rest is the test; else the data's own lists, or four fifths"
     parser.add_argument("--pool", type=int, help=pool_help)
     parser.add_argument("--cases", type=int, help="use the first cases only, to develop without the test cases")
     parser.add_argument("--methods", type=names, default=[SUPERVISED, "mean_teacher"], help="names, with commas")

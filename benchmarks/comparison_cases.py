@@ -6,36 +6,47 @@ import argparse
 from pathlib import Path
 
 from dataloaders.base import CaseSource
+from dataloaders.case_lists import some
 from dataloaders.splits import of_patients
 
 Cases = tuple[list[str], list[str]]
 
 
 def choose_cases(settings: argparse.Namespace, source: CaseSource) -> Cases:
-    """The first ``--pool`` cases and the rest, for the test.
+    """The first ``--pool`` cases and the rest, for the test; without a train list these are the labelled cases.
 
-    Fills ``settings.pool`` where no flag gives it, and ``settings.labels``, how many cases of the pool have a label.
+    All others, which have no label, join the pool then, as in a training of its own. Fills ``settings.pool`` where no
+    flag gives it, and ``settings.labels``, how many cases of the pool have a label.
 
     Raises:
-        ValueError: If no case is left for the test, ``--labelnum`` exceeds the labels, or a cut parts the cases of a
-            patient.
+        ValueError: If no case is left for the test, one of it has no label, ``--labelnum`` exceeds the labels, or a
+            cut parts the cases of a patient.
     """
-    ids = list(source.official_train() or source.labeled_ids())
+    official = source.official_train()
+    ids = list(official or source.labeled_ids())
     first = {source.patient(case_id): place for place, case_id in reversed(list(enumerate(ids)))}
     ids.sort(key=lambda case_id: first[source.patient(case_id)])  # a patient's cases follow each other
     _require_whole_patients(source, ids, settings.cases, "--cases")
     ids = ids[: settings.cases]
     if settings.pool is None:
-        official = source.official_test() if settings.cases is None else None
-        settings.pool = len(ids) if official else _whole_patients(source, ids, len(ids) * 4 // 5)
-        ids += official or ()
+        tested = source.official_test() if settings.cases is None else None
+        settings.pool = len(ids) if tested else _whole_patients(source, ids, len(ids) * 4 // 5)
+        ids += tested or ()
     if not 0 < settings.pool < len(ids):
         raise ValueError(f"--pool {settings.pool}: the data set has {len(ids)} cases; leave some for the test")
     _require_whole_patients(source, ids, settings.pool, "--pool")
     settings.labels = len(set(ids[: settings.pool]) & set(source.labeled_ids()))
     if max(settings.labelnum) > settings.labels:
         raise ValueError(f"--labelnum {max(settings.labelnum)}: the pool has {settings.labels} labelled cases")
-    return ids[: settings.pool], ids[settings.pool :]
+    pool, test = ids[: settings.pool], ids[settings.pool :]
+    unknown = [case_id for case_id in test if case_id not in set(source.labeled_ids())]
+    if unknown:
+        raise ValueError(f"test cases {some(unknown)} have no label; choose others with --pool and --cases")
+    if official is None:
+        further = [case_id for case_id in source.case_ids() if case_id not in set(source.labeled_ids())]
+        tested_too = set(of_patients(source, further, test))
+        pool += [case_id for case_id in further if case_id not in tested_too]
+    return pool, test
 
 
 def list_files(folder: Path, cases: Cases) -> dict[Path, str]:

@@ -28,8 +28,9 @@ OWN = {
     "resume": "the same command goes on by itself",
     "evaluate": "all runs are scored",
     "profile": "use benchmarks.step_cost",
+    "baseline": "use --methods supervised",
 }
-OWN_IN_ROWS = {"output_dir", "labelnum", "test_list", "seed", "exp", "resume", "evaluate", "profile"}
+OWN_IN_ROWS = {"output_dir", "labelnum", "test_list", "seed", "exp", "resume", "evaluate", "profile", "baseline"}
 
 
 def refuse_own(given: Collection[str], own: Collection[str], where: str) -> None:

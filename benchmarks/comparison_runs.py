@@ -70,7 +70,7 @@ def train(run: Run, threads: int) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
     remember(run)
     command = [sys.executable, str(ROOT / "train_cov_dfp_3d.py"), "--output_dir", str(folder.parent)]
-    command += ["--exp", folder.name, *(["--resume"] if run.resumable else run.flags)]
+    command += ["--exp", folder.name, "--no-baseline", *(["--resume"] if run.resumable else run.flags)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with log.open("a") as file:
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False).returncode

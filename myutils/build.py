@@ -12,6 +12,7 @@ import torch
 
 from dataloaders.base import SOURCES, CaseSource, Volume
 from dataloaders.case_cache import CaseCache, CaseStore
+from dataloaders.case_lists import read_case_list
 from dataloaders.preprocess import Preprocess
 from dataloaders.transforms import AugmentOptions
 from myutils.components import survey_parts
@@ -65,9 +66,7 @@ class DataFacts:
             left = {int(k) for case in resampled for k in np.unique(np.asarray(case.label))}
             lost = [self.class_names[k] for k in range(1, self.num_classes) if parts.shown[k] and k not in left]
             if lost:
-                text = (
-                    "--spacing leaves no voxel of %s in any labelled case: it cannot be learned; make it finer"
-                )
+                text = "--spacing leaves no voxel of %s in any labelled case: it cannot be learned; make it finer"
                 logger.warning(text, ", ".join(lost))
         return dataclasses.replace(self, single_parts=parts.single)
 
@@ -95,6 +94,7 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
     defaults = source.defaults
     base_lr, weight_decay = OPTIMIZER_DEFAULTS[config.optimizer]
     labelnum = config.labelnum if config.labelnum is not None else defaults.labelnum
+    listed = labelnum if config.labeled_list is None else len(read_case_list(config.labeled_list))
     method = METHODS.get(config.method)
     labeled_bs = config.labeled_bs or max(1, config.batch_size // 2)
     flip_axes = config.flip_axes if config.flip_axes is not None else tuple(source.flip_axes)
@@ -148,7 +148,7 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
         modality=modality,
         flip_axes=flip_axes,
         baseline=config.baseline if config.baseline is not None else config.dataset_name == "demo",
-        exp=config.exp or f"{config.dataset_name}_{config.method}_{labelnum}labels_seed{config.seed}",
+        exp=config.exp or f"{config.dataset_name}_{config.method}_{listed}labels_seed{config.seed}",
     )
 
 

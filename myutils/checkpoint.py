@@ -31,6 +31,7 @@ class RunState:
         split: Training cases.
         step: Steps done.
         best_dice: Best validation Dice so far, 0..1; -1 before the first validation.
+        validates: Whether the validation of this step is still to come.
     """
 
     config: RunConfig
@@ -38,6 +39,7 @@ class RunState:
     split: TrainingSplit
     step: int = 0
     best_dice: float = -1.0
+    validates: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def write_checkpoint(path: Path, state: RunState, tensors: dict[str, Any]) -> No
         "split": state.split.to_dict(),
         "step": state.step,
         "best_dice": state.best_dice,
+        "validates": state.validates,
         **tensors,
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -142,6 +145,7 @@ def read_checkpoint(path: Path, device: torch.device) -> tuple[RunState, dict[st
             split=TrainingSplit.from_dict(content.pop("split")),
             step=content.pop("step"),
             best_dice=content.pop("best_dice"),
+            validates=content.pop("validates", False),  # runs of before validated first
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold a whole run of this version ({error}); use another") from error

@@ -62,5 +62,7 @@ def idle_flags(settings: Mapping[str, Any]) -> dict[str, Set[str]]:
         (not settings["use_dfp"], "with --no-use_dfp", {"anchor_weight", "num_eigenvectors", "ema_alpha"}),
         (settings["optimizer"] != "muon", f"with --optimizer {settings['optimizer']}", {"muon_interval"}),
         (settings["spacing"] is None, "without --spacing", {"interpolation"}),
+        (settings["labeled_list"] is not None, "with --labeled_list", {"labelnum"}),
+        (settings["val_list"] is not None, "with --val_list", {"val_num"}),
     ]
     return {reason: flags for holds, reason, flags in rules if holds}

@@ -44,9 +44,14 @@ def require_match(source: CaseSource, bundle: InferenceBundle) -> None:
 
 
 def is_training_data(source: CaseSource, bundle: InferenceBundle) -> bool:
-    """Whether this is the data set of the training, wherever it lies now: all training cases are in it."""
-    used = training_ids(bundle)
-    return bool(used) and used <= set(source.case_ids())
+    """Whether this is the data set of the training: all training cases are in it, or it lies where that did.
+
+    Of the latter a scan may have gone since; as long as some are there, its lists are those of the checkpoint.
+    """
+    used, there = training_ids(bundle), set(source.case_ids())
+    root, trained = getattr(source, "root", None), bundle.config.dataset_path
+    stayed = root is not None and trained is not None and Path(root).resolve() == trained.resolve()
+    return bool(used) and (used <= there or (stayed and bool(used & there)))
 
 
 def warn_of_equal_ids(source: CaseSource, bundle: InferenceBundle, data: Path | None) -> None:

@@ -14,7 +14,7 @@ from myutils.build import build_inference
 from myutils.checkpoint import InferenceBundle
 from myutils.config import RunConfig
 from myutils.distributed import is_main_rank, resolve_amp, stop_process_group
-from myutils.flags import SuggestingParser, add_flags, given_flags, option
+from myutils.flags import SuggestingParser, add_flags, check_limits, given_flags, option
 from myutils.inference import InferenceOptions
 from myutils.run_log import setup_logging
 
@@ -29,7 +29,7 @@ class InferenceFlags:
         None, help="last.pt or best.pt of a run; several segment together; else none, it is required", group="files"
     )
     overlap: float | None = option(
-        None, help="overlap of neighbouring windows, 0..0.9; else the checkpoint's", group=INFERENCE
+        None, help="overlap of neighbouring windows; else the checkpoint's", low=0, high=0.9, group=INFERENCE
     )
     flips: bool | None = option(
         None,
@@ -38,8 +38,10 @@ class InferenceFlags:
     )
     views: int | None = option(
         None,
-        help="average over this many views, the others turned, scaled and, but for --no-flips, mirrored, >= 1; else "
-        "the checkpoint's",
+        help="average over this many views, the others turned, scaled and, but for --no-flips, mirrored; else the "
+        "checkpoint's",
+        low=1,
+        high=64,
         group=INFERENCE,
     )
     largest_component: bool | None = option(
@@ -59,6 +61,7 @@ class InferenceFlags:
         Raises:
             ValueError: If a value is out of range.
         """
+        check_limits(self)
         settings: dict[str, Any] = {
             "overlap": self.overlap,
             "tta_flips": False if self.views is not None and self.flips is None else self.flips,

@@ -80,7 +80,8 @@ def profile_training(trainer: Trainer, steps: int) -> dict[str, float]:
     """
     timer = PartTimer(trainer.device)
     method = trainer.method
-    timer.watch(trainer.cache, "get", "reading cases")
+    if not trainer.state.config.num_workers:  # a timer does not go into other processes
+        timer.watch(trainer.cache, "get", "reading cases")
     timer.watch(method, "forward", "losses and mixing")
     for name, module in method.named_children():
         if isinstance(module, SegmentationNetwork):

@@ -32,7 +32,6 @@ from myutils.distributed import (
     peak_memory_mb,
     resolve_amp,
 )
-from myutils.evaluation import DamagedCasesError
 from myutils.finite_watch import FiniteWatch, NonFiniteLossError
 from myutils.methods.base import StepOutput, batch_dice
 from myutils.prototype_checks import NonFiniteFeaturesError
@@ -128,6 +127,8 @@ class Trainer:
             if first == 0:
                 self._save(("last.pt",))
             with named_worker_losses(), stop_signals(self), self._progress_bar(first) as bar:
+                if self.state.validates:
+                    self._validate(log)
                 for step, batch in enumerate(self.loader(first), start=first):
                     output = self.train_step(network, batch.to(self.device), step)
                     self.state.step = step + 1
@@ -208,7 +209,7 @@ class Trainer:
         if picture:
             log.pictures(done, batch, output)
         if stop or regular:
-            self._validate_and_save(log, done, validate=regular)
+            self._save_and_validate(log, validate=regular)
         if stop or (last and self._stop_now(done)):
             raise TrainingInterrupted
 
@@ -256,19 +257,19 @@ class Trainer:
         shown = {"loss": named["Loss/total"], "dice": named.get("Train/dice")}
         return {name: f"{value:.3f}" for name, value in shown.items() if value is not None}
 
-    def _validate_and_save(self, log: RunLog, done: int, *, validate: bool) -> None:
-        names = ["last.pt"]  # written last: a kill in between repeats the validation instead of losing best.pt
-        if validate and self.state.split.val:
-            try:
-                score = self.validation.dice(self.method.inference_network())
-            except DamagedCasesError:
-                self._save(names)  # of the steps nothing is lost
-                raise
-            log.scalars(done, {"Validation/dice": score})
-            if score > self.state.best_dice:
-                self.state.best_dice = score
-                names.insert(0, "best.pt")
-        self._save(names)
+    def _save_and_validate(self, log: RunLog, *, validate: bool) -> None:
+        """Save first: no step is lost to a case that cannot be scored; a resumed run begins with its validation."""
+        self.state.validates = validate and bool(self.state.split.val)
+        self._save(("last.pt",))
+        if self.state.validates:
+            self._validate(log)
+
+    def _validate(self, log: RunLog) -> None:
+        score = self.validation.dice(self.method.inference_network())  # the ranks share the cases out
+        better, self.state.validates = score > self.state.best_dice, False
+        self.state.best_dice = max(score, self.state.best_dice)
+        self._save(("best.pt", "last.pt") if better else ("last.pt",))  # after a kill in between it validates again
+        log.scalars(self.state.step, {"Validation/dice": score})
 
     def _save(self, names: Sequence[str]) -> None:
         if self.ranks.is_main:
@@ -279,7 +280,7 @@ class Trainer:
 
     def _advice(self) -> str:
         """What to do about a step that is not finite."""
-        what = "Look at these images, lower --base_lr or use --amp no"
+        what = "Look at these images; a lower --base_lr or --amp no needs a new --exp, for a run keeps its settings"
         return f"{what}; the last good checkpoint is {self.folder / 'last.pt'}"
 
     def _stop_now(self, done: int) -> bool:

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from conftest import BallSource
 from helpers_scans import trained_run, write_cohort
+from listed_cases import write_list
 
 import evaluate_3d
 from dataloaders.base import Grid
 from dataloaders.orientation import note_stored_axes
-from dataloaders.splits import TrainingSplit
-from myutils.evaluation_cases import choose_cases, warn_if_moved, warn_of_stored_axes
+from dataloaders.splits import SplitRequest, TrainingSplit
+from myutils.evaluation_cases import choose_cases, is_training_data, warn_if_moved, warn_of_stored_axes
 
 
 class Pairs(BallSource):
@@ -28,7 +29,27 @@ class Pairs(BallSource):
 
 def trained_on(*labeled: str) -> SimpleNamespace:
     """What ``choose_cases`` looks at of a checkpoint; "gone" is not in the data, so that these are other data."""
-    return SimpleNamespace(split=TrainingSplit(labeled, ("gone",), ()))
+    return SimpleNamespace(split=TrainingSplit(labeled, ("gone",), ()), config=SimpleNamespace(dataset_path=None))
+
+
+def test_data_that_lost_a_training_scan_keep_the_lists_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the lists other cases would be scored, under the name of other data."""
+    write_list(tmp_path / "test.txt", "ball05")
+    write_list(tmp_path / "train.txt", "ball00", "ball01", "ball02", "ball07")
+    source = Pairs()
+    source.root = tmp_path
+    request = SplitRequest(labelnum=2, train_list=tmp_path / "train.txt", test_list=tmp_path / "test.txt")
+    config = SimpleNamespace(dataset_path=tmp_path, split_request=lambda: request)
+    split = TrainingSplit(("ball00", "ball01"), ("ball02", "ball07"), ())
+    bundle = SimpleNamespace(split=split, config=config)
+    assert choose_cases(source, bundle, "test") == ("ball05",)
+    left = [case_id for case_id in source.case_ids() if case_id != "ball07"]
+    monkeypatch.setattr(source, "case_ids", lambda: left)
+    assert choose_cases(source, bundle, "test") == ("ball05",)
+    config.dataset_path = tmp_path / "elsewhere"
+    assert not is_training_data(source, bundle)
 
 
 def test_other_cases_of_training_patients_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
@@ -84,11 +105,14 @@ def test_axes_of_other_data_are_named_to_a_network_that_takes_them_as_stored(
     note_stored_axes.cache_clear()
     stored, turned = (SimpleNamespace(orientation=orientation) for orientation in ("stored", "ras"))
     elsewhere, here = TrainingSplit(("gone",), (), ()), TrainingSplit(("ball03",), (), ())
+    nowhere = SimpleNamespace(dataset_path=None)
     source, ids = Scattered(), ["ball00", "ball01", "ball02", "ball04"]
-    warn_of_stored_axes(source, ids, SimpleNamespace(preprocess=turned, split=elsewhere))
-    warn_of_stored_axes(source, ids, SimpleNamespace(preprocess=stored, split=here))  # the data of the training
+    warn_of_stored_axes(source, ids, SimpleNamespace(preprocess=turned, split=elsewhere, config=nowhere))
+    warn_of_stored_axes(
+        source, ids, SimpleNamespace(preprocess=stored, split=here, config=nowhere)
+    )  # the data of the training
     assert not caplog.text
-    warn_of_stored_axes(source, ids, SimpleNamespace(preprocess=stored, split=elsewhere))
+    warn_of_stored_axes(source, ids, SimpleNamespace(preprocess=stored, split=elsewhere, config=nowhere))
     assert "takes axes as stored, here LPS, RAS, without directions: in each scan" in caplog.text
 
 

@@ -199,6 +199,7 @@ def test_flags_that_the_method_does_not_read_are_named(caplog: pytest.LogCapture
         ({"method": "bcp", "consistency_rampup": 7}, "on --method bcp without prototypes: --consistency_rampup"),
         ({"optimizer": "adamw", "muon_interval": 4}, "with --optimizer adamw: --muon_interval"),
         ({"interpolation": "cubic"}, "without --spacing: --interpolation"),
+        ({"val_num": 1, "val_list": Path("some.txt")}, "with --val_list: --val_num"),
     ],
 )
 def test_flags_that_do_nothing_beside_others_are_named(
@@ -206,6 +207,12 @@ def test_flags_that_do_nothing_beside_others_are_named(
 ) -> None:
     resolve_config(RunConfig(**given), BallSource())
     assert caplog.messages == [f"without effect {named}"]
+
+
+def test_a_list_of_labelled_cases_counts_and_not_labelnum(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "labeled.txt").write_text("ball00\nball01\nball02\n")
+    config = resolve_config(RunConfig(labelnum=1, labeled_list=tmp_path / "labeled.txt"), BallSource())
+    assert caplog.messages == ["without effect with --labeled_list: --labelnum"] and "_3labels_" in str(config.exp)
 
 
 def test_flags_that_do_something_beside_others_are_not_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -39,6 +39,13 @@ def test_parts_of_each_method_add_up_to_the_whole(tmp_path: Path, method: str, o
     assert trainer.state.step == 6
 
 
+def test_profile_with_workers_sends_them_no_timer(tmp_path: Path) -> None:
+    trainer = small_trainer(BallSource(), tmp_path, max_iteration=5, num_workers=1)
+    get = trainer.cache.get
+    assert "reading cases" not in profile_training(trainer, 2)
+    assert trainer.cache.get == get  # a GPU's clock would be read in a process that has no part in it
+
+
 def test_profile_of_a_training_that_is_too_short_is_refused(tmp_path: Path) -> None:
     trainer = small_trainer(BallSource(), tmp_path, max_iteration=6)
     check_length(trainer, 3)

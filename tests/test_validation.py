@@ -11,8 +11,10 @@ from conftest import BallSource
 from helpers_runs import small_trainer
 
 from dataloaders.base import Volume
+from myutils.checkpoint import RunState
 from myutils.distributed import RankInfo
 from myutils.evaluation import DamagedCasesError
+from myutils.run_log import read_metrics
 from myutils.trainer import Trainer, TrainingInterrupted
 
 CPU = torch.device("cpu")
@@ -69,10 +71,27 @@ def test_trainer_that_cannot_validate_keeps_the_steps(tmp_path: Path, monkeypatc
     def full(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("myutils.evaluation.predict_label_map", full)
-    with pytest.raises(DamagedCasesError, match="ball04: MemoryError"):
-        trainer.fit()
-    assert Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU).state.step == 2
+    for _ in range(2):
+        with monkeypatch.context() as patched, pytest.raises(DamagedCasesError, match="ball04: MemoryError"):
+            patched.setattr("myutils.evaluation.predict_label_map", full)
+            trainer.fit()
+        trainer = Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU)
+        assert trainer.state.step == 2 and trainer.state.validates  # made up for before the next step
+    trainer.fit()
+    assert read_metrics(tmp_path, "Validation/dice")[0] == [2, 4] and not trainer.state.validates
+    assert (tmp_path / "best.pt").exists()
+
+
+def test_trainer_makes_up_for_the_validation_of_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched, pytest.raises(DamagedCasesError):
+        patched.setattr("myutils.evaluation.predict_label_map", full)
+        small_trainer(BallSource(), tmp_path, labelnum=4, val_num=1, max_iteration=1).fit()
+    trainer = Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU)
+    trainer.fit()
+    assert trainer.state.step == 1 and trainer.state.best_dice >= 0 and (tmp_path / "best.pt").exists()
 
 
 def test_trainer_killed_between_best_and_last_repeats_the_validation(
@@ -80,12 +99,13 @@ def test_trainer_killed_between_best_and_last_repeats_the_validation(
 ) -> None:
     written = []
 
-    def write(path: Path, state: object, tensors: object) -> None:
-        written.append(path.name)
+    def write(path: Path, state: RunState, tensors: object) -> None:
+        written.append((path.name, state.validates))
 
     monkeypatch.setattr("myutils.trainer.write_checkpoint", write)
     small_trainer(BallSource(), tmp_path, labelnum=4, val_num=1, max_iteration=1).fit()
-    assert written == ["last.pt", "best.pt", "last.pt"]  # the new step counts only once best.pt is whole
+    # The start, the step that is still to be validated, and what tells that it was, once best.pt is whole.
+    assert written == [("last.pt", False), ("last.pt", True), ("best.pt", False), ("last.pt", False)]
 
 
 def test_trainer_without_validation_writes_no_best(tmp_path: Path) -> None:

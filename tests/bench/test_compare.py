@@ -49,10 +49,13 @@ def test_trainer_flags_without_dashes_are_told_where_to_stand(
     assert "unrecognized arguments: --voxel_size" in error and "after --, such as: -- --optimizer adamw" in error
 
 
+UNLABELED = ["ball06", "ball07"]
+
+
 def test_lists_split_the_cases_that_are_used(tmp_path: Path) -> None:
     settings = make_settings(tmp_path, dataset_name="ball", dataset_path=tmp_path, num_classes=None, cases=5, pool=4)
     train, test = choose_cases(settings, BallSource())
-    assert train == ["ball00", "ball01", "ball02", "ball03"]
+    assert train == ["ball00", "ball01", "ball02", "ball03", *UNLABELED]
     assert test == ["ball04"]
     with pytest.raises(ValueError, match="--pool 5"):
         choose_cases(make_settings(tmp_path, **(vars(settings) | {"pool": 5})), BallSource())
@@ -68,14 +71,14 @@ def test_a_pool_that_parts_the_cases_of_a_patient_is_refused(tmp_path: Path, mon
     with pytest.raises(ValueError, match="--cases 5 parts the cases of a patient; 4 is the next smaller"):
         choose_cases(make_settings(tmp_path, **(vars(settings) | {"cases": 5})), BallSource())
     train, _ = choose_cases(make_settings(tmp_path, **(vars(settings) | {"cases": 4, "pool": None})), BallSource())
-    assert train == ["ball00", "ball01"]  # four fifths are 3
+    assert train == ["ball00", "ball01", *UNLABELED]  # four fifths are 3
 
 
 def test_four_fifths_are_the_pool_unless_told_otherwise(tmp_path: Path) -> None:
     settings = make_settings(tmp_path, dataset_name="ball", dataset_path=None, num_classes=None, cases=6, pool=None)
     train, test = choose_cases(settings, BallSource())
     assert settings.pool == 4
-    assert (len(train), len(test)) == (4, 2)
+    assert (len(train), len(test)) == (4 + len(UNLABELED), 2)
 
 
 def test_a_test_list_of_the_data_is_the_test(tmp_path: Path) -> None:
@@ -97,8 +100,29 @@ def test_a_patient_s_cases_follow_each_other(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(BallSource, "patient", lambda self, case_id: str(int(case_id[-1]) % 3))  # two visits of three
     settings = make_settings(tmp_path, dataset_name="ball", dataset_path=None, cases=None, pool=4, labelnum=[2])
     train, test = choose_cases(settings, BallSource())
-    assert train == ["ball00", "ball03", "ball01", "ball04"]
+    assert train == ["ball00", "ball03", "ball01", "ball04", "ball06", "ball07"]  # a third is of the test's patient
     assert test == ["ball02", "ball05"]
+
+
+def test_scans_without_a_label_join_the_pool_but_for_the_patients_of_the_test(tmp_path: Path) -> None:
+    class Visits(BallSource):  # the first six of eight have a label; the last one is of a test case's patient
+        def patient(self, case_id: str) -> str:
+            return {"ball07": "ball05"}.get(case_id, case_id)
+
+    settings = make_settings(tmp_path, dataset_name="ball", cases=None, pool=None, labelnum=[2])
+    pool, test = choose_cases(settings, Visits())
+    assert test == ["ball04", "ball05"] and pool == [f"ball0{number}" for number in (0, 1, 2, 3, 6)]
+    assert (settings.pool, settings.labels) == (4, 4)
+
+
+def test_test_cases_without_a_label_are_refused(tmp_path: Path) -> None:
+    class Listed(BallSource):
+        def official_train(self) -> tuple[str, ...]:
+            return ("ball00", "ball01", "ball02", "ball06", "ball07")
+
+    settings = make_settings(tmp_path, dataset_name="ball", cases=5, pool=3, labelnum=[2])
+    with pytest.raises(ValueError, match=r"test cases 'ball06', 'ball07' have no label"):
+        choose_cases(settings, Listed())
 
 
 def test_unlabelled_cases_of_the_pool_are_no_labels(tmp_path: Path) -> None:

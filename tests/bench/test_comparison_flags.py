@@ -23,6 +23,7 @@ from myutils.config import RunConfig
         ("--patch_size 8 8 8 --seed=3", "--seed after --: .* use --seeds"),
         ("--exp x", "--exp after --: .* use --row"),
         ("--no-evaluate", "--evaluate after --: .* all runs are scored"),
+        ("--baseline", "--baseline after --: .* use --methods supervised"),
         ("--resume", "--resume after --: .* goes on by itself"),
     ],
 )
@@ -33,7 +34,7 @@ def test_what_the_bench_sets_is_refused_after_the_dashes(flags: str, message: st
 
 
 def test_other_flags_are_of_all_rows() -> None:
-    flags = ["--optimizer", "adamw", "--val_num", "2", "--no-baseline"]
+    flags = ["--optimizer", "adamw", "--val_num", "2"]
     settings = argparse.Namespace(flags=flags, dataset_name="nifti", dataset_path=Path("x"), num_classes=3)
     config = compare.asked_config(settings)
     assert (config.optimizer, config.val_num, config.num_classes) == ("adamw", 2, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -153,6 +154,19 @@ def test_resume_follows_data_that_moved(folder: Path) -> None:
     assert train.main(job(folder, exp="a", max_iteration="1")) == 0
     (folder / "data").rename(folder / "elsewhere")
     assert train.main(resume(folder, "a", "--dataset_path", str(folder / "elsewhere"))) == 0
+
+
+def test_resume_takes_its_flags_to_the_baseline_and_misses_a_test_list_at_once(folder: Path, capsys: Capture) -> None:
+    assert train.main(job(folder, "--baseline", "--no-evaluate", exp="a", method="best", max_iteration="1")) == 0
+    stored = json.loads((folder / "runs" / "a" / "baseline" / "config.json").read_text())
+    assert not stored["deep_supervision"] and stored["tta_flips"]  # supervised training, scored as ``best`` is
+    assert (folder / "runs" / "a" / "baseline" / "split.json").exists()
+    (folder / "data").rename(folder / "moved")
+    given = {"resume": True, "exp": "a", "output_dir": folder / "runs", "dataset_path": folder / "moved"}
+    baseline = train.baseline_trainer(train.prepare(given | {"num_workers": 2}))
+    assert (baseline.state.config.num_workers, baseline.state.config.dataset_path) == (2, folder / "moved")
+    with pytest.raises(FileNotFoundError, match=r"--test_list .*nosuch.txt"):
+        train.prepare(given | {"test_list": folder / "nosuch.txt", "evaluate": True})
 
 
 def test_full_disk_keeps_the_last_checkpoint_and_says_how_to_go_on(

@@ -1,0 +1,70 @@
+"""What a training tells its user: what is about to happen, what it wrote, and how to go on after an error."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from pathlib import Path
+
+from myutils.build import kept_parts
+from myutils.report import result_checkpoint
+from myutils.trainer import Trainer
+
+logger = logging.getLogger("train")
+
+
+def list_files(folder: Path) -> None:
+    """Print the path of everything that the run wrote."""
+    for title, path in {
+        "checkpoint": result_checkpoint(folder),
+        "per-case figures": folder / "test" / "cases.csv",
+        "summary": folder / "test" / "summary.json",
+        "predictions": folder / "test" / "predictions",
+        "picture": folder / "overlay.png",
+        "baseline": folder / "baseline",
+        "TensorBoard": folder / "tensorboard",
+    }.items():
+        if path.exists():
+            sys.stdout.write(f"{title:18s}{path}\n")
+
+
+def describe(trainer: Trainer) -> None:
+    """Say what is about to happen."""
+    state, source = trainer.state, trainer.source
+    config, split = state.config, state.split
+    prototypes = ", with the contrastive prototype manager" if trainer.method.prototypes is not None else ""
+    cases = f"{len(split.labeled)} labelled, {len(split.unlabeled)} unlabelled, {len(split.val)} validation"
+    logger.info("data: %s, %d classes, %s", config.dataset_name, source.num_classes, ", ".join(source.class_names[1:]))
+    logger.info("cases: %s (split %s)", cases, split.digest[:12])
+    if config.ct_range is not None:
+        logger.info("intensities: CT, clipped to %g..%g (--ct_range)", *config.ct_range)
+    kept = [source.class_names[class_id] for class_id in kept_parts(config, state.facts)]
+    if kept:
+        logger.info("predictions: the largest part alone of %s (--no-largest_component)", ", ".join(kept))
+    levels = trainer.method.student.flat_levels
+    flat = f", flat levels {' '.join(map(str, levels))}" if any(levels) else ""
+    logger.info("method: %s on %s%s%s", config.method, config.model, flat, prototypes)
+    if state.step == trainer.max_iteration:
+        logger.info("steps: all %d are done", state.step)
+    else:
+        steps = f"{state.step} to {trainer.max_iteration}, batch {config.batch_size} ({trainer.labeled_bs} labelled)"
+        patch = "x".join(map(str, config.patch_size or ()))
+        logger.info("steps: %s, patch %s, autocast %s", steps, patch, trainer.amp)
+    logger.info("run: %s", trainer.folder)
+
+
+def how_to_go_on(trainer: Trainer) -> str:
+    """The command that goes on from the run's last checkpoint, be it with the training or with the evaluation."""
+    if trainer.state.config.profile:
+        return "A profile keeps nothing: start it again"
+    if not (trainer.folder / "last.pt").exists():
+        return f"Nothing was saved: delete {trainer.folder} and start again"
+    place = ["--output_dir", str(trainer.folder.parent), "--exp", trainer.folder.name]
+    return f"Go on from the last checkpoint with:\n  python train_cov_dfp_3d.py {shlex.join(place)} --resume"
+
+
+def short_message(error: Exception) -> str:
+    """The error's text; of one that a loader process passed on, the last line of its traceback."""
+    text = str(error).strip()
+    return text.splitlines()[-1] if "Original Traceback" in text else text
