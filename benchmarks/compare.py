@@ -5,7 +5,7 @@
 
 The training pool is the first ``--pool`` cases, the test cases are those after it; without the flag they are the data's
 own training and test list, or four fifths and the rest. Without a training list of the data's own these are the
-labelled cases, and all scans without a label are in the pool too. The first ``--labelnum`` cases of the pool are labelled.
+labelled cases, and all scans without a label join the pool. The first ``--labelnum`` cases of the pool are labelled.
 ``supervised`` sees only these, and every patch of its batch is a labelled one, so that all rows see equally many;
 ``--full`` adds supervised training with all labels of the pool, the ceiling. The last checkpoint counts, no test case
 chooses anything: to choose settings, ``--cases`` leaves out the last cases of the data. Orientation, flat levels, patch

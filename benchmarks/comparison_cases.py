@@ -22,7 +22,7 @@ def choose_cases(settings: argparse.Namespace, source: CaseSource) -> Cases:
         ValueError: If no case is left for the test, one of it has no label, ``--labelnum`` exceeds the labels, or a
             cut parts the cases of a patient.
     """
-    official = source.official_train()
+    official, labeled = source.official_train(), set(source.labeled_ids())
     ids = list(official or source.labeled_ids())
     first = {source.patient(case_id): place for place, case_id in reversed(list(enumerate(ids)))}
     ids.sort(key=lambda case_id: first[source.patient(case_id)])  # a patient's cases follow each other
@@ -35,15 +35,15 @@ def choose_cases(settings: argparse.Namespace, source: CaseSource) -> Cases:
     if not 0 < settings.pool < len(ids):
         raise ValueError(f"--pool {settings.pool}: the data set has {len(ids)} cases; leave some for the test")
     _require_whole_patients(source, ids, settings.pool, "--pool")
-    settings.labels = len(set(ids[: settings.pool]) & set(source.labeled_ids()))
+    settings.labels = len(labeled.intersection(ids[: settings.pool]))
     if max(settings.labelnum) > settings.labels:
         raise ValueError(f"--labelnum {max(settings.labelnum)}: the pool has {settings.labels} labelled cases")
     pool, test = ids[: settings.pool], ids[settings.pool :]
-    unknown = [case_id for case_id in test if case_id not in set(source.labeled_ids())]
+    unknown = [case_id for case_id in test if case_id not in labeled]
     if unknown:
         raise ValueError(f"test cases {some(unknown)} have no label; choose others with --pool and --cases")
     if official is None:
-        further = [case_id for case_id in source.case_ids() if case_id not in set(source.labeled_ids())]
+        further = [case_id for case_id in source.case_ids() if case_id not in labeled]
         tested_too = set(of_patients(source, further, test))
         pool += [case_id for case_id in further if case_id not in tested_too]
     return pool, test
