@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -56,24 +55,6 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The batch in pinned memory; the loader calls it."""
         return self._map(lambda tensor: tensor.pin_memory())
-
-
-@contextmanager
-def named_worker_losses() -> Iterator[None]:
-    """Say what to do where the system ended a loader's worker, which torch notices in the midst of anything.
-
-    Raises:
-        ChildProcessError: In the place of torch's error.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise ChildProcessError(
-            f"{str(error).strip()} The memory, or the shared memory (/dev/shm; docker run --shm-size 8g), may be full: "
-            "pass fewer --num_workers, or --cache_gb for one copy of the cases in all of them"
-        ) from error
 
 
 class PatchDataset(Dataset[dict[str, object]]):

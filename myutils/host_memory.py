@@ -1,10 +1,12 @@
-"""The C library's habits with freed memory, which decide a good part of a training step on the CPU."""
+"""Memory of the host: the C library's habits, which decide a good part of a step on the CPU, and what to do without."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 _LARGEST_KEPT = 1 << 30  # bytes; a larger block is mapped on its own and given back when it is freed
@@ -30,3 +32,24 @@ def keep_freed_blocks() -> bool:
     # Older versions refuse a threshold above 32 MB: there no block is mapped on its own.
     kept = mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT) or mallopt(_MMAP_MAX, 0)
     return bool(kept and mallopt(_TRIM_THRESHOLD, -1))
+
+
+@contextmanager
+def named_shortages() -> Iterator[None]:
+    """Say what to do where memory ran out, in this process or in a loader's worker; torch notices that anywhere.
+
+    Raises:
+        ChildProcessError, MemoryError: In the place of torch's RuntimeErrors.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip()
+        if "DataLoader worker" in reason:
+            raise ChildProcessError(
+                f"{reason} The memory, or the shared memory (/dev/shm; docker run --shm-size 8g), may be full: pass "
+                "fewer --num_workers, or --cache_gb for one copy of the cases in all of them"
+            ) from error
+        if "DefaultCPUAllocator" in reason:
+            raise MemoryError(f"{reason}; a smaller --patch_size or --batch_size takes less memory") from error
+        raise

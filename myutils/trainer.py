@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dataloaders.base import CaseSource
 from dataloaders.case_cache import CaseCache
-from dataloaders.patches import Batch, PatchDataset, collate, named_worker_losses
+from dataloaders.patches import Batch, PatchDataset, collate
 from dataloaders.samplers import StepPlan, StepSampler
 from myutils import build
 from myutils.checkpoint import RunState, load_weights, read_checkpoint, write_checkpoint
@@ -33,6 +33,7 @@ from myutils.distributed import (
     resolve_amp,
 )
 from myutils.finite_watch import FiniteWatch, NonFiniteLossError
+from myutils.host_memory import named_shortages
 from myutils.methods.base import StepOutput, batch_dice
 from myutils.prototype_checks import NonFiniteFeaturesError
 from myutils.run_log import RunLog, step_scalars
@@ -126,7 +127,7 @@ class Trainer:
         try:
             if first == 0:
                 self._save(("last.pt",))
-            with named_worker_losses(), stop_signals(self), self._progress_bar(first) as bar:
+            with named_shortages(), stop_signals(self), self._progress_bar(first) as bar:
                 if self.state.validates:
                     self._validate(log)
                 for step, batch in enumerate(self.loader(first), start=first):

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from myutils.host_memory import keep_freed_blocks
+from myutils.host_memory import keep_freed_blocks, named_shortages
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGE_BLOCKS = "blocks = [torch.ones(12_000_000) for _ in range(3)]"  # 48 MB each, mapped one by one
@@ -62,3 +63,12 @@ def test_a_configured_malloc_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> N
 def test_another_system_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert not keep_freed_blocks()
+
+
+def test_a_shortage_of_memory_is_named_with_what_to_do() -> None:
+    with pytest.raises(ChildProcessError, match=r"DataLoader worker.*--num_workers"), named_shortages():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    with pytest.raises(MemoryError, match=r"allocate 4000.* bytes.*--patch_size"), named_shortages():
+        torch.empty(10**15)
+    with pytest.raises(RuntimeError, match=r"^another$"), named_shortages():
+        raise RuntimeError("another")

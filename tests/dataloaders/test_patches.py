@@ -11,7 +11,7 @@ from conftest import BallSource
 
 from dataloaders.base import KeptCases, Volume
 from dataloaders.case_cache import CaseCache, PreparedCase
-from dataloaders.patches import PatchDataset, collate, named_worker_losses
+from dataloaders.patches import PatchDataset, collate
 from dataloaders.preprocess import Preprocess
 from dataloaders.samplers import SampleKey
 from dataloaders.transforms import (
@@ -143,13 +143,6 @@ def test_kept_cases_are_read_once_up_to_a_limit() -> None:
         for case_id in ("ball00", "ball01"):
             kept.load(case_id)
     assert source.label_reads == ["ball00", "ball01", "ball01"]
-
-
-def test_a_loaders_worker_that_was_killed_is_named_with_what_to_do() -> None:
-    with pytest.raises(ChildProcessError, match=r"DataLoader worker.*--num_workers"), named_worker_losses():
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-    with pytest.raises(RuntimeError, match=r"^another$"), named_worker_losses():
-        raise RuntimeError("another")
 
 
 def test_change_intensity_follows_chance_and_size_and_keeps_the_input() -> None:
