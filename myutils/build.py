@@ -189,7 +189,7 @@ def build_cache(config: RunConfig, source: CaseSource) -> CaseCache:
 
 def build_augmentation(config: RunConfig) -> AugmentOptions:
     """Random changes of a resolved configuration; a method that reads no strong views gets them unchanged."""
-    strong = METHODS.get(config.method).uses_strong_views
+    size = 1.0 if config.strong_intensity is None else config.strong_intensity  # runs of before have None
     flat = config.flat_levels or (0, 0, 0)
     return AugmentOptions(
         patch_size=required(config.patch_size, "patch_size"),
@@ -200,8 +200,8 @@ def build_augmentation(config: RunConfig) -> AugmentOptions:
         intensity=config.augment,
         max_angle=config.affine_angle,
         max_scale=config.affine_scale,
-        strong_views=required(config.strong_views, "strong_views") if strong else 1,
-        strong_intensity=(1.0 if config.strong_intensity is None else config.strong_intensity) if strong else 0.0,
+        strong_views=required(config.strong_views, "strong_views"),
+        strong_intensity=size if METHODS.get(config.method).uses_strong_views else 0.0,
     )
 
 
