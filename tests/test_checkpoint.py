@@ -43,7 +43,7 @@ def test_checkpoint_survives_the_round_trip(tmp_path: Path) -> None:
 def test_checkpoint_is_read_without_running_code_from_it(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "last.pt", make_state(), {})
     content = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert set(content) == {"format", "config", "facts", "split", "step", "best_dice"}
+    assert set(content) == {"format", "config", "facts", "split", "step", "best_dice", "validates"}
 
 
 def half_written(content: Any, file: Any) -> None:

@@ -221,6 +221,7 @@ def test_trainer_trains_selectors_and_fills_the_memory(tmp_path: Path) -> None:
     assert trainer.method.prototypes is not None and trainer.method.prototypes.memory_fill() > 0
 
 
+@pytest.mark.slow  # seconds a step where bf16 is emulated
 def test_trainer_bf16_step_is_finite(tmp_path: Path) -> None:
     trainer = small_trainer(BallSource(), tmp_path, amp="bf16")
     output = trainer.train_step(trainer.method, random_batch(), 0)

@@ -83,6 +83,7 @@ def test_killed_process_is_resumed_bit_identically(folder: Path) -> None:
         assert read_metrics(log.parent, "Loss/total")[0] == list(range(1, 21))
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_baseline_does_not_train_the_main_run_again(
     folder: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
