@@ -22,8 +22,8 @@ def choose_cases(settings: argparse.Namespace, source: CaseSource) -> Cases:
         ValueError: If no case is left for the test, one of it has no label, ``--labelnum`` exceeds the labels, or a
             cut parts the cases of a patient.
     """
-    official, labeled = source.official_train(), set(source.labeled_ids())
-    ids = list(official or source.labeled_ids())
+    official, labeled = source.official_train(), dict.fromkeys(source.labeled_ids())
+    ids = list(official or labeled)
     first = {source.patient(case_id): place for place, case_id in reversed(list(enumerate(ids)))}
     ids.sort(key=lambda case_id: first[source.patient(case_id)])  # a patient's cases follow each other
     _require_whole_patients(source, ids, settings.cases, "--cases")
@@ -35,7 +35,7 @@ def choose_cases(settings: argparse.Namespace, source: CaseSource) -> Cases:
     if not 0 < settings.pool < len(ids):
         raise ValueError(f"--pool {settings.pool}: the data set has {len(ids)} cases; leave some for the test")
     _require_whole_patients(source, ids, settings.pool, "--pool")
-    settings.labels = len(labeled.intersection(ids[: settings.pool]))
+    settings.labels = len(labeled.keys() & ids[: settings.pool])
     if max(settings.labelnum) > settings.labels:
         raise ValueError(f"--labelnum {max(settings.labelnum)}: the pool has {settings.labels} labelled cases")
     pool, test = ids[: settings.pool], ids[settings.pool :]

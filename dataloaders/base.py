@@ -34,6 +34,11 @@ class Volume:
     affine: np.ndarray
     spacing: tuple[float, float, float]
 
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """The image and, where there is one, the label."""
+        return [self.image] if self.label is None else [self.image, self.label]
+
 
 class Grid(NamedTuple):
     """Where the voxels of a case lie.
@@ -169,7 +174,7 @@ class KeptCases:
         if case_id in self._kept:
             return self._kept[case_id]
         volume = self._source.load(case_id, with_label=True)
-        size = volume.image.nbytes + (0 if volume.label is None else volume.label.nbytes)
+        size = sum(array.nbytes for array in volume.arrays)
         if size <= self._free:
             self._kept[case_id] = volume
             self._free -= size

@@ -23,6 +23,7 @@ import numpy as np
 
 from dataloaders.base import CaseSource, Volume
 from dataloaders.preprocess import Preprocess
+from dataloaders.say_once import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +51,12 @@ class PreparedCase:
     @property
     def memory_bytes(self) -> int:
         """Bytes of this process's memory; voxels mapped from the disk take none."""
-        return sum(array.nbytes for array in (*self._voxels(), *self.targets) if not isinstance(array, np.memmap))
+        return sum(array.nbytes for array in (*self.volume.arrays, *self.targets) if not isinstance(array, np.memmap))
 
     @property
     def mapped_files(self) -> int:
         """Files with voxels that this process holds open."""
-        return sum(isinstance(array, np.memmap) for array in self._voxels())
-
-    def _voxels(self) -> list[np.ndarray]:
-        return [self.volume.image, *([] if self.volume.label is None else [self.volume.label])]
+        return sum(isinstance(array, np.memmap) for array in self.volume.arrays)
 
 
 class CaseCache:
@@ -141,7 +139,7 @@ class CaseStore:
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.folder, self._limit = folder, limit_bytes
-        self._full = self._unreadable = False
+        self._full = False
         self._counted, self._written = limit_bytes, 0  # bytes at the last count, and written by this process since
 
     def read(self, name: str, case_id: str) -> PreparedCase | None:
@@ -157,9 +155,8 @@ class CaseStore:
         except FileNotFoundError:
             return None
         except OSError as error:  # too many open files, a disk that does not answer: the entry may be whole
-            if not self._unreadable:
-                logger.warning("%s cannot be read (%s); such cases are read from their own files", entry, error)
-            self._unreadable = True
+            reason = error.strerror or str(error)
+            warn_once(logger, f"{self.folder} cannot be read ({reason}); its cases are read from their own files")
             return None
         except (ValueError, KeyError, EOFError) as error:
             logger.warning("%s is damaged (%s) and is made anew", entry, error)

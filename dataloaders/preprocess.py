@@ -88,7 +88,7 @@ class Preprocess:
         if self.spacing is None:
             return replace(volume, image=image)
         shape, ratio, order = image.shape[1:], self._ratio(volume.spacing), SPLINE_ORDER[self.interpolation]
-        image = np.stack([_resampled(channel, size, ratio, order) for channel in image])
+        image = np.stack([resample(channel, size, ratio, order=order) for channel in image])
         label = volume.label
         if label is not None:
             label = resample(label, size, ratio, order=0)
@@ -201,7 +201,8 @@ def resample(
         array: Values; the type is kept.
         size: Voxels of the new grid per axis.
         ratio: Voxel size of the new grid over that of the old one, per axis.
-        order: Spline order: 0 nearest, 1 linear, 3 cubic; the border value continues beyond the border.
+        order: Spline order: 0 nearest, 1 linear, 3 cubic, which would overshoot at edges and is kept within the array's
+            range; the border value continues beyond the border.
         rows: Part of the new grid along X; all of it by default.
     """
     rows = rows or slice(0, size[0])
@@ -210,13 +211,7 @@ def resample(
     sampled = np.empty((rows.stop - rows.start, *size[1:]), dtype=array.dtype)
     start = _first_voxel(array.shape, size, ratio) + np.array([rows.start * ratio[0], 0, 0])
     ndimage.affine_transform(array, np.asarray(ratio), start, output=sampled, order=order, mode="nearest")
-    return sampled
-
-
-def _resampled(channel: np.ndarray, size: tuple[int, ...], ratio: tuple[float, ...], order: SplineOrder) -> np.ndarray:
-    """An image's channel (X, Y, Z) on another grid, within its own range, which cubic splines overshoot at edges."""
-    found = resample(channel, size, ratio, order=order)
-    return found.clip(channel.min(), channel.max()) if order > 1 else found
+    return sampled.clip(array.min(), array.max()) if order > 1 else sampled
 
 
 def resampled_affine(

@@ -55,6 +55,11 @@ def leading_patterns(symmetric: Tensor, count: int) -> Tensor:
     return vectors.flip(1)[:, :count].T.contiguous()
 
 
+def side_of(projections: Tensor) -> Tensor:
+    """-1 where a projection is negative, else 1, of the same shape."""
+    return torch.where(projections < 0, -1.0, 1.0)
+
+
 def in_old_order(patterns: Tensor, centres: Tensor) -> Tensor:
     """Patterns (J, E) with the numbers and the sides of the earlier centres (J, E) that they are most like.
 
@@ -63,8 +68,7 @@ def in_old_order(patterns: Tensor, centres: Tensor) -> Tensor:
     """
     cosines = unit_vectors(centres) @ unit_vectors(patterns).T  # (J, J)
     rows, columns = linear_sum_assignment(cosines.abs().cpu().numpy(), maximize=True)
-    side = torch.where(cosines[rows, columns] < 0, -1.0, 1.0)
-    return patterns[columns] * side[:, None]
+    return patterns[columns] * side_of(cosines[rows, columns])[:, None]
 
 
 class DynamicFeaturePool(nn.Module):
@@ -176,8 +180,7 @@ class DynamicFeaturePool(nn.Module):
         self.sizes.copy_(member.sum(1).long())
         # Both ends of a pattern belong to its pool; without their signs they would cancel. An empty pool keeps its
         # pattern as centre, so that it can win features later.
-        sides = torch.where(along < 0, -1.0, 1.0).T  # (J, N)
-        means = (member * sides) @ standard / member.sum(1, keepdim=True).clamp(min=1)
+        means = (member * side_of(along).T) @ standard / member.sum(1, keepdim=True).clamp(min=1)
         self.centres.copy_(means.where(member.any(1, keepdim=True), patterns))
         for class_id in range(self.num_classes):
             self._rebuild_anchors(class_id, features[class_labels == class_id])
@@ -199,8 +202,7 @@ class DynamicFeaturePool(nn.Module):
         crossed = mean[:, None] * self.mean
         moved = second - crossed - crossed.T + self.mean[:, None] * self.mean  # about the mean of all classes
         anchors = leading_patterns(moved / (self.deviation[:, None] * self.deviation), self.anchors.shape[1])  # (A, E)
-        side = anchors @ self.standardise(mean)
-        self.anchors[class_id] = anchors * torch.where(side < 0, -1.0, 1.0)[:, None]
+        self.anchors[class_id] = anchors * side_of(anchors @ self.standardise(mean))[:, None]
 
     def standardise(self, features: Tensor) -> Tensor:
         """Features (N, E) in the coordinates of patterns, centres and anchors."""
@@ -231,8 +233,7 @@ class DynamicFeaturePool(nn.Module):
         along = (units * unit_vectors(self.centres)[pools]).sum(1)  # (R,)
         compact = (1.0 - along.abs()).mean() if len(units) else 0.0 * units.sum()
         member = class_membership(pools, len(self.centres))  # (J, R)
-        turned = units * torch.where(along < 0, -1.0, 1.0)[:, None]
-        separation = inter_class_loss(turned, member, margin)
+        separation = inter_class_loss(units * side_of(along)[:, None], member, margin)
         built = self.sizes.any()
         return compact * built, separation * built
 

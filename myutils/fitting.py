@@ -41,9 +41,11 @@ def fit_to_cases(config: RunConfig, source: CaseSource, labeled: Sequence[str]) 
     takes_flat_levels = NETWORKS.get(config.model).takes_flat_levels
     fitting = fitting_flat_levels(config.spacing or survey.spacing) if takes_flat_levels else (0, 0, 0)
     flat_levels = config.flat_levels or fitting
-    with torch.device("meta"):  # without weights
-        parts = make_network(NETWORKS.get(config.model), 1, 2, flat_levels).stride
-    patch = config.patch_size or fitting_patch(survey, config.spacing, source.defaults.patch_size, parts)
+    patch = config.patch_size
+    if patch is None:
+        with torch.device("meta"):  # without weights
+            parts = make_network(NETWORKS.get(config.model), 1, 2, flat_levels).stride
+        patch = fitting_patch(survey, config.spacing, source.defaults.patch_size, parts)
     ct_range = structure_range(source, labeled) if wants_range else config.ct_range
     if wants_range and ct_range is None:
         logger.warning(
