@@ -59,7 +59,10 @@ SHARED: dict[str, tuple[dict[str, object], float]] = {
 }
 SHARED["random ranking"] = (WITH_TERM | {"prototype_ranking": "random"}, 3e-2)
 # The V-Net's dropout, in both networks.
-SHARED["dropout"] = (WITH_TERM | {"method": "ua_mt", "model": "vnet", "patch_size": (16, 16, 16)}, 3e-2)
+SHARED["dropout"] = (
+    WITH_TERM | {"method": "ua_mt", "model": "vnet", "patch_size": (16, 16, 16), "uncertainty_passes": 2},
+    3e-2,
+)
 # Without the term no voxel is drawn, and less parts them; hard pseudo-labels still do.
 PLAIN: dict[str, tuple[dict[str, object], float]] = {
     "supervised": ({}, 1e-4),
