@@ -98,8 +98,9 @@ def make_training_split(source: CaseSource, request: SplitRequest) -> TrainingSp
 
     Raises:
         FileNotFoundError: If a list file does not exist.
-        ValueError: If an id is unknown, comes twice or in two lists, has no label where it needs one, a validation
-            case is of a labelled case's patient, or ``labelnum`` or ``val_num`` does not fit the pool.
+        ValueError: If an id is unknown, comes twice or in two lists, has no label where it needs one or is not in the
+            data's own train list, a validation case is of a labelled case's patient, or ``labelnum`` or ``val_num``
+            does not fit the pool.
     """
     labeled_list = _listed(source, request.labeled_list, needs_label=True)
     val_list = _listed(source, request.val_list, needs_label=True)
@@ -108,8 +109,7 @@ def make_training_split(source: CaseSource, request: SplitRequest) -> TrainingSp
     reserved = set(of_patients(source, pool, val_list or ()))
     pool = [case_id for case_id in pool if case_id not in reserved]
     labeled = list(labeled_list) if labeled_list is not None else _first_labeled(source, pool, request.labelnum)
-    val = val_list
-    if val is None:
+    if (val := val_list) is None:
         labeled, val = _split_validation(labeled, request.val_num)
     seen_twice = of_patients(source, val, labeled)
     if seen_twice:
@@ -163,6 +163,12 @@ def _pool(source: CaseSource, request: SplitRequest, claimed: set[str]) -> list[
     """Training ids, labelled or not, in order; ``claimed`` are ids that a list names for another role."""
     train = _train_list(source, request)
     if train is not None:
+        outside = sorted(claimed.difference(train))
+        if outside and request.train_list is None:  # perhaps test cases, which the evaluation alone may know
+            raise ValueError(
+                f"the labelled or validation list names {some(outside)}, which the data's own train list does not; "
+                "take them out, or pass a --train_list with all training cases"
+            )
         return list(train)
     test = _test_list(source, request)
     if test is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,12 +137,17 @@ def test_labeled_and_validation_lists_replace_the_numbers(tmp_path: Path) -> Non
         labeled_list=write_list(tmp_path / "l.list", "case06", "case02"),
         val_list=write_list(tmp_path / "v.list", "case03"),
     )
-    source = ListedCases(train=IDS[:5])
+    expected = TrainingSplit(("case06", "case02"), ("case00", "case01", "case04"), ("case03",))
+    source = ListedCases(train=["case00", "case01", "case02", "case03", "case04", "case06"])
     split = make_training_split(source, request)
-    assert split == TrainingSplit(("case06", "case02"), ("case00", "case01", "case04"), ("case03",))
+    assert split == expected
     assert make_test_ids(source, request, split) == ("case05", "case07")
     free = make_training_split(ListedCases(), request)  # the held-out case is none that a list claims
     assert free.labeled == ("case06", "case02") and free.val == ("case03",)
+    with pytest.raises(ValueError, match="list names 'case06', which the data's own train list does not; take"):
+        make_training_split(ListedCases(train=IDS[:5], test="closed"), request)
+    listed = replace(request, train_list=write_list(tmp_path / "t.list", *IDS[:5]))  # a user's own need not hold them
+    assert make_training_split(source, listed) == expected
 
 
 def test_lists_that_overlap_are_refused(tmp_path: Path) -> None:
