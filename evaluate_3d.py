@@ -65,6 +65,7 @@ from myutils.flags import option
 from myutils.inference import InferenceOptions
 from myutils.inference_flags import InferenceFlags, inference_options, start
 from myutils.run_folder import make_folder
+from myutils.stop_signals import sigterm_as_ctrl_c
 
 logger = logging.getLogger("evaluate")
 
@@ -113,6 +114,7 @@ class Job:
         return paths_of(self.flags.checkpoint or ())
 
 
+@sigterm_as_ctrl_c()
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse flags, score, write and print; see the module's docstring for the exit codes."""
     usage = "%(prog)s --checkpoint PATH [PATH ...] [flags]"

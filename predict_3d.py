@@ -43,6 +43,7 @@ from myutils.inference_flags import InferenceFlags, inference_options, start
 from myutils.label_files import OutputFolderError, save_in_geometry_of, save_volume
 from myutils.run_folder import make_folder
 from myutils.scan_inputs import Scan, find_scans, join_channels, require_free_outputs, warn_of_modality
+from myutils.stop_signals import sigterm_as_ctrl_c
 
 logger = logging.getLogger("predict")
 
@@ -86,6 +87,7 @@ class Job:
         return tuple(self.folder / name for name in names)
 
 
+@sigterm_as_ctrl_c()
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse flags and segment; see the module's docstring for the exit codes."""
     usage = "%(prog)s --checkpoint PATH [PATH ...] --input PATH --output DIR [flags]"

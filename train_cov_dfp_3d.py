@@ -49,6 +49,7 @@ from myutils.report import draw_run, evaluate_run
 from myutils.run_folder import claim_folder, refuse_used_name, write_json
 from myutils.run_log import setup_logging
 from myutils.step_profile import check_length, format_profile, profile_training
+from myutils.stop_signals import sigterm_as_ctrl_c
 from myutils.trainer import Trainer, TrainingInterrupted
 
 logger = logging.getLogger("train")
@@ -57,6 +58,7 @@ KEPT_FROM_FLAGS = ("num_workers", "evaluate", "baseline", "dataset_path", "cache
 RESUME_FLAGS = {"resume", "exp", "output_dir", "gpu", *KEPT_FROM_FLAGS}
 
 
+@sigterm_as_ctrl_c()
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse flags, train, evaluate; exit code 0 done, 1 failed on the way, 2 refused at the start, 130 stopped."""
     description = __doc__.partition("``--help``")[0].replace("::", ":")

@@ -1,9 +1,9 @@
-"""Ctrl-C and SIGTERM as a request to stop after the step at hand."""
+"""Ctrl-C and SIGTERM: a request to stop after the step at hand in training, an exception elsewhere."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Protocol
@@ -24,12 +24,25 @@ def stop_signals(job: Interruptible) -> Iterator[None]:
             raise KeyboardInterrupt
         job.interrupted = True
 
+    with _handled(request, signal.SIGINT, signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let what ends a job from outside (a scheduler, ``kill``) end it as Ctrl-C does: files closed, with a message."""
+    with _handled(signal.default_int_handler, signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], object], *numbers: int) -> Iterator[None]:
     try:
-        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, handler) for number in numbers}
     except ValueError:  # signals can be caught in the main thread only
         before = {}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, former in before.items():
+            signal.signal(number, former)

@@ -117,15 +117,19 @@ def test_ctrl_c_at_the_last_step_starts_nothing_more(folder: Path, monkeypatch: 
     assert not (folder / "runs" / "a" / "baseline").exists() and not (folder / "runs" / "a" / "test").exists()
 
 
-def test_ctrl_c_in_the_evaluation_says_how_to_evaluate_again(folder: Path, monkeypatch: Patch, capsys: Capture) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_in_the_evaluation_says_how_to_evaluate_again(
+    folder: Path, monkeypatch: Patch, capsys: Capture, number: signal.Signals
+) -> None:
     def press(*args: object, **settings: object) -> None:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate_run", press)
         assert train.main(job(folder, exp="a", max_iteration="1")) == 130
     message = capsys.readouterr().err
     assert "Traceback" not in message and "--exp a --resume" in message
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert train.main(resume(folder, "a")) == 0
     assert (folder / "runs" / "a" / "test" / "cases.csv").exists()
 
