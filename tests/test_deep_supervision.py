@@ -16,15 +16,18 @@ from networks.base import NETWORKS
 
 
 def test_levels_learn_the_shares_of_their_voxels_with_halved_weights() -> None:
-    """All logits are 0: cross-entropy is ln 2 whatever the shares are, probabilities are one half."""
+    """Class 1 has a probability of 3/4 at the coarse level, of 1/2 at the fine one, and is half of each."""
     deep = DeepSupervision([3, 5], 2)
     for parameter in deep.parameters():
         torch.nn.init.zeros_(parameter)
+    with torch.no_grad():
+        deep.classifiers[0].bias.copy_(torch.tensor([0.0, math.log(3)]))
     labels = torch.zeros(1, 4, 4, 4, dtype=torch.long)
-    labels[0, :2] = 1  # one half: 2 of 4 voxels at the coarse level 2 x 1 x 1, 32 of 64 at the fine one
+    labels[0, :2] = 1  # 1 of 2 voxels at the coarse level 2 x 1 x 1, 32 of 64 at the fine one
     loss = deep([torch.randn(1, 3, 2, 1, 1), torch.randn(1, 5, 4, 4, 4)], one_hot_labels(labels, 2))
-    level = 0.5 * (math.log(2) + 1 - 2 * 0.5 * 0.5 / (0.5 + 0.5))
-    assert loss.item() == pytest.approx(0.25 * level + 0.5 * level, abs=1e-4)
+    coarse = 0.5 * (-0.5 * math.log(0.25 * 0.75) + 1 - 2 * 0.75 / (1.5 + 1))
+    fine = 0.5 * (math.log(2) + 1 - 2 * 0.5 / (1 + 1))
+    assert loss.item() == pytest.approx(0.25 * coarse + 0.5 * fine, abs=1e-4)
 
 
 def test_mixed_voxels_have_soft_targets() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from myutils.ema import MovingAverage, make_teacher
-from myutils.losses.segmentation import dice_ce_loss, one_hot_labels, soft_dice_loss, soft_label_loss
+from myutils.losses.segmentation import dice_ce_loss, one_hot_labels, region_losses, soft_dice_loss, soft_label_loss
 from myutils.methods.base import batch_dice
 from myutils.schedules import ema_decay_at, fraction_rampup, poly_lr, sigmoid_rampup
 
@@ -52,6 +52,18 @@ def test_dice_ce_loss_is_the_mean_of_both() -> None:
     assert loss.item() == pytest.approx(expected, abs=1e-4)
     loss.backward()
     assert logits.grad.abs().sum() > 0
+
+
+def test_losses_of_half_precision_logits_are_computed_in_float32() -> None:
+    torch.manual_seed(0)
+    logits = (5 * torch.randn(1, 3, 4, 4, 4)).to(torch.bfloat16)
+    labels, ones = torch.randint(0, 3, (1, 4, 4, 4)), torch.ones(1, 4, 4, 4)
+    for loss in (
+        lambda given: dice_ce_loss(given, labels),
+        lambda given: soft_label_loss(given, one_hot_labels(labels, 3), ones),
+        lambda given: torch.stack(region_losses(given, labels, ones.bool())),
+    ):
+        assert torch.equal(loss(logits), loss(logits.float())) and loss(logits).dtype == torch.float32
 
 
 def test_dice_ce_loss_averages_cross_entropy_over_unreliable_voxels_too() -> None:

@@ -70,6 +70,14 @@ def test_kernels_are_what_mixes_channels_and_voxels() -> None:
     assert all(name.endswith("weight") for name in names)
 
 
+def test_kernels_have_three_times_the_rate_now_and_in_a_schedule() -> None:
+    parameters = list(UNet3D(1, 3).parameters())
+    rest, kernels = split_kernels([{"params": parameters, "lr": 0.01, "lr_scale": 0.5}])
+    assert len(rest["params"]) + len(kernels["params"]) == len(parameters)
+    assert (rest["kernels"], rest["lr"], rest["lr_scale"]) == (False, 0.01, 0.5)
+    assert (kernels["kernels"], kernels["lr"], kernels["lr_scale"]) == (True, pytest.approx(0.03), 1.5)
+
+
 @pytest.mark.parametrize("model", NETWORKS.names())
 def test_the_first_layer_is_no_kernel_whatever_the_channels(model: str) -> None:
     chosen = []

@@ -10,6 +10,8 @@ from prototype_cases import E, K, fill, make_manager, sure_logits
 from torch import distributed, multiprocessing
 
 from myutils.contrastive_prototype_manager import ContrastivePrototypeManager
+from myutils.prototype_losses import intra_class_loss
+from myutils.prototype_memory import unit_vectors
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +118,22 @@ def test_update_memory_replaces_one_class_and_keeps_the_others() -> None:
     assert torch.equal(manager.memory[[0, 2]], before[[0, 2]])
     assert manager.memory_count.tolist() == [5, 2, 5]
     assert torch.equal(manager.memory[1], torch.cat([torch.ones(2, E), torch.zeros(3, E)]))
+
+
+def test_short_vectors_are_made_unit_and_the_shortest_zero() -> None:
+    vectors = torch.tensor([[3e-4, 4e-4], [0.0, 2e-6], [0.0, 5e-7], [0.0, 0.0]], requires_grad=True)
+    found = unit_vectors(vectors)
+    assert found.tolist() == [pytest.approx([0.6, 0.8]), [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
+    found.sum().backward()
+    assert vectors.grad is not None and (vectors.grad[2:] == 0).all()
+
+
+def test_a_class_without_a_prototype_has_no_spread() -> None:
+    units = torch.eye(4)[:3]
+    member = torch.tensor([[[True, False, False], [False, True, False], [False, False, False]]])
+    prototypes = torch.stack([-units[0], torch.zeros(4), units[2]])
+    filled = torch.tensor([True, False, True])
+    assert intra_class_loss(units, prototypes, member, filled).item() == 4.0  # of class 0 alone
 
 
 def test_memory_features_are_what_is_stored() -> None:

@@ -34,6 +34,12 @@ def test_sampling_is_uniform_capped_and_without_replacement() -> None:
     assert manager.sample_positions(labels, samples_per_class=3)[0].shape == (6,)
 
 
+def test_a_class_with_enough_voxels_fills_its_quota() -> None:
+    labels = torch.cat([torch.zeros(50_000), torch.ones(3_000), torch.full((1_500,), 2)]).long()
+    _, classes = sample_per_class(labels, 3, 2_000, -1)
+    assert classes.bincount().tolist() == [2_000, 2_000, 1_500]
+
+
 def test_sampling_follows_the_global_seed() -> None:
     manager, labels = make_manager(samples_per_class=10), torch.zeros(5000, dtype=torch.int64)
     draws = []

@@ -146,6 +146,16 @@ def test_the_student_fills_the_memory_with_what_it_projects() -> None:
     assert nearest.max() < 1e-2  # and not what the prediction head makes of it
 
 
+def test_the_averaged_projection_follows_the_trained_one() -> None:
+    term = make_term(ema_decay=0.75)
+    first, last = (next(part.parameters()) for part in (term.projection, term.teacher_projection))
+    with torch.no_grad():
+        first.fill_(4.0)
+        last.fill_(0.0)
+    term.after_step(100)
+    assert last.unique().tolist() == [1.0] and not last.requires_grad
+
+
 def test_both_kinds_share_the_quota_of_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
     term = make_term(prototype_samples=40)
     compared = groups_compared(term, monkeypatch)

@@ -56,6 +56,14 @@ def test_seeds_may_come_from_several_files(rows: list[Row], tmp_path: Path) -> N
         read_rows([tmp_path / "1.csv", tmp_path / "again.csv"])
 
 
+def test_figures_keep_six_digits(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", {"a": [0.8123456, 0.5]}, hd95=12.34567)
+    write_rows(tmp_path / "scores.csv", [Row("ours", (run,))], [0])
+    (row,) = read_rows([tmp_path / "scores.csv"])
+    found = [row.case_values(metric).mean() for metric in ("dice", "hd95_mm")]
+    assert found == [pytest.approx((0.812346 + 0.5) / 2, abs=1e-9), pytest.approx(12.3457, abs=1e-9)]
+
+
 def test_the_scores_in_the_documents_can_be_compared() -> None:
     rows = read_rows([Path(__file__).resolve().parents[2] / "docs" / "scores" / "hippocampus_8.csv"])
     base, full = (next(row for row in rows if row.name == name) for name in ("supervised", "supervised, all labels"))

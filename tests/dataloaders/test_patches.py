@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import BallSource
 
+from dataloaders import patches
 from dataloaders.base import KeptCases, Volume
 from dataloaders.case_cache import CaseCache, PreparedCase
 from dataloaders.patches import PatchDataset, collate
@@ -43,6 +44,9 @@ def test_choose_center_holds_the_target() -> None:
     for _ in range(50):
         corner = choose_center((20, 20, 20), PATCH, rng, target)
         assert (corner <= target).all() and (target < corner + 8).all() and (corner >= 0).all()
+    inner = np.stack([choose_center((20, 20, 20), PATCH, rng, np.array([10, 9, 11])) for _ in range(200)])
+    for axis, target_voxel in enumerate((10, 9, 11)):  # up to a quarter of the patch to either side of its middle
+        assert set(target_voxel - inner[:, axis]) == {2, 3, 4, 5, 6}
 
 
 def test_crop_pads_outside_with_the_fill_value() -> None:
@@ -174,6 +178,15 @@ def test_dataset_gives_the_same_patch_for_the_same_key() -> None:
     assert torch.equal(first["image"], second["image"]) and torch.equal(first["label"], second["label"])
     other = dataset(BallSource())[SampleKey("ball00", True, 12)]
     assert not torch.equal(first["image"], other["image"])
+
+
+def test_intensities_of_labelled_patches_change_little_and_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, float]] = []
+    monkeypatch.setattr(patches, "change_intensity", lambda image, rng, **how: asked.append(how) or image)
+    for changes in ({"strong_intensity": 0.7}, {"strong_intensity": 0.7, "intensity": False}):
+        made = dataset(BallSource(), **changes)
+        assert made[SampleKey("ball00", True, 3)] and made[SampleKey("ball00", False, 3)]
+    assert asked == [{"chance": 0.2, "size": 0.5}, {"chance": 0.8, "size": 0.7}]
 
 
 def test_dataset_views_share_their_geometry() -> None:

@@ -23,6 +23,7 @@ def test_step_plan_warms_up_on_labelled_patches_and_goes_on_in_order() -> None:
     labeled = [key.case_id for step in keys for key in step if key.labeled]
     unlabeled = [key for step in keys for key in step if not key.labeled]
     assert [labeled.count(case) for case in PLAN.labeled] in ([8, 7, 7], [7, 8, 7], [7, 7, 8])
+    assert len({key.seed for step in keys for key in step}) == 3 * 4 + 5 * 4  # no patch comes twice
     assert unlabeled == [key for step in range(5) for key in PLAN.keys(step) if not key.labeled]
 
 
