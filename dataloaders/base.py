@@ -14,6 +14,7 @@ from myutils.registry import Registry
 
 Triple = tuple[int, int, int]
 MAX_CLASSES = 256  # labels are uint8
+_ROUNDING = 1e-4  # how far a stored class id may be from a whole number
 
 
 @dataclass(frozen=True)
@@ -199,9 +200,13 @@ def check_label(label: np.ndarray, image_shape: Sequence[int], num_classes: int,
             "give the case its own label, or resample the label onto the image grid"
         )
     whole = np.rint(label)
-    if not (np.isfinite(whole).all() and np.array_equal(whole, label)):
+    with np.errstate(invalid="ignore"):
+        odd = ~(np.abs(label - whole) <= _ROUNDING)  # NaN and infinities too
+    if odd.any():
+        place = tuple(int(index) for index in np.argwhere(odd)[0])
         raise ValueError(
-            f"case {case_id}: the label has fractional values or infinities; store class ids 0..{num_classes - 1}"
+            f"case {case_id}: {int(odd.sum())} voxels of the label are no whole numbers, such as {label[place]:.6g} at "
+            f"{place}; store class ids 0..{num_classes - 1}"
         )
     low, high = int(whole.min(initial=0)), int(whole.max(initial=0))
     if low < 0 or high >= num_classes:
@@ -219,9 +224,11 @@ def _advice_on(label: np.ndarray, low: int, high: int, num_classes: int) -> str:
         return f"store a mask of 0 and {high} as 0 and 1"
     if high >= MAX_CLASSES:
         return f"no class id is above {MAX_CLASSES - 1}: number the classes anew"
+    found = np.unique(label).astype(int).tolist()
+    gaps = f" (it holds {', '.join(map(str, found))}; classes are numbered without gaps)" * (len(found) <= high)
     return (
-        f"pass --num_classes {high + 1} to the training, or correct the label; a checkpoint of {num_classes} classes "
-        "cannot be scored on it"
+        f"pass --num_classes {high + 1} to the training, or correct the label{gaps}; a checkpoint of {num_classes} "
+        "classes cannot be scored on it"
     )
 
 

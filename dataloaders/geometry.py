@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel as nib
@@ -13,10 +16,15 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from dataloaders.base import Grid, check_label
+from dataloaders.orientation import Turn
+from dataloaders.say_once import warn_once
+
+logger = logging.getLogger(__name__)
 
 Spacing = tuple[float, float, float]
 MILLIMETRES = {1: 1000.0, 3: 0.001}  # by NIfTI's code of the unit: metres, micrometres
 GRID_TOLERANCE = 1e-3
+_CONTRADICTION = 0.05  # of a voxel's edge, that qform and sform may differ by
 READ_ERRORS = (OSError, EOFError, ValueError, OverflowError, zlib.error, ImageFileError, HeaderDataError)
 
 
@@ -47,10 +55,19 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
         raise ValueError(f"{path}: the voxels are colours (RGB), as of a screenshot; export the scan's own intensities")
     try:
         voxels = image.get_fdata(dtype=np.float32, caching="unchanged")
+        _require_checksum(path)
     except READ_ERRORS as error:
         raise ValueError(f"{path}: the voxels cannot be read ({error}); the file is damaged, copy it again") from error
     affine = _affine_mm(image)
     return _channels_first(voxels, path), affine, affine_spacing(affine, str(path))
+
+
+def _require_checksum(path: Path) -> None:
+    """Read a gzipped file to its end, where its checksum is; nibabel stops at the last voxel, before it."""
+    if path.suffix.lower() == ".gz":
+        with gzip.open(path) as file:
+            while file.read(2**22):
+                pass
 
 
 def read_nifti_channels(paths: Sequence[Path], case_id: str) -> tuple[np.ndarray, np.ndarray, Spacing]:
@@ -100,6 +117,16 @@ def states_orientation(header: nib.Nifti1Header) -> bool:
 
 
 def _affine_mm(image: nib.Nifti1Image) -> np.ndarray:
+    """Affine (4, 4) to RAS+ mm; a header that contradicts itself is named."""
+    header = image.header
+    if header["qform_code"] and header["sform_code"]:
+        gap = float(np.abs(header.get_qform() - header.get_sform()).max())
+        if gap > _CONTRADICTION * float(voxel_sizes(header.get_sform()).min()):
+            warn_once(
+                logger,
+                f"{image.get_filename()}: its qform and sform differ by up to {gap:.3g}; the sform is taken, other "
+                "programs may take the qform",
+            )
     affine = np.asarray(image.affine, dtype=np.float64).copy()
     affine[:3] *= MILLIMETRES.get(int(image.header["xyzt_units"]) & 7, 1.0)  # nibabel fails for unknown units of time
     return affine
@@ -110,12 +137,32 @@ def _open_nifti(path: Path) -> nib.Nifti1Image:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; check the data folder and the list files")
     try:
-        image = nib.load(path)
+        with _repairs() as repairs:
+            image = nib.load(path)
     except READ_ERRORS as error:
         raise ValueError(f"{path}: not a readable NIfTI file ({error}); copy or export it again") from error
     if not isinstance(image, nib.Nifti1Image):  # Nifti2Image is a subclass
         raise ValueError(f"{path}: is {type(image).__name__}, not NIfTI; convert it to .nii.gz")
+    if repairs and not image.header["sform_code"]:  # an sform has the voxel size too
+        warn_once(logger, f"{path}: its header is wrong, and read as well as it can be ({'; '.join(repairs)})")
     return image
+
+
+@contextmanager
+def _repairs() -> Iterator[list[str]]:
+    """What nibabel says about headers that it repairs, without a file's name, instead of its log."""
+    said: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        said.append(record.getMessage())
+        return False
+
+    log = logging.getLogger("nibabel.global")
+    log.addFilter(keep)
+    try:
+        yield said
+    finally:
+        log.removeFilter(keep)
 
 
 def _require_axes(shape: tuple[int, ...], path: Path) -> None:
@@ -147,7 +194,7 @@ def affine_spacing(affine: np.ndarray, where: str) -> Spacing:
 
 
 def read_label(path: Path, case_id: str, *, image: np.ndarray, affine: np.ndarray, num_classes: int) -> np.ndarray:
-    """Read a NIfTI label that lies on the grid of its image.
+    """Read a NIfTI label that lies on the grid of its image, where it is stored in other axes turned to the image's.
 
     Args:
         path: Label file.
@@ -166,13 +213,20 @@ def read_label(path: Path, case_id: str, *, image: np.ndarray, affine: np.ndarra
     voxels, label_affine, _ = read_nifti(path)
     if voxels.shape[0] != 1:
         raise ValueError(f"case {case_id}: label {path} has {voxels.shape[0]} channels; store one map of class ids")
-    label = check_label(voxels[0], image.shape[1:], num_classes, case_id)
+    stored, shape = voxels[0], image.shape[1:]
     gap = float(np.abs(label_affine - affine).max())
     limit = GRID_TOLERANCE * float(voxel_sizes(affine).min())
+    if gap > limit and nifti_grid(path).oriented:
+        ours, theirs = Turn.of(affine, "ras"), Turn.of(label_affine, "ras")
+        grids = ours.affine_forth(affine, shape), theirs.affine_forth(label_affine, stored.shape)
+        if np.abs(grids[0] - grids[1]).max() <= limit and ours.values_forth(shape) == theirs.values_forth(stored.shape):
+            stored, gap = np.ascontiguousarray(ours.back(theirs.forth(stored))), 0.0
+    label = check_label(stored, shape, num_classes, case_id)
     if gap > limit:
+        moved = float(np.abs(label_affine - affine)[:3, :3].max()) * max(shape) <= limit
         raise ValueError(
             f"case {case_id}: the affine of label {path} differs from the image's by {gap:.4g} mm, more than "
-            f"{limit:.2g} mm; resample the label onto the image grid, or copy the image's affine if only the header "
-            "is wrong"
+            f"{limit:.2g} mm; resample the label onto the image grid"
+            + (", or copy the image's affine if only the header is wrong" * moved)
         )
     return label

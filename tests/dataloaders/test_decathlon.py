@@ -164,7 +164,7 @@ def test_label_on_a_shifted_grid_is_refused(tmp_path: Path) -> None:
     [
         (make.corner_label((6, 5, 5)), r"label shape \(6, 5, 5\) differs"),
         (make.corner_label(class_id=3), "class id 3 is outside 0..2; pass --num_classes 4"),
-        (make.corner_label().astype(np.float32) * 0.5, "fractional values"),
+        (make.corner_label().astype(np.float32) * 0.5, "are no whole numbers, such as 0.5 at"),
         (np.stack([make.corner_label()] * 2, -1), "has 2 channels"),
     ],
 )

@@ -8,6 +8,7 @@ import data_makers as make
 import nibabel as nib
 import numpy as np
 import pytest
+from nibabel.orientations import axcodes2ornt, ornt_transform
 
 from dataloaders.geometry import affine_spacing, nifti_channels, read_label, read_nifti
 
@@ -98,6 +99,40 @@ def test_truncated_file_is_refused_by_name(tmp_path: Path, name: str, share: flo
         read_nifti(path)
 
 
+def test_a_gzipped_file_with_wrong_voxels_is_refused_by_name(tmp_path: Path) -> None:
+    path = make.write_nifti(tmp_path / "a.nii.gz", np.random.default_rng(0).normal(size=(16, 16, 16)))
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 1  # of the checksum: every voxel can be read
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.nii\.gz: the voxels cannot be read .* damaged, copy it again"):
+        read_nifti(path)
+
+
+def test_a_header_that_contradicts_itself_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    image = nib.Nifti1Image(make.counting_image(), make.AFFINE)
+    image.set_qform(make.AFFINE, code=1)
+    nib.save(image, tmp_path / "same.nii.gz")
+    image.set_qform(np.diag([-1.0, 1, 1, 1]) @ make.AFFINE, code=1)
+    nib.save(image, tmp_path / "mirrored.nii.gz")
+    for name in ("same", "mirrored", "mirrored"):
+        assert np.array_equal(read_nifti(tmp_path / f"{name}.nii.gz")[1], make.AFFINE)
+    (warning,) = caplog.messages
+    assert "mirrored.nii.gz: its qform and sform differ by up to" in warning and "the sform is taken" in warning
+
+
+@pytest.mark.parametrize("sform", [False, True])
+def test_a_voxel_size_of_zero_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture, sform: bool) -> None:
+    path = make.write_nifti(tmp_path / "a.nii", make.counting_image())
+    content = bytearray(path.read_bytes())
+    content[88:92] = np.array(0.0, "<f4").tobytes()  # pixdim[3]
+    content[252:256] = np.array([1, 2 * sform], "<i2").tobytes()  # codes of qform and sform
+    path.write_bytes(content)
+    _, _, spacing = read_nifti(path)
+    assert spacing[2] == (3.0 if sform else 1.0)
+    said = [message for message in caplog.messages if "qform" not in message]
+    assert len(said) == (not sform) and all("a.nii: its header is wrong" in message for message in said)
+
+
 @pytest.mark.parametrize("shape", [(6, 5), (6, 5, 4, 2, 2)])
 def test_other_numbers_of_axes_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
     path = make.write_nifti(tmp_path / "a.nii.gz", make.counting_image(shape))
@@ -130,6 +165,27 @@ def test_label_affine_may_differ_by_rounding_alone(tmp_path: Path) -> None:
     make.write_nifti(path, make.corner_label(), near)
     with pytest.raises(ValueError, match=r"differs from the image's by 0.0025 mm"):
         read_label(path, "a", image=image, affine=make.AFFINE, num_classes=2)
+
+
+@pytest.mark.parametrize("axes", ["LAS", "PIR", "SRA"])
+def test_a_label_in_other_axes_is_turned_to_its_image(tmp_path: Path, axes: str) -> None:
+    image = make.counting_image()[None]
+    path = make.write_nifti(tmp_path / "a.nii.gz", image[0] % 3)
+    turned = nib.load(path).as_reoriented(ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(axes)))
+    assert nib.aff2axcodes(turned.affine) == tuple(axes)
+    nib.save(turned, path)
+    label = read_label(path, "a", image=image, affine=make.AFFINE, num_classes=3)
+    assert np.array_equal(label, image[0] % 3) and label.flags.c_contiguous
+    turned.affine[:3, 3] += 1.0
+    nib.save(nib.Nifti1Image(np.asarray(turned.dataobj), turned.affine), path)
+    with pytest.raises(ValueError, match=r"label shape .* differs|resample the label onto the image grid$"):
+        read_label(path, "a", image=image, affine=make.AFFINE, num_classes=3)
+
+
+def test_class_ids_may_be_off_by_rounding(tmp_path: Path) -> None:
+    path = make.write_nifti(tmp_path / "a.nii.gz", make.corner_label() * np.float32(1.00001))
+    image = make.counting_image()[None]
+    assert read_label(path, "a", image=image, affine=make.AFFINE, num_classes=2).sum() == 8
 
 
 def test_label_in_other_units_fits_its_image(tmp_path: Path) -> None:

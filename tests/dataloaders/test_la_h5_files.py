@@ -55,10 +55,10 @@ def test_links_to_nothing_are_refused(tmp_path: Path, name: str) -> None:
     [
         (make.corner_label((6, 5, 3)), r"label shape \(6, 5, 3\) differs from image shape \(6, 5, 4\)"),
         (make.corner_label(class_id=2), r"class id 2 is outside 0..1; pass --num_classes 3"),
-        (make.corner_label() * 0.5, "fractional values"),
+        (make.corner_label() * 0.5, r"8 voxels of the label are no whole numbers, such as 0.5 at \("),
         (-make.corner_label().astype(np.int16), "class id -1 is outside"),
-        (np.where(make.corner_label(), np.inf, 0.0), "infinities"),
-        (np.where(make.corner_label(), np.nan, 0.0), "fractional values"),
+        (np.where(make.corner_label(), np.inf, 0.0), "8 voxels of the label are no whole numbers, such as inf at"),
+        (np.where(make.corner_label(), np.nan, 0.0), "8 voxels of the label are no whole numbers, such as nan at"),
     ],
 )
 def test_bad_label_is_refused_with_the_case(tmp_path: Path, label: np.ndarray, message: str) -> None:

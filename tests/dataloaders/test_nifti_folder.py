@@ -171,7 +171,7 @@ def test_first_image_without_three_axes_is_named(tmp_path: Path) -> None:
         (make.corner_label(class_id=255), "class id 255 is outside 0..1; store a mask of 0 and 255 as 0 and 1"),
         (-make.corner_label().astype(np.int16), "class id -1 is outside 0..1; no class has a negative id: store such"),
         (300 * make.corner_label().astype(np.int16), "class id 300 is .* above 255: number the classes anew"),
-        (make.corner_label().astype(np.float32) + 0.25, "fractional values"),
+        (make.corner_label().astype(np.float32) + 0.25, "are no whole numbers, such as 1.25 at"),
     ],
 )
 def test_bad_label_is_refused_with_the_case(tmp_path: Path, label: np.ndarray, message: str) -> None:
