@@ -149,21 +149,47 @@ def _holds_series(folder: Path) -> bool:
 
 
 def require_free_outputs(scans: Iterable[Scan], outputs: Iterable[Path]) -> None:
-    """Refuse outputs that are inputs or come twice; symbolic links and hard links are seen through.
+    """Refuse outputs that are inputs, would be taken for labels of them, or come twice; links are seen through.
 
     Raises:
         ValueError: Naming the file and the fix.
     """
+    scans, outputs = list(scans), list(outputs)
+    refuse_label_folders(scans, {output.parent for output in outputs})
     inputs = [path for scan in scans for path in scan.files]
     resolved = {path.resolve() for path in inputs}
+    twins = {path.with_name(f"{path.name}.gz").resolve() for path in inputs if path.suffix == ".nii"}
     held = set(map(_identity, inputs)) - {None}
     seen: set[Path] = set()
     for output in outputs:
         if output.resolve() in resolved or _identity(output) in held:
             raise ValueError(f"{output} is an input and would be overwritten; pass another --output")
+        if output.resolve() in twins:
+            raise ValueError(f"{output} would lie beside the scan of the same name; pass another --output")
         if output in seen:
             raise ValueError(f"two inputs would be written to {output}; rename one, or predict them separately")
         seen.add(output)
+
+
+def refuse_label_folders(scans: Iterable[Scan], folders: Iterable[Path]) -> None:
+    """Refuse output folders in which a training would take the predictions for the experts' labels of the scans.
+
+    Raises:
+        ValueError: Naming the folder and the fix.
+    """
+    taken: set[Path] = set()
+    for scan in scans:
+        around = scan.path.parent
+        if scan.is_dicom:
+            taken |= {scan.path.resolve(), around.resolve(), (around / LABEL_FOLDER).resolve()}
+        elif around.name.startswith("images"):  # images, imagesTr and imagesTs
+            taken.add(around.with_name(around.name.replace("images", "labels", 1)).resolve())
+    for folder in folders:
+        if folder.resolve() in taken:
+            raise ValueError(
+                f"--output {folder}: a training would take the predictions there for labels of these scans, and there "
+                "may be such labels; pass another folder"
+            )
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

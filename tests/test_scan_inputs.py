@@ -10,6 +10,8 @@ import pytest
 
 from myutils.scan_inputs import Scan, require_free_outputs
 
+SERIES = ("scans/p1", "scans/p2")
+
 
 def test_outputs_of_before_are_looked_at_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scans, outputs = [], []
@@ -33,3 +35,31 @@ def test_outputs_of_before_are_looked_at_once_each(tmp_path: Path, monkeypatch: 
     outputs[7].hardlink_to(scans[8].path)
     with pytest.raises(ValueError, match=r"out/7\.nii\.gz is an input and would be overwritten"):
         require_free_outputs(scans, outputs)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "folder"),
+    [
+        (SERIES, "scans"),
+        (SERIES, "scans/labels"),
+        (SERIES, "scans/p2"),
+        (("images/a.nii",), "labels"),
+        (("imagesTr/a.nii.gz",), "labelsTr"),
+    ],
+)
+def test_predictions_are_not_put_where_training_looks_for_labels(
+    tmp_path: Path, inputs: tuple[str, ...], folder: str
+) -> None:
+    scans = [Scan(Path(name).name.partition(".")[0], tmp_path / name) for name in inputs]
+    for scan in scans:
+        (scan.path if inputs == SERIES else scan.path.parent).mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"--output .*/{folder}: a training would take the predictions there"):
+        require_free_outputs(scans, [tmp_path / folder / f"{scan.name}.nii.gz" for scan in scans])
+    require_free_outputs(scans, [tmp_path / "out" / f"{scan.name}.nii.gz" for scan in scans])
+
+
+def test_a_prediction_does_not_lie_beside_its_scan_as_one_more_file_of_the_case(tmp_path: Path) -> None:
+    scans = [Scan("a", tmp_path / "a.nii"), Scan("b", tmp_path / "b.nii.gz")]
+    with pytest.raises(ValueError, match=r"a\.nii\.gz would lie beside the scan of the same name"):
+        require_free_outputs(scans, [tmp_path / "a.nii.gz"])
+    require_free_outputs(scans, [tmp_path / "a_prob.nii.gz"])

@@ -250,7 +250,7 @@ def test_files_of_before_are_replaced_on_request_alone(
 ) -> None:
     for name in ("a", "b"):
         scan(tmp_path / "images" / f"{name}.nii.gz")
-    label = scan(tmp_path / "labels" / "b.nii.gz")  # an expert's
+    label = scan(tmp_path / "corrected" / "b.nii.gz")  # by an expert
     before = label.read_bytes()
     message = refused(capsys, checkpoint, tmp_path / "images", label.parent)
     assert "b.nii.gz exists already, and 0 more" in message and "--existing replace" in message
