@@ -47,7 +47,6 @@ from myutils.evaluation import (
     CaseResult,
     DamagedCasesError,
     evaluate_cases,
-    format_table,
     summarise,
     write_scores,
     write_summary_json,
@@ -65,6 +64,7 @@ from myutils.flags import option
 from myutils.inference import InferenceOptions
 from myutils.inference_flags import InferenceFlags, inference_options, start
 from myutils.run_folder import make_folder
+from myutils.score_table import format_table
 from myutils.stop_signals import sigterm_as_ctrl_c
 
 logger = logging.getLogger("evaluate")

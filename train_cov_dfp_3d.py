@@ -39,7 +39,6 @@ from myutils.build import DataFacts, build_source, resolve_config
 from myutils.checkpoint import RunState, read_checkpoint
 from myutils.config import RunConfig
 from myutils.distributed import RankInfo, any_rank, barrier, broadcast_object, start_process_group, stop_process_group
-from myutils.evaluation import format_table
 from myutils.finite_watch import NonFiniteLossError
 from myutils.fitting import fit_to_cases
 from myutils.flags import SuggestingParser, add_flags, given_flags
@@ -48,6 +47,7 @@ from myutils.registry import closest_hint
 from myutils.report import draw_run, evaluate_run
 from myutils.run_folder import claim_folder, refuse_used_name, write_json
 from myutils.run_log import setup_logging
+from myutils.score_table import format_table
 from myutils.step_profile import check_length, format_profile, profile_training
 from myutils.stop_signals import sigterm_as_ctrl_c
 from myutils.trainer import Trainer, TrainingInterrupted

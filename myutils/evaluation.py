@@ -1,4 +1,4 @@
-"""Scores of a network on labelled cases, on each case's own grid: per-case CSV, summary with counts, printed table."""
+"""Scores of a network on labelled cases, on each case's own grid: per-case CSV, summary with counts."""
 
 from __future__ import annotations
 
@@ -34,12 +34,6 @@ logger = logging.getLogger(__name__)
 LARGEST_SHEAR = 1.0  # degrees off right angles that distances may ignore
 METRICS = CaseMetrics._fields
 CSV_COLUMNS = ("case", "class", *METRICS, "truth_ml", "prediction_ml", "class_name")
-TABLE_COLUMNS = (
-    ("Dice %", "dice", 100),
-    ("Jaccard %", "jaccard", 100),
-    ("HD95 mm", "hd95_mm", 1),
-    ("ASSD mm", "assd_mm", 1),
-)
 
 
 @dataclass(frozen=True)
@@ -191,11 +185,12 @@ def summarise(results: Sequence[CaseResult], class_names: Sequence[str]) -> dict
     """Mean, sd, n and n_missed of every metric, per class and over the classes; valid JSON without inf and nan.
 
     Returns:
-        ``{"n_cases": N, "classes": {"1": {"name": ..., "dice": S, ...}, ...}, "mean": {"dice": S, ...}}`` with
-        ``S = {"mean", "sd", "n", "n_missed"}``. The mean is that of the ``n`` finite values, None if there are none;
-        sd is that of a sample (n - 1), None below two values; ``n_missed`` counts the infinite distances.
-        ``"mean"`` first averages each case over its finite classes, then over the cases; its ``n_missed`` counts pairs
-        of case and class.
+        ``{"n_cases": N, "classes": {"1": {"name": ..., "dice": S, ...}, ...}, "mean": {"dice": S, ...}, "absent":
+        ["3", ...]}`` with ``S = {"mean", "sd", "n", "n_missed"}``. The mean is that of the ``n`` finite values, None if
+        there are none; sd is that of a sample (n - 1), None below two values; ``n_missed`` counts the infinite
+        distances. ``"mean"`` first averages each case over its finite classes, then over the cases; its ``n_missed``
+        counts pairs of case and class. It leaves the ``"absent"`` classes out, which no case shows: their figures say
+        nothing, 1 where none is predicted and 0 where one voxel is.
     """
     if not results:
         raise ValueError("no result to summarise; evaluate at least one case")
@@ -204,13 +199,20 @@ def summarise(results: Sequence[CaseResult], class_names: Sequence[str]) -> dict
         rows = [result.metrics[class_id] for result in results]
         figures = {metric: _statistics([getattr(row, metric) for row in rows]) for metric in METRICS}
         classes[str(class_id)] = {"name": class_names[class_id], **figures}
-    mean = {}
+    mean, shown = {}, shown_classes(results)
     for metric in METRICS:
-        per_case = [[getattr(row, metric) for row in result.metrics.values()] for result in results]
+        per_case = [[getattr(result.metrics[class_id], metric) for class_id in shown] for result in results]
         finite = [[value for value in values if math.isfinite(value)] for values in per_case]
         mean[metric] = _statistics([float(np.mean(values)) for values in finite if values])
         mean[metric]["n_missed"] = sum(len(a) - len(b) for a, b in zip(per_case, finite, strict=True))
-    return {"n_cases": len(results), "classes": classes, "mean": mean}
+    absent = [str(class_id) for class_id in results[0].metrics if class_id not in shown]
+    return {"n_cases": len(results), "classes": classes, "mean": mean, "absent": absent}
+
+
+def shown_classes(results: Sequence[CaseResult]) -> list[int]:
+    """The classes that a reference shows in any of the cases; all of them where none is shown."""
+    classes = list(results[0].metrics)
+    return [k for k in classes if any(result.truth_ml[k] > 0 for result in results)] or classes
 
 
 def _statistics(values: Sequence[float]) -> dict[str, Any]:
@@ -227,71 +229,3 @@ def write_summary_json(path: Path, summary: Mapping[str, Any]) -> None:
     """Write a summary as strict JSON; a figure that JSON cannot hold is an error."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def format_table(
-    summary: Mapping[str, Any],
-    baseline_summary: Mapping[str, Any] | None = None,
-    *,
-    name: str = "this model",
-    baseline_name: str = "supervised only",
-) -> str:
-    """Aligned text table: a row per class and their mean; mean ± sd, cases, missed, and a baseline beside them.
-
-    Args:
-        summary: From :func:`summarise`.
-        baseline_summary: The same cases by another network, shown beside with the difference in Dice; or None.
-        name: Heading of the columns of ``summary``.
-        baseline_name: Heading of the columns of ``baseline_summary``.
-    """
-    header = ["class", "n", *_headings()]
-    rows = [[label, str(row["dice"]["n"]), *_cells(row)] for label, row in _rows(summary)]
-    groups = [("", 2), (name, len(_headings()))]
-    if baseline_summary is not None:
-        header += [*_headings(), "Dice gain"]
-        groups += [(baseline_name, len(_headings())), ("", 1)]
-        for cells, (_, ours), (_, theirs) in zip(rows, _rows(summary), _rows(baseline_summary), strict=True):
-            gain = 100 * (ours["dice"]["mean"] - theirs["dice"]["mean"])
-            cells += [*_cells(theirs), f"{gain:+.2f}"]
-    return _aligned(header, rows, groups)
-
-
-def _headings() -> list[str]:
-    return [heading for heading, _, _ in TABLE_COLUMNS] + ["missed"]
-
-
-def _rows(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    named = [(f"{class_id} {row['name']}", row) for class_id, row in summary["classes"].items()]
-    return [*named, ("mean", summary["mean"])]
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    """Mean ± sd of each metric, and the number of missed objects, which all distances share."""
-    cells = []
-    for _, metric, scale in TABLE_COLUMNS:
-        mean, sd = row[metric]["mean"], row[metric]["sd"]
-        if mean is None:
-            cells.append("-")
-        else:
-            cells.append(f"{scale * mean:.2f}" + ("" if sd is None else f" ± {scale * sd:.2f}"))
-    return [*cells, str(row["hd95_mm"]["n_missed"])]
-
-
-def _aligned(header: list[str], rows: list[list[str]], groups: list[tuple[str, int]]) -> str:
-    """Lay out columns, the first to the left and the others to the right, with a line of group names above."""
-    columns = list(zip(header, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    start, above = 0, []
-    for title, count in groups:
-        span = sum(widths[start : start + count]) + 2 * (count - 1)
-        widths[start] += max(0, len(title) - span)
-        above.append(f" {title} ".center(max(span, len(title)), "-") if title else " " * span)
-        start += count
-    lines = ["  ".join(above).rstrip()]
-    for cells in [header, ["-" * width for width in widths], *rows]:
-        first, *others = [
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-        ]
-        lines.append("  ".join([first, *others]).rstrip())
-    lines.insert(len(lines) - 1, lines[2])
-    return "\n".join(lines)

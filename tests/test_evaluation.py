@@ -25,7 +25,6 @@ from myutils.evaluation import (
     CaseResult,
     DamagedCasesError,
     evaluate_cases,
-    format_table,
     score_case,
     summarise,
     write_cases_csv,
@@ -33,6 +32,7 @@ from myutils.evaluation import (
 )
 from myutils.inference import InferenceOptions
 from myutils.metrics import CaseMetrics
+from myutils.score_table import format_table
 from networks.base import SegmentationOutput
 
 CPU = torch.device("cpu")
@@ -179,6 +179,23 @@ def test_summary_has_values_by_hand() -> None:
     assert mean["dice"]["mean"] == pytest.approx((0.7 + 0.35) / 2)
     assert mean["hd95_mm"]["mean"] == pytest.approx((3.0 + 4.0) / 2)  # case b: its finite class alone
     assert mean["hd95_mm"]["n"] == 2 and mean["hd95_mm"]["n_missed"] == 1
+
+
+def test_a_class_that_no_case_shows_is_not_in_the_mean() -> None:
+    """It would count as 100 % where nothing is predicted, and as 0 % for one wrong voxel."""
+    results = [
+        CaseResult(name, {1: CaseMetrics(0.5, 0.4, 3.0, 1.0), 2: second}, {1: 1.0, 2: 0.0}, {1: 1.0, 2: 0.0})
+        for name, second in (("a", CaseMetrics(1.0, 1.0, 0.0, 0.0)), ("b", MISSED))
+    ]
+    summary = summarise(results, NAMES)
+    assert summary["absent"] == ["2"] and summary["classes"]["2"]["dice"]["mean"] == 0.5
+    assert summary["mean"]["dice"]["mean"] == 0.5 and summary["mean"]["hd95_mm"]["mean"] == 3.0
+    assert summary["mean"]["hd95_mm"]["n_missed"] == 0
+    assert format_table(summary).splitlines()[-1] == "no case shows 2 core: not in the mean"
+    one = [CaseResult("a", results[0].metrics, {1: 1.0, 2: 1.0}, {1: 1.0, 2: 0.0}), results[1]]
+    assert summarise(one, NAMES)["absent"] == [] and summarise(one, NAMES)["mean"]["dice"]["mean"] == 0.5
+    nothing = [CaseResult("a", {1: MISSED, 2: MISSED}, {1: 0.0, 2: 0.0}, {1: 1.0, 2: 0.0})]
+    assert summarise(nothing, NAMES)["mean"]["dice"]["mean"] == 0.0  # all of them count, for there is no other
 
 
 def test_summary_is_strict_json_even_if_everything_was_missed(tmp_path: Path) -> None:
