@@ -87,7 +87,10 @@ def train(parser: SuggestingParser, given: dict[str, Any]) -> int:
         return 130
     try:
         run(trainer)
-    except (ValueError, OSError, MemoryError, NonFiniteLossError, torch.cuda.OutOfMemoryError) as error:
+    except NonFiniteLossError as error:
+        logger.error("error: %s", error)
+        return 1
+    except (ValueError, OSError, MemoryError, torch.cuda.OutOfMemoryError) as error:
         logger.error("error: %s\n%s", short_message(error), how_to_go_on(trainer))
         return 1
     except (TrainingInterrupted, KeyboardInterrupt) as stop:

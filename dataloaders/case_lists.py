@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -67,3 +68,11 @@ def some(ids: Sequence[str], limit: int = 5) -> str:
     """Up to ``limit`` ids for a message, and how many more there are."""
     more = f" and {len(ids) - limit} more" if len(ids) > limit else ""
     return ", ".join(repr(case_id) for case_id in ids[:limit]) + more
+
+
+def order_key(case_id: str, seed: int) -> bytes:
+    """Where the seed puts a case, on any machine and library version."""
+    try:
+        return hashlib.sha256(f"{seed}/{case_id}".encode()).digest()
+    except UnicodeEncodeError:
+        raise ValueError(f"the name {case_id!r} is not UTF-8, and no table could hold it; rename the file") from None

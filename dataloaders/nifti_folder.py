@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from dataloaders.base import SOURCES
-from dataloaders.case_lists import is_nifti, refuse_broken_links, strip_nifti_suffix
+from dataloaders.case_lists import is_nifti, refuse_broken_links, some, strip_nifti_suffix
 from dataloaders.class_names import (
     choose_modality,
     fit_class_names,
@@ -79,6 +79,10 @@ class NiftiFolder(NiftiFiles):
         self.images = list_nifti(root / "images")
         if not self.images:
             raise FileNotFoundError(f"{root / 'images'} holds no .nii or .nii.gz file")
+        folders = [path for path in sorted((root / "images").iterdir()) if path.is_dir() and path.name[0] != "."]
+        nested = [path.name for path in folders if any(is_nifti(inside.name) for inside in path.iterdir())]
+        if nested:
+            warn_once(logger, f"{root / 'images'}: the scans in its folders {some(nested)} are left out; move them up")
         self.labels = list_nifti(root / "labels")
         self.warn_of_orphans()
         self.class_names = fit_class_names(stated_class_names(root), num_classes, str(root))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dataloaders.base import CaseSource
-from dataloaders.case_lists import read_case_list, reject_duplicates, some
+from dataloaders.case_lists import order_key, read_case_list, reject_duplicates, some
 from myutils.registry import closest_hint
 
 HELD_OUT_SHARE = 5  # one labelled case in five is a test case where the data bring no lists
@@ -142,9 +142,9 @@ def make_test_ids(source: CaseSource, request: SplitRequest, training_split: Tra
             seen = set(of_patients(source, source.labeled_ids(), used.union(train)))
             test = tuple(case_id for case_id in source.labeled_ids() if case_id not in seen)
     if not test:
+        why = "every labelled case is of a training case's patient" if source.labeled_ids() else "no case has a label"
         raise ValueError(
-            "there are no test cases: every labelled case is of a training case's patient; pass --test_list with ids "
-            "that are in no other list"
+            f"there are no test cases: {why}; pass --test_list with labelled ids that are in no other list"
         )
     overlap = [case_id for case_id in test if case_id in used]
     if overlap:
@@ -202,15 +202,7 @@ def _ordered(source: CaseSource, ids: Sequence[str], seed: int) -> list[str]:
     first: dict[str, str] = {}
     for case_id in source.case_ids():
         first.setdefault(source.patient(case_id), case_id)
-    return sorted(ids, key=lambda case_id: _order_key(first[source.patient(case_id)], seed))
-
-
-def _order_key(case_id: str, seed: int) -> bytes:
-    """Where the seed puts a case, on any machine and library version."""
-    try:
-        return hashlib.sha256(f"{seed}/{case_id}".encode()).digest()
-    except UnicodeEncodeError:
-        raise ValueError(f"the name {case_id!r} is not UTF-8, and no table could hold it; rename the file") from None
+    return sorted(ids, key=lambda case_id: order_key(first[source.patient(case_id)], seed))
 
 
 def of_patients(source: CaseSource, ids: Iterable[str], others: Iterable[str]) -> list[str]:
@@ -223,14 +215,14 @@ def _first_labeled(source: CaseSource, pool: Sequence[str], labelnum: int) -> li
     """The first ``labelnum`` ids of the pool that have a label."""
     known = set(source.labeled_ids())
     labeled = [case_id for case_id in pool if case_id in known]
+    left = len(known) - len(labeled)
+    others = f", besides {left} for the test or outside the train list" if left else ""
     if not labeled:
-        why = f": the {len(known)} labelled ones are not in the train list, or of tested patients" if known else ""
-        raise ValueError(
-            f"{_name(source)} has no labelled training case{why}; add labels, or ids with labels to --train_list"
-        )
+        how = "add labels, or name those to train on in --labeled_list, then without a test" if left else "add labels"
+        raise ValueError(f"{_name(source)} has no labelled training case{others}; {how}")
     if not 1 <= labelnum <= len(labeled):
         raise ValueError(
-            f"--labelnum {labelnum}: {_name(source)} has {len(labeled)} labelled training cases; "
+            f"--labelnum {labelnum}: {_name(source)} has {len(labeled)} labelled training cases{others}; "
             f"pass a value in 1..{len(labeled)}"
         )
     return labeled[:labelnum]

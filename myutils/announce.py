@@ -60,8 +60,16 @@ def how_to_go_on(trainer: Trainer) -> str:
         return "A profile keeps nothing: start it again"
     if not (trainer.folder / "last.pt").exists():
         return f"Nothing was saved: delete {trainer.folder} and start again"
-    place = ["--output_dir", str(trainer.folder.parent), "--exp", trainer.folder.name]
-    return f"Go on from the last checkpoint with:\n  python train_cov_dfp_3d.py {shlex.join(place)} --resume"
+    words = [*_program(), "--output_dir", str(trainer.folder.parent), "--exp", trainer.folder.name, "--resume"]
+    return f"Go on from the last checkpoint with:\n  {shlex.join(words)}"
+
+
+def _program() -> list[str]:
+    """What this process was started as: the script by its path, or the command that ``pip install`` made."""
+    started = Path(sys.argv[0])
+    if started.name == "covdfp-train":
+        return [started.name]
+    return ["python", str(started) if started.name == "train_cov_dfp_3d.py" else "train_cov_dfp_3d.py"]
 
 
 def short_message(error: Exception) -> str:

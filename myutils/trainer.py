@@ -281,7 +281,7 @@ class Trainer:
 
     def _advice(self) -> str:
         """What to do about a step that is not finite."""
-        what = "Look at these images; a lower --base_lr or --amp no needs a new --exp, for a run keeps its settings"
+        what = "Look at these images, for --resume repeats the step; a lower --base_lr or --amp no needs a new --exp"
         return f"{what}; the last good checkpoint is {self.folder / 'last.pt'}"
 
     def _stop_now(self, done: int) -> bool:

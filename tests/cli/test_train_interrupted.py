@@ -17,6 +17,7 @@ from train_job import ROOT, different, job, nifti_job, one_thread, resume, weigh
 
 import train_cov_dfp_3d as train
 from myutils import checkpoint
+from myutils.finite_watch import NonFiniteLossError
 from myutils.run_log import RunLog, read_metrics
 from myutils.trainer import Trainer
 
@@ -35,6 +36,35 @@ def press_ctrl_c(patch: Patch, *, method: str, step: int) -> None:
         return original(self, network, batch, now)  # type: ignore[arg-type]
 
     patch.setattr(Trainer, "train_step", press)
+
+
+@pytest.mark.parametrize(
+    ("started", "shown"),
+    [
+        ("/opt/venv/bin/covdfp-train", "covdfp-train"),
+        ("../toolkit/train_cov_dfp_3d.py", "python ../toolkit/train_cov_dfp_3d.py"),
+        ("/usr/bin/pytest", "python train_cov_dfp_3d.py"),
+    ],
+)
+def test_the_command_to_go_on_is_that_of_the_start(
+    folder: Path, monkeypatch: Patch, capsys: Capture, started: str, shown: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [started])
+    press_ctrl_c(monkeypatch, method="mean_teacher", step=0)
+    assert train.main(job(folder, "--no-evaluate", exp="a")) == 130
+    assert f"\n  {shown} --output_dir {folder / 'runs'} --exp a --resume\n" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_is_no_reason_to_repeat_the_step(
+    folder: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    def fail(*args: object) -> None:
+        raise NonFiniteLossError("step 1: the gradient not finite; cases: ball00. Look at these images")
+
+    monkeypatch.setattr(Trainer, "train_step", fail)
+    assert train.main(job(folder, exp="a")) == 1
+    message = capsys.readouterr().err
+    assert "error: step 1: the gradient not finite" in message and "Go on from" not in message
 
 
 def test_ctrl_c_saves_and_resume_ends_with_the_same_weights(folder: Path, monkeypatch: Patch, capsys: Capture) -> None:

@@ -193,3 +193,13 @@ def test_sessions_of_a_bids_subject_are_one_patient(tmp_path: Path) -> None:
         make.write_nifti(tmp_path / f"images/{name}.nii.gz", make.counting_image())
     source = NiftiFolder(tmp_path, num_classes=2)
     assert [source.patient(case_id) for case_id in source.case_ids()] == ["sub-01", "sub-01", "sub-02", "subject_3"]
+
+
+def test_scans_in_folders_of_images_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_pair(tmp_path, "a", make.corner_label())
+    for name in ("p1/b.nii.gz", "p2/c.nii", "notes/readme.txt", ".cache/d.nii.gz"):
+        path = tmp_path / "images" / name
+        path.parent.mkdir()
+        path.touch()
+    assert NiftiFolder(tmp_path, num_classes=2).case_ids() == ["a"]
+    assert caplog.messages == [f"{tmp_path}/images: the scans in its folders 'p1', 'p2' are left out; move them up"]

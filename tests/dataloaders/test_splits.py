@@ -198,6 +198,18 @@ def test_lists_that_need_labels_say_which_are_missing(tmp_path: Path) -> None:
         make_test_ids(source, request, make_training_split(source, request))
 
 
+def test_labelled_cases_that_are_held_out_are_counted_in_messages(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has 7 labelled training cases, besides 1 for the test .*; pass .* 1\.\.7"):
+        make_training_split(ListedCases(), SplitRequest(labelnum=8))
+    single, request = ListedCases(labeled=["case03"]), SplitRequest(labelnum=1)
+    with pytest.raises(ValueError, match=r"no labelled training case, besides 1 for the test .* in --labeled_list"):
+        make_training_split(single, request)
+    alone = replace(request, labeled_list=write_list(tmp_path / "l.list", "case03"))
+    assert make_training_split(single, alone).labeled == ("case03",)
+    with pytest.raises(ValueError, match="no test cases: no case has a label; pass --test_list"):
+        make_test_ids(ListedCases(labeled=[]), request, make_training_split(single, alone))
+
+
 def test_no_labeled_or_no_test_case_is_an_error() -> None:
     with pytest.raises(ValueError, match="has no labelled training case"):
         make_training_split(ListedCases(train=IDS, labeled=()), SplitRequest(labelnum=1))
