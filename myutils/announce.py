@@ -35,7 +35,9 @@ def describe(trainer: Trainer) -> None:
     config, split = state.config, state.split
     prototypes = ", with the contrastive prototype manager" if trainer.method.prototypes is not None else ""
     cases = f"{len(split.labeled)} labelled, {len(split.unlabeled)} unlabelled, {len(split.val)} validation"
-    logger.info("data: %s, %d classes, %s", config.dataset_name, source.num_classes, ", ".join(source.class_names[1:]))
+    kind = f"{str(config.modality).upper()} with {source.in_channels} channel{'s' * (source.in_channels > 1)}"
+    classes = f"{source.num_classes} classes, {', '.join(source.class_names[1:])}"
+    logger.info("data: %s, %s, %s", config.dataset_name, kind, classes)
     logger.info("cases: %s (split %s)", cases, split.digest[:12])
     if config.ct_range is not None:
         logger.info("intensities: CT, clipped to %g..%g (--ct_range)", *config.ct_range)

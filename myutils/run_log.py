@@ -57,7 +57,10 @@ class RunLog:
                 self._writer.add_scalar(name, value, step)
 
     def pictures(self, step: int, batch: Batch, output: StepOutput) -> None:
-        """The first labelled patch as the network saw it, its label and the prediction; the first unlabelled one."""
+        """The first labelled patch as the network saw it, its label and the prediction.
+
+        The first unlabelled one as the teacher saw it, as the student did (with what was pasted), and its pseudo-label.
+        """
         if not self.enabled or output.logits_l is None:
             return
         colours = class_colours(output.logits_l.shape[1])
@@ -66,8 +69,9 @@ class RunLog:
         shown = [(image, None), (image, label), (image, output.logits_l[0].argmax(0))]
         self._writer.add_image("labeled/image_label_prediction", _panel(shown, label, colours), step)
         if output.pseudo_labels is not None and len(batch.image_u):
-            image, strong, label = batch.image_u[0, 0], batch.image_u_strong[0, 0], output.pseudo_labels[0]
-            shown = [(image, None), (strong, None), (image, label)]
+            image, label = batch.image_u[0, 0], output.pseudo_labels[0]
+            seen = (batch.image_u_strong if output.images_u is None else output.images_u)[0, 0]
+            shown = [(image, None), (seen, None), (image, label)]
             self._writer.add_image("unlabeled/weak_strong_pseudo", _panel(shown, label, colours), step)
 
     def close(self) -> None:

@@ -172,3 +172,24 @@ def test_pools_are_built_anew_in_intervals_that_count_from_the_first() -> None:
     assert [step for step in range(40) if method._rebuilds_at(step)] == [7, 17, 27, 37]
     assert [method.stage(step) for step in (6, 7, 8, 9, 16, 17, 19)] == [1, 2, 2, 3, 3, 2, 3]
     assert [step for step in range(1, 20) if method.refills_at(step)] == [7, 17]
+
+
+@pytest.mark.parametrize("name", ["mean_teacher", "best", "bcp"])
+def test_pictures_hold_what_the_student_saw(name: str) -> None:
+    method, seen = small_method(name, warmup_iteration=0), []
+    run = method.student.run_branches
+    method.student.run_branches = lambda images, *rest: seen.append(images) or run(images, *rest)
+    method.student.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    batch = random_batch(views=2)
+    output = method(batch, 3)
+    assert output.images_u is not None and torch.equal(output.images_u[:2], seen[-1][2:4])
+    assert not torch.equal(output.images_u[0], batch.image_u[0])
+    assert not torch.equal(output.images_u[0], batch.image_u_strong[0])  # boxes, or a mix
+
+
+def test_equal_strong_views_of_fixmatch_are_computed_once() -> None:
+    for size, count in ((0.0, 1), (0.5, 3)):
+        method, seen = small_method("fixmatch", strong_views=3, strong_intensity=size), []
+        method.student.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(len(inputs[0])))
+        method(random_batch(views=3), 3)
+        assert seen == [2, 2 + 2 * count]

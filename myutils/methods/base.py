@@ -42,6 +42,7 @@ class StepOutput:
         logits_l: Logits (Bl, K, X, Y, Z) of the labelled patches, detached, for pictures and the training Dice.
         labels_l: What they are compared with (Bl, X, Y, Z), where it is not the batch's labels.
         images_l: What the network saw (Bl, C, X, Y, Z), where it is not the batch's labelled patches.
+        images_u: What the student saw (at least one patch) of the unlabelled ones, where it is not their strong views.
     """
 
     terms: dict[str, LossTerm]
@@ -50,6 +51,7 @@ class StepOutput:
     logits_l: Tensor | None = None
     labels_l: Tensor | None = None
     images_l: Tensor | None = None
+    images_u: Tensor | None = None
 
     def truth(self, batch: Batch) -> Tensor:
         """Class ids (Bl, X, Y, Z) that ``logits_l`` are compared with."""

@@ -107,4 +107,5 @@ class BidirectionalCopyPaste(TeacherMethod):
         own = pairs.label_l.masked_fill(~mask, IGNORE)
         terms |= self.prototype_terms(student, own, step, teacher_l=teacher_l, teacher_u=teacher_u, foreign=~mask)
         shown = label_u[: len(batch.image_u)]
-        return StepOutput(terms, {}, shown, student.logits[:count].detach(), labels[:count], images[:count])
+        seen = student.logits[inward].detach(), labels[inward], images[inward]
+        return StepOutput(terms, {}, shown, *seen, images_u=images[outward])

@@ -38,9 +38,10 @@ class FixMatch(Method):
             weak = self.student(batch.image_u)
         target = pseudo_labels(weak.logits)
         gate = (target.confidence > self.config.confidence_threshold).float()
-        student = self.student(torch.cat([batch.image_l, batch.image_u_strong]))
+        differ = self.config.augment and self.config.strong_intensity != 0  # else all views are one
+        views = required(self.config.strong_views, "strong_views") if differ else 1
+        student = self.student(torch.cat([batch.image_l, batch.image_u_strong[: views * len(batch.image_u)]]))
         logits_l = student.logits[:labeled]
-        views = required(self.config.strong_views, "strong_views")
         losses = [gated_cross_entropy(logits, target, gate) for logits in student.logits[labeled:].chunk(views)]
         consistency = torch.stack(losses).mean()
         if self.config.feature_perturbation:

@@ -94,7 +94,7 @@ class MeanTeacher(TeacherMethod):
         )
         further, scalars = self.further_terms(StepParts(batch, student, teacher_l, believed, foreign), step)
         scalars |= {"confidence": believed.confidence.mean(), "gate_share": gate.mean()}
-        return StepOutput(terms | further, scalars, believed.labels, logits_l.detach())
+        return StepOutput(terms | further, scalars, believed.labels, logits_l.detach(), images_u=strong)
 
     def perturbs_at(self, step: int) -> bool:
         """Whether strong views get boxes and lose channels at ``step``.
