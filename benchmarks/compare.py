@@ -15,13 +15,14 @@ test time, whatever its method's default (``-- --tta_flips``: all are), and all 
 (``-- --largest_component``: the largest of each class does). Several numbers of labels (``--labelnum
 2,4,8,16,all``) give a table each and a plot of Dice against labels; ``all`` is ``--full``.
 
-``--row "NAME=FLAGS"`` adds a row with any flags, such as ``--row "no prototypes=--method best
---no-use_contrastive_prototype"``. Everything after ``--`` goes to every training unchanged; what the bench sets itself,
-such as ``--seed``, is refused there.
+``--row "NAME=FLAGS"`` adds a row with flags of its own, such as ``--row "no prototypes=--method best
+--no-use_contrastive_prototype"``; steps, batch, validation and scoring are those of all rows. Everything after ``--``
+goes to every training unchanged; what the bench sets itself, such as ``--seed``, is refused there.
 
 Finished runs are kept and interrupted ones resumed, so that the same command goes on where it stopped; it also redraws
 the table. A trained run whose settings differ from those asked for is refused before anything is trained; rows of
-different code are named below it.
+different code are named below it. A row is in the table once all its seeds are trained: one that fails is named below,
+with the error, the others are trained, and the exit code is 1. Without the baseline there is no table.
 Written to ``--output_dir``: ``table_N.md``, ``table_N.png`` and ``scores_N.csv`` (for ``benchmarks.kept_scores``) per
 number of labels N, ``sweep.png``, and one folder, log and ``.plan.json`` per run.
 """
@@ -39,18 +40,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.comparison_cases import choose_cases, list_files
-from benchmarks.comparison_flags import OWN, OWN_IN_ROWS, check_flags, read_flags, refuse_own
+from benchmarks.comparison_flags import (
+    REFUSED_IN_ROWS,
+    Flags,
+    asked_config,
+    check_flags,
+    fitted_flags,
+    read_flags,
+    refuse,
+)
 from benchmarks.comparison_runs import ALL_PARTS, Run, check, code_note, train
 from benchmarks.comparison_tables import SUPERVISED, Row, draw_rows, draw_sweep, format_rows
 from benchmarks.kept_scores import write_rows
-from dataloaders.base import CaseSource
-from myutils.build import build_source, resolve_config
-from myutils.config import RunConfig
-from myutils.fitting import fit_to_cases
+from myutils.build import build_source
 
 DECIDES_FLAT_LEVELS = {"model", "spacing", "orientation"}
 FULL = "supervised, all labels"
-Flags = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -84,12 +89,13 @@ def main() -> None:
         for run in itertools.chain.from_iterable(runs.values()):
             check(run)
             if not run.finished:
-                check_flags(run, config, source)
+                check_flags(run.flags, run.folder.name, config, source)
         settings.output_dir.mkdir(parents=True, exist_ok=True)
         for path, content in lists.items():
             path.write_text(content, encoding="utf-8")
-        rows = train_all(settings, runs)
-        report(settings, rows)
+        rows, failed = train_all(settings, runs)
+        report(settings, rows, failed)
+        require_all(settings, failed, len(runs))
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"compare: {error}") from error
     except KeyboardInterrupt:
@@ -148,29 +154,6 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in names(text)]
 
 
-def asked_config(settings: argparse.Namespace) -> RunConfig:
-    """What all rows have in common."""
-    given = read_flags(settings.flags, "after --")
-    refuse_own(given, OWN, "after --")
-    own = {name: getattr(settings, name) for name in ("dataset_name", "dataset_path", "num_classes")}
-    return RunConfig(**own, **given)
-
-
-def fitted_flags(
-    settings: argparse.Namespace, config: RunConfig, source: CaseSource, pool: Sequence[str]
-) -> dict[str, Flags]:
-    """What a training would fit to its own labelled cases, by setting: fitted once, to those that all rows have."""
-    known = set(source.labeled_ids())
-    labeled = [case_id for case_id in pool if case_id in known][: min(settings.labelnum)]
-    fitted = fit_to_cases(resolve_config(config, source), source, labeled)
-    flags = {}
-    for name in ("orientation", "flat_levels", "patch_size", "ct_range"):
-        value = getattr(fitted, name)
-        if getattr(config, name) is None and value is not None:
-            flags[name] = (f"--{name}", *([value] if isinstance(value, str) else map(str, value)))
-    return flags
-
-
 def make_plans(settings: argparse.Namespace, fitted: Mapping[str, Flags]) -> list[Plan]:
     """All rows of all tables, the baseline and the ceiling first, with the settings that were fitted for all."""
     asked: dict[str, Flags] = {name: ("--method", name) for name in settings.methods}
@@ -184,7 +167,7 @@ def make_plans(settings: argparse.Namespace, fitted: Mapping[str, Flags]) -> lis
                     f"--row {row!r}: {other!r} has this folder already; names must differ in letters or digits"
                 )
         asked[name] = tuple(shlex.split(flags))
-        refuse_own(read_flags(asked[name], f"--row {name}"), OWN_IN_ROWS, f"in --row {row!r}")
+        refuse(read_flags(asked[name], f"--row {name}"), REFUSED_IN_ROWS, f"in --row {row!r}")
     if settings.baseline not in asked:
         raise ValueError(f"--baseline {settings.baseline}: no such row; there are {', '.join(asked)}")
     plans = [Plan(name, count, flags) for count in settings.labelnum for name, flags in asked.items()]
@@ -216,38 +199,79 @@ def make_runs(settings: argparse.Namespace, plans: Sequence[Plan], lists: Sequen
     return runs
 
 
-def train_all(settings: argparse.Namespace, runs: Mapping[Plan, Sequence[Run]]) -> dict[Plan, Row]:
-    """Run, resume or skip every training, seed by seed, so that an early end leaves whole seeds."""
+def train_all(
+    settings: argparse.Namespace, runs: Mapping[Plan, Sequence[Run]]
+) -> tuple[dict[Plan, Row], dict[Plan, str]]:
+    """Run, resume or skip every training, seed by seed, so that an early end leaves whole seeds.
+
+    Returns:
+        The rows with all their seeds, and why the others have none or some of them.
+    """
+    rows: dict[Plan, Row] = {}
+    failed: dict[Plan, str] = {}
     jobs: dict[Plan, list[Future[Path]]] = {plan: [] for plan in runs}
     with ThreadPoolExecutor(settings.jobs) as pool:
         for place in range(len(settings.seeds)):
             for plan, found in runs.items():
                 jobs[plan].append(pool.submit(train, found[place], settings.threads))
         try:
-            return {plan: Row(plan.name, tuple(job.result() for job in done)) for plan, done in jobs.items()}
+            for plan, begun in jobs.items():
+                reasons = "; ".join(reason for job in begun if (reason := _failure(job)))
+                if reasons:
+                    failed[plan] = reasons
+                else:
+                    rows[plan] = Row(plan.name, tuple(job.result() for job in begun))
         except BaseException:  # Ctrl-C too: those at work save and end, the others must not begin
             pool.shutdown(cancel_futures=True)
             raise
+    return rows, failed
 
 
-def report(settings: argparse.Namespace, rows: dict[Plan, Row]) -> None:
+def _failure(job: Future[Path]) -> str:
+    """Waits for a training and says why it failed; empty if it did not."""
+    try:
+        job.result()
+    except (ValueError, OSError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+def require_all(settings: argparse.Namespace, failed: Mapping[Plan, str], planned: int) -> None:
+    """Raise a RuntimeError that names the rows that failed, if any did."""
+    if failed:
+        baseline = any(plan.name == settings.baseline for plan in failed)
+        tables = ", and there is no table without the baseline" if baseline else ""
+        raise RuntimeError(
+            f"{len(failed)} of {planned} rows failed{tables}; the same command tries them again:\n{_listed(failed)}"
+        )
+
+
+def _listed(failed: Mapping[Plan, str]) -> str:
+    return "".join(f"- {plan.name}: {reasons}\n" for plan, reasons in failed.items())
+
+
+def report(settings: argparse.Namespace, rows: Mapping[Plan, Row], failed: Mapping[Plan, str]) -> None:
     """Print and write a table and a plot per number of labels, and the sweep over these numbers."""
     full = next((row for plan, row in rows.items() if plan.name == FULL), None)
     curves: dict[str, dict[int, Row]] = {}
     for count in settings.labelnum:
         chosen = [row for plan, row in rows.items() if plan.labelnum == count and plan.name != FULL]
-        base = next(row for row in chosen if row.name == settings.baseline)
+        for row in chosen:
+            curves.setdefault(row.name, {})[count] = row
+        base = next((row for row in chosen if row.name == settings.baseline), None)
+        if base is None:
+            continue
         shown = [*chosen, *([full] if full else [])]
+        absent = {plan: reasons for plan, reasons in failed.items() if plan.labelnum == count or plan.name == FULL}
         table = f"{format_rows(shown, base, full)}\n{code_note(shown)}"
+        table += f"\nNot in the table, for a training failed:\n\n{_listed(absent)}" if absent else ""
         size = f"{count} of {settings.pool} labelled, {len(base.cases())} test cases, {settings.max_iteration} steps"
         title = f"{settings.dataset_name}: {size}"
         (settings.output_dir / f"table_{count}.md").write_text(f"{title}\n\n{table}", encoding="utf-8")
         draw_rows(settings.output_dir / f"table_{count}.png", shown, title)
         write_rows(settings.output_dir / f"scores_{count}.csv", shown, settings.seeds)
         sys.stdout.write(f"\n{title}\n\n{table}")
-        for row in chosen:
-            curves.setdefault(row.name, {})[count] = row
-    if len(settings.labelnum) > 1:
+    if len(settings.labelnum) > 1 and curves:
         if full is not None:
             curves.setdefault(SUPERVISED, {})[settings.labels] = full
         draw_sweep(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.comparison_flags import read_flags
 from benchmarks.comparison_tables import Row
 from myutils.run_folder import hold
+from train_cov_dfp_3d import KEPT_FROM_FLAGS, RESUME_FLAGS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("dataloaders", "myutils", "networks")
@@ -42,6 +45,8 @@ class Run:
 def check(run: Run) -> None:
     """Refuse a run whose folder holds another one; a plan of which nothing was trained does not bind.
 
+    What a resume may change, such as ``--num_workers`` or the path of data that have moved, makes no other run.
+
     Raises:
         ValueError: If another process trains there, or what is there has other flags or is no comparison's.
     """
@@ -55,9 +60,29 @@ def check(run: Run) -> None:
             )
         hold(run.folder).close()
         return
+    if changed := _changed(run, remembered):
+        named = ", ".join(f"--{name}" for name in changed)
+        raise ValueError(
+            f"{run.folder} was trained with other flags ({named}; see {remembered}); use another --output_dir"
+        )
+
+
+def _changed(run: Run, remembered: Path) -> list[str]:
+    """The flags that decide what is trained or scored and are others than in the plan; none without a plan."""
     flags = json.loads(remembered.read_text("utf-8"))["flags"] if remembered.exists() else list(run.flags)
-    if flags not in (list(run.flags), [flag for flag in run.flags if flag != ALL_PARTS]):  # once the rule, no flag
-        raise ValueError(f"{run.folder} was trained with other flags ({remembered}); use another --output_dir")
+    if flags == list(run.flags):
+        return []
+    once = {"largest_component": False}  # ALL_PARTS was the rule before it was a flag
+    old, new = once | read_flags(flags, remembered.name), once | read_flags(run.flags, run.folder.name)
+    changed = [name for name in old | new if name not in RESUME_FLAGS and old.get(name) != new.get(name)]
+    return changed + (["dataset_path"] if _other_data(old.get("dataset_path"), new.get("dataset_path")) else [])
+
+
+def _other_data(before: Path | None, now: Path | None) -> bool:
+    """Whether two paths lead to different folders; where the first leads nowhere any more, its data have moved."""
+    if before is None or now is None:
+        return before is not now
+    return before.exists() and before.resolve() != now.resolve()
 
 
 def train(run: Run, threads: int) -> Path:
@@ -70,13 +95,29 @@ def train(run: Run, threads: int) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
     remember(run)
     command = [sys.executable, str(ROOT / "train_cov_dfp_3d.py"), "--output_dir", str(folder.parent)]
-    command += ["--exp", folder.name, "--no-baseline", *(["--resume"] if run.resumable else run.flags)]
+    command += ["--exp", folder.name, "--no-baseline", *(_resuming(run) if run.resumable else run.flags)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    before = log.stat().st_size if log.exists() else 0
     with log.open("a") as file:
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     if code != 0:
-        raise RuntimeError(f"{folder.name} ended with exit code {code}; see {log}")
+        raise RuntimeError(f"{folder.name} ended with exit code {code}{_reason(log, before)}; see {log}")
     return folder
+
+
+def _resuming(run: Run) -> list[str]:
+    """Flags that go on with a run: its own are stored, but for those that may be others now."""
+    given = read_flags(run.flags, run.folder.name)
+    given = {name: str(value) for name, value in given.items() if name in KEPT_FROM_FLAGS}
+    return ["--resume", *(word for name, value in given.items() for word in (f"--{name}", value))]
+
+
+def _reason(log: Path, start: int) -> str:
+    """The last error that a log names from byte ``start`` on, or its last line, after a colon."""
+    text = log.read_bytes()[start:].decode("utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if re.search("error:", line, re.IGNORECASE)]
+    return "".join(f": {line}" for line in (errors or lines)[-1:])
 
 
 def remember(run: Run) -> None:

@@ -45,11 +45,13 @@ class Row:
 
     @cached_property
     def scores(self) -> list[Scores]:
-        """The scores of each seed."""
+        """The scores of each seed, of the classes that any test case shows, as in ``summary.json``."""
         found: list[Scores] = []
         for folder in self.folders:
             with (folder / "test" / "cases.csv").open(encoding="utf-8") as file:
-                found.append(dict(map(read_score, csv.DictReader(file))))
+                lines = list(csv.DictReader(file))
+            shown = {line["class"] for line in lines if float(line["truth_ml"]) > 0}
+            found.append(dict(read_score(line) for line in lines if line["class"] in shown or not shown))
         return found
 
     def case_values(self, metric: str) -> np.ndarray:
@@ -121,7 +123,7 @@ def gap_share(row: Row, supervised: Row | None, full: Row | None) -> float | Non
 
 
 def format_rows(rows: Sequence[Row], base: Row, full: Row | None) -> str:
-    """Markdown table; ``base`` is what every row is paired with.
+    """Markdown table; ``base`` is what every row is paired with. Unequal numbers of seeds are named below it.
 
     The gap that a row closes is that from the row named ``SUPERVISED`` to ``full``, whatever ``base`` is; the column
     has none without either, or where ``full`` is not ahead.
@@ -147,7 +149,21 @@ def format_rows(rows: Sequence[Row], base: Row, full: Row | None) -> str:
         if any(costs):
             cells += ["-"] * 3 if cost is None else [f"{cost[0]:.1f}", f"{cost[1]:.3f}", f"{cost[2]:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(lines) + _seed_note(rows)
+
+
+def _seed_note(rows: Sequence[Row]) -> str:
+    """A line for below the table that names the rows of each number of seeds; empty if all have as many."""
+    names_by_count: dict[int, list[str]] = {}
+    for row in rows:
+        names_by_count.setdefault(len(row.scores), []).append(row.name)
+    if len(names_by_count) < 2:
+        return ""
+    found = "; ".join(f"{count}: {', '.join(names)}" for count, names in sorted(names_by_count.items()))
+    return (
+        f"\n\nRows of different numbers of seeds ({found}): a mean of fewer seeds holds more chance, which no interval "
+        "or p value shows."
+    )
 
 
 def _spread(values: np.ndarray, metric: str) -> str:

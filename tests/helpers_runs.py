@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -150,16 +150,22 @@ def small_method(name: str, **changes: Any) -> Any:
     return build_method(small_config(source, **settings), DataFacts.of(source)).train()
 
 
-def write_run(folder: Path, dice: dict[str, list[float]], hd95: float = 2.0, seconds: float = 0.5) -> Path:
-    """A finished run with the given Dice per case and class."""
+def write_run(
+    folder: Path,
+    dice: dict[str, list[float]],
+    hd95: float = 2.0,
+    seconds: float = 0.5,
+    absent: Collection[int] = (),
+) -> Path:
+    """A finished run with the given Dice per case and class; no case shows the classes that are ``absent``."""
     (folder / "test").mkdir(parents=True)
     with (folder / "test" / "cases.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["case", "class", *METRICS])
+        writer = csv.DictWriter(file, ["case", "class", *METRICS, "truth_ml"])
         writer.writeheader()
         for case, values in dice.items():
             for index, value in enumerate(values, start=1):
                 row = {"case": case, "class": index, "dice": value, "jaccard": value / 2}
-                writer.writerow(row | {"hd95_mm": hd95, "assd_mm": 1.0})
+                writer.writerow(row | {"hd95_mm": hd95, "assd_mm": 1.0, "truth_ml": 2.0 * (index not in absent)})
     summary = {"mean": {"hd95_mm": {"n_missed": 1}}}
     (folder / "test" / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     lines = [

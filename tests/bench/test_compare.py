@@ -196,6 +196,14 @@ def test_what_is_fitted_to_cases_is_the_same_for_all_rows(tmp_path: Path) -> Non
     assert flags(*given, "--modality", "ct", "--ct_range", "-1", "2") == []
 
 
+def test_flags_of_one_method_are_not_held_against_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    flags = ["--decoders", "3", "--batch_size", "1", "--warmup_iteration", "10000"]  # mean_teacher takes none of these
+    more = {"dataset_name": "nifti", "dataset_path": tmp_path, "num_classes": None, "flags": flags}
+    settings = make_settings(tmp_path, methods=["supervised", "mc_net"], row=[], **more)
+    compare.fitted_flags(settings, compare.asked_config(settings), BallSource(), ["ball00", "ball01"])
+    assert not caplog.messages
+
+
 def test_a_row_of_its_own_voxels_or_network_fits_its_own_flat_levels(tmp_path: Path) -> None:
     fitted = {"flat_levels": ("--flat_levels", "0", "0", "2"), "patch_size": ("--patch_size", "8", "8", "8")}
     rows = [

@@ -6,6 +6,7 @@ import argparse
 import json
 import subprocess
 from pathlib import Path
+from typing import Any, TextIO
 
 import pytest
 from conftest import BallSource
@@ -26,12 +27,14 @@ class Bench:
         self.folder, self.monkeypatch = folder, monkeypatch
         self.commands: list[list[str]] = []
         self.exit_codes: dict[str, int] = {}
+        self.said = ""
         monkeypatch.setattr(compare, "build_source", lambda _: BallSource())
         stand_in = argparse.Namespace(run=self.trainer, STDOUT=subprocess.STDOUT)
         monkeypatch.setattr(comparison_runs, "subprocess", stand_in)  # the module's own: others call it too
 
-    def trainer(self, command: list[str], **_: object) -> argparse.Namespace:
+    def trainer(self, command: list[str], stdout: TextIO, **_: Any) -> argparse.Namespace:
         self.commands.append(command)
+        stdout.write(self.said)
         name = command[command.index("--exp") + 1]
         code = self.exit_codes.get(name, 0)
         if code == 0:  # a resumed one too
@@ -83,7 +86,7 @@ def test_a_refused_go_trains_nothing_and_leaves_the_first_to_go_on(bench: Bench)
         ("--method best --modle unet_3d", "did you mean --model"),
         ("--model unet_4d", "unet_4d"),
         ("--method supervised --strong_views 2", "has no use for strong views"),
-        ("--batch_size 0", "--batch_size 0: must be at least 1"),
+        ("--labeled_bs 0", "--labeled_bs 0: must be at least 1"),
     ],
 )
 def test_a_row_that_the_trainer_would_refuse_is_refused_first(
@@ -111,14 +114,67 @@ def test_a_refused_command_writes_nothing(bench: Bench) -> None:
     assert not bench.folder.exists()
 
 
+FAILED = "12 cases\nerror: step 3: the loss is nan\nNothing was saved: start again\n"
+THREE_ROWS = ["--max_iteration", "9", "--seeds", "0,1", "--row", "bad=--method bcp --base_lr 10"]
+
+
+def test_a_failed_row_costs_only_itself(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.exit_codes, bench.said = {"bad_2labels_seed0": 1}, FAILED
+    with pytest.raises(SystemExit) as end:
+        bench(*THREE_ROWS)
+    reason = "bad_2labels_seed0 ended with exit code 1: error: step 3: the loss is nan; see "
+    assert isinstance(end.value.code, str) and "1 of 3 rows failed" in end.value.code and reason in end.value.code
+    assert len(bench.commands) == 6
+    table = (bench.folder / "table_2.md").read_text("utf-8")
+    named = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")]
+    assert named == ["| row", "| supervised", "| mean_teacher"]  # bad has one of two seeds
+    assert reason in table.split("| mean_teacher")[1] and table in capsys.readouterr().out
+    assert [row.name for row in read_rows([bench.folder / "scores_2.csv"])] == ["supervised", "mean_teacher"]
+    bench.exit_codes = {}
+    bench(*THREE_ROWS)
+    assert len(bench.commands) == 7
+    table = (bench.folder / "table_2.md").read_text("utf-8")
+    assert "| bad |" in table and "exit code" not in table
+
+
+def test_a_failed_baseline_leaves_no_table(bench: Bench) -> None:
+    bench.exit_codes, bench.said = {"supervised_2labels_seed1": 2}, FAILED
+    with pytest.raises(SystemExit, match=r"no table without the baseline.*\n.*seed1 .* code 2: error: step"):
+        bench(*THREE_ROWS)
+    assert len(bench.commands) == 6 and not (bench.folder / "table_2.md").exists()
+
+
+def test_a_failed_ceiling_is_named_below_every_table(bench: Bench) -> None:
+    bench.exit_codes = {f"supervised_all_labels_4labels_seed{seed}": 1 for seed in (0, 1)}
+    with pytest.raises(SystemExit, match=r"seed0 ended with exit code 1; see .*seed1 ended with"):
+        bench("--max_iteration", "9", "--seeds", "0,1", "--labelnum", "1,2,all")
+    tables = [(bench.folder / f"table_{count}.md").read_text("utf-8") for count in (1, 2)]
+    assert all("- supervised, all labels: " in table and "| supervised, all" not in table for table in tables)
+    assert (bench.folder / "sweep.png").exists()
+
+
+def test_the_reason_is_that_of_the_last_attempt(bench: Bench) -> None:
+    run = Run(bench.folder / "x", ())
+    bench.folder.mkdir()
+    bench.exit_codes = {"x": 2}
+    for bench.said, reason in (
+        ("error: old\n", "2: error: old; see"),
+        ("step 1\rstep 2\nKilled\n\n", "2: Killed; see"),
+        ("Traceback\nValueError: why\n", "2: ValueError: why; see"),
+        ("", "2; see"),
+    ):
+        with pytest.raises(RuntimeError, match=f"x ended with exit code {reason}"):
+            train(run, threads=1)
+
+
 @pytest.mark.parametrize("code", [1, 2])
 def test_a_row_of_which_nothing_was_trained_may_take_new_flags(bench: Bench, code: int) -> None:
     asked = ["--max_iteration", "9", "--seeds", "0", "--row"]
     bench.exit_codes = {"big_2labels_seed0": code}
     with pytest.raises(SystemExit, match=f"exit code {code}"):
-        bench(*asked, "big=--batch_size 64")
+        bench(*asked, "big=--uncertainty_passes 64")
     bench.exit_codes = {}
-    bench(*asked, "big=--batch_size 8")
+    bench(*asked, "big=--uncertainty_passes 8")
     assert json.loads((bench.folder / "big_2labels_seed0.plan.json").read_text("utf-8"))["flags"].count("8") == 1
 
 
@@ -167,6 +223,34 @@ def test_finished_runs_are_kept_and_other_flags_refused(bench: Bench, monkeypatc
     check(Run(run.folder, (ALL_PARTS, "--seed", "0")))  # what was the rule before it was a flag
     with pytest.raises(ValueError, match="other flags"):
         check(Run(run.folder, ("--seed", "1")))
+
+
+def test_what_a_resume_may_change_makes_no_other_run(tmp_path: Path) -> None:
+    old, new, link = (tmp_path / name for name in ("old", "new", "link"))
+    old.mkdir()
+    new.mkdir()
+    link.symlink_to(old)
+    run = Run(write_run(tmp_path / "x", {"a": [0.5]}), ("--dataset_path", str(old), "--seed", "0", "--cache_gb", "1"))
+    comparison_runs.remember(run)
+    check(Run(run.folder, ("--seed", "0", "--num_workers", "1", "--dataset_path", str(link))))
+    with pytest.raises(ValueError, match=r"other flags \(--seed, --base_lr; see .*x\.plan\.json"):
+        check(Run(run.folder, ("--dataset_path", str(old), "--seed", "1", "--base_lr", "0.1")))
+    moved = Run(run.folder, ("--dataset_path", str(new), "--seed", "0"))
+    with pytest.raises(ValueError, match=r"other flags \(--dataset_path; see"):  # both are there
+        check(moved)
+    old.rmdir()
+    check(moved)
+
+
+def test_a_resumed_run_finds_moved_data(bench: Bench) -> None:
+    run = Run(bench.folder / "x", ("--dataset_path", "old", "--seed", "0"))
+    bench.folder.mkdir()
+    bench.exit_codes = {"x": 9}
+    with pytest.raises(RuntimeError, match="exit code 9"):
+        train(run, threads=1)
+    bench.exit_codes = {}
+    train(Run(run.folder, ("--dataset_path", "new", "--num_workers", "2", "--seed", "0")), threads=1)
+    assert bench.commands[1][-5:] == ["--resume", "--dataset_path", "new", "--num_workers", "2"]
 
 
 def test_the_code_is_that_of_every_source_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

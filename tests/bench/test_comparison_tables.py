@@ -40,6 +40,13 @@ def test_case_values_are_means_over_classes(rows: tuple[Row, Row, Row]) -> None:
     assert np.allclose(rows[1].case_values("dice"), [[0.5, 0.6, 0.8], [0.5, 0.5, 0.6]])
 
 
+def test_classes_that_no_case_shows_are_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "x", {"a": [0.4, 1.0, 0.6], "b": [0.5, 0.0, 0.7]}, absent=[2])
+    assert np.allclose(Row("x", (run,)).case_values("dice"), [[0.5, 0.6]])
+    nothing = write_run(tmp_path / "y", {"a": [0.4, 1.0]}, absent=[1, 2])
+    assert np.allclose(Row("y", (nothing,)).case_values("dice"), [[0.7]])
+
+
 def test_infinite_distances_are_left_out_of_a_case(tmp_path: Path) -> None:
     run = write_run(tmp_path / "x", {"a": [0.0]}, hd95=float("inf"))
     assert np.isnan(Row("x", (run,)).case_values("hd95_mm")).all()
@@ -67,9 +74,21 @@ def test_gap_share(rows: tuple[Row, Row, Row]) -> None:
 
 def test_the_gap_is_counted_from_the_supervised_row_whatever_the_baseline(rows: tuple[Row, Row, Row]) -> None:
     _, ours, full = rows
-    *_, supervised, best, _ = format_rows(rows, ours, full).splitlines()
+    *_, supervised, best, _ = table_lines(format_rows(rows, ours, full))
     assert [line.split(" | ")[9].split()[0] for line in (supervised, best)] == ["-", "21%"]
     assert "%" not in format_rows([ours, full], ours, full).split("---|")[-1]
+
+
+def table_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+def test_rows_of_unequal_numbers_of_seeds_are_named(rows: tuple[Row, Row, Row]) -> None:
+    base, _, full = rows
+    *table, empty, note = format_rows(rows, base, full).splitlines()
+    assert len(table) == 5 and empty == ""
+    assert note.startswith("Rows of different numbers of seeds (1: supervised, full; 2: ours): ")
+    assert format_rows([base, full], base, full).splitlines()[-1].startswith("| full |")
 
 
 def test_cost_adds_up_the_logged_spans(rows: tuple[Row, Row, Row]) -> None:
@@ -102,7 +121,7 @@ def test_table_and_plots(rows: tuple[Row, Row, Row], tmp_path: Path) -> None:
     assert "+8.33" in ours_line
     assert " 21% " in ours_line
     assert "paired over 3 cases" in table.splitlines()[0]
-    assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert len({line.count("|") for line in table_lines(table)}) == 1
     draw_rows(tmp_path / "rows.png", [base, ours, full], "title")
     draw_sweep(tmp_path / "sweep.png", {"ours": {2: base, 4: ours}, "full": {8: full}}, "title")
     assert (tmp_path / "rows.png").stat().st_size > 5_000

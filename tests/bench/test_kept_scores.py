@@ -56,6 +56,15 @@ def test_seeds_may_come_from_several_files(rows: list[Row], tmp_path: Path) -> N
         read_rows([tmp_path / "1.csv", tmp_path / "again.csv"])
 
 
+def test_a_row_of_fewer_seeds_is_named(
+    rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(tmp_path / "base.csv", [Row("supervised", rows[0].folders[:1])], [0])
+    write_rows(tmp_path / "ours.csv", rows[1:], [0, 1])
+    run(monkeypatch, tmp_path / "base.csv", tmp_path / "ours.csv")
+    assert "Rows of different numbers of seeds (1: supervised; 2: ours)" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_figures_keep_six_digits(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", {"a": [0.8123456, 0.5]}, hd95=12.34567)
     write_rows(tmp_path / "scores.csv", [Row("ours", (run,))], [0])
