@@ -71,7 +71,7 @@ class RunConfig:
         None, "weight of the loss on unlabelled patches after its ramp-up; else the method's", low=0, group=METHOD
     )
     consistency_rampup: int | None = option(
-        None, "steps of the sigmoid ramp-up of the unlabelled losses; else 30 % of the training", low=0, group=METHOD
+        None, "steps of the ramp-up of the unlabelled losses; else 30 % of those after the warm-up", low=0, group=METHOD
     )
     ema_decay: float = option(0.99, "decay of the teacher's moving average after warm-up", low=0, high=1, group=METHOD)
     confidence_threshold: float = option(
@@ -80,7 +80,7 @@ class RunConfig:
     uncertainty_passes: int = option(8, "noisy teacher passes of ua_mt", low=2, group=METHOD)
     feature_perturbation: bool | None = option(
         None,
-        "drop half of the encoder's channels: mean_teacher for the strong views, fixmatch in a stream of its own; "
+        "drop each of the encoder's channels by a coin: mean_teacher for the strong views, fixmatch in a stream of its own; "
         "else on for best",
         group=METHOD,
     )

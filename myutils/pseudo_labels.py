@@ -117,7 +117,7 @@ def draw_paste(labeled: int, shape: torch.Size, device: torch.device, unlabeled_
 
 
 def drop_channels(encoded: list[Tensor], first: int = 0) -> list[Tensor]:
-    """Half of the channels of each level (B, C, X, Y, Z) dropped at random, the others doubled.
+    """Each channel of each level (B, C, X, Y, Z) dropped with a chance of one half, the others doubled.
 
     Patches before ``first`` stay as they are. The feature perturbation of UniMatch (Yang et al. 2023,
     arXiv:2208.09910).

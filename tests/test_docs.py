@@ -34,3 +34,11 @@ def test_tests_that_are_named_exist() -> None:
     for page in PAGES:
         named = set(re.findall(r"\btest_\w+\b(?!\.py)", page.read_text(encoding="utf-8")))
         assert named <= defined | {"test_list"}, (page.name, named - defined)
+
+
+def test_tests_that_are_named_with_a_file_are_in_it() -> None:
+    for page in PAGES:
+        for path, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", page.read_text(encoding="utf-8")):
+            assert (ROOT / path).is_file(), (page.name, path)
+            source = (ROOT / path).read_text(encoding="utf-8")
+            assert re.search(rf"def {name}\b", source), (page.name, f"{path}::{name}")

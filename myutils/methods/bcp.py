@@ -9,11 +9,12 @@ class::
     L = sum over both mixes of loss(true region) + 1/2 loss(pseudo region)
     loss = (Dice + cross-entropy) / 2, each averaged over its region
 
-Deviations: every pair of the batch is mixed both ways, so that a step sees as many patches as any other method's (the
-published one splits its labelled and unlabelled halves once more, with a batch of 8); where one half is smaller, its
-patches are used again; one box per pair (published: per batch); the learning rate has one schedule over both phases;
-the second phase starts from the end of the first (published: from its best checkpoint); the teacher segments
-(published: the student). ``--consistency`` is the weight 1/2, which the published code does not ramp up.
+Deviations: every pair of the batch is mixed both ways, so that with equal halves a step sees as many patches as any
+other method's (the published one splits its labelled and unlabelled halves once more, with a batch of 8); where one
+half is smaller, its patches are used again, and the student sees twice the larger half; one box per pair (published:
+per batch); the learning rate has one schedule over both phases; the second phase starts from the end of the first
+(published: from its best checkpoint); the teacher segments (published: the student). ``--consistency`` is the weight
+1/2, which the published code does not ramp up.
 """
 
 from __future__ import annotations
