@@ -80,7 +80,7 @@ class RunConfig:
     uncertainty_passes: int = option(8, "noisy teacher passes of ua_mt", low=2, group=METHOD)
     feature_perturbation: bool | None = option(
         None,
-        "drop each of the encoder's channels by a coin: mean_teacher for the strong views, fixmatch in a stream of its own; "
+        "drop each encoder channel by a coin: mean_teacher for the strong views, fixmatch in a stream of its own; "
         "else on for best",
         group=METHOD,
     )
