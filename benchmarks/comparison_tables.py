@@ -79,6 +79,8 @@ class Row:
         for folder in self.folders:
             steps, seconds = read_metrics(folder, "Train/seconds_per_step")
             memory = read_metrics(folder, "Train/peak_memory_mb")[1]
+            if not steps:
+                return None
             spans = np.diff([0, *steps])
             found.append((float(spans @ seconds) / 60, float(np.median(seconds)), max(memory, default=np.nan)))
         minutes, per_step, peak = np.median(found, axis=0)

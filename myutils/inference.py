@@ -30,6 +30,7 @@ SCAN_ERRORS = (*READ_ERRORS, RuntimeError, MemoryError)  # of one scan, be it da
 AMP_CHOICES = ("auto", "no", "bf16", "fp16")
 DEVICE_LIMIT_BYTES = 4 * 1024**3  # of an image and a band of scores that may lie on the network's device
 _VOXELS_AT_ONCE = 2**20
+_SMALLEST_SIGMA = 0.05  # below, weights underflow where no window is near
 _SLAB = 16  # voxels along X that are worked on at a time where a whole volume would be copied
 
 
@@ -43,8 +44,8 @@ class InferenceOptions:
         flips: Image axes (0, 1, 2) that views are mirrored along.
         views: Views whose probabilities are averaged: 0 for all mirrored ones (one alone without ``flips``), else the
             image itself and that many less one that are turned and scaled too.
-        sigma: Standard deviation of a window's Gaussian weights, as a share of the window, > 0. nnU-Net (Isensee et al.
-            2021) and MONAI take 0.125, which scores a supervised network 0.2 Dice lower (docs/search.md).
+        sigma: Standard deviation of a window's Gaussian weights, as a share of the window, >= 0.05. nnU-Net (Isensee
+            et al. 2021) and MONAI take 0.125, which scores a supervised network 0.2 Dice lower (docs/search.md).
         window_batch: Windows per forward pass; None for up to four, as many as hold a million voxels.
         amp: "no", "bf16", "fp16" or "auto" (what the device is fast at); logits are accumulated in float32 always.
     """
@@ -66,8 +67,8 @@ class InferenceOptions:
             raise ValueError(f"flips {self.flips}: pass each of the axes 0, 1, 2 at most once")
         if self.views < 0:
             raise ValueError(f"views {self.views}: pass 0 or more")
-        if not self.sigma > 0:
-            raise ValueError(f"sigma {self.sigma}: pass a share of the window above 0, such as 0.25")
+        if not self.sigma >= _SMALLEST_SIGMA:
+            raise ValueError(f"sigma {self.sigma}: pass a share of the window from {_SMALLEST_SIGMA} on, such as 0.25")
         if self.window_batch is not None and self.window_batch < 1:
             raise ValueError(f"window_batch {self.window_batch}: pass at least 1")
         if self.amp not in AMP_CHOICES:

@@ -195,3 +195,16 @@ def test_correlation_consistency_is_zero_for_equal_sets_and_moves_the_unlabelled
 def test_impossible_sizes_are_refused(settings: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_pool(**settings)
+
+
+def test_an_empty_pool_keeps_its_pattern_as_centre_and_lengths_of_centres_do_not_count() -> None:
+    pool = DynamicFeaturePool(1, 2, capacity=20, num_pools=2, num_anchors=1)
+    line = torch.linspace(-1, 1, 10)
+    pool.push(torch.stack([line, 0.9 * line], dim=1), torch.zeros(10, dtype=torch.int64))
+    pool.rebuild()
+    assert sorted(pool.sizes.tolist()) == [0, 10]
+    assert pool.centres[pool.sizes == 0].norm().item() == pytest.approx(1.0, abs=1e-5)
+    pool.mean.zero_()
+    pool.deviation.fill_(1.0)
+    pool.centres.copy_(torch.tensor([[10.0, 0.0], [0.0, 1.0]]))
+    assert pool.nearest_pools(torch.tensor([[0.2, 0.98], [0.98, 0.2]])).tolist() == [1, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -164,7 +165,7 @@ def test_large_windows_run_one_by_one(patch_size: tuple[int, int, int], given: i
         ({"flips": (0, 3)}, "axes 0, 1, 2"),
         ({"flips": (1, 1)}, "at most once"),
         ({"window_batch": 0}, "window_batch 0"),
-        ({"sigma": 0.0}, "sigma 0.0.*0.25"),
+        ({"sigma": 0.01}, "sigma 0.01: .* from 0.05 on"),
         ({"amp": "fp8"}, "'fp8'.*bf16"),
     ],
 )
@@ -194,3 +195,35 @@ def test_label_map_is_the_most_probable_class() -> None:
     np.testing.assert_array_equal(label_map_from(probabilities)[0, 0], [0, 2, 1, 2])
     np.testing.assert_array_equal(label_map_from(probabilities, keep_largest=[2])[0, 0], [0, 2, 1, 0])
     np.testing.assert_array_equal(label_map_from(probabilities, keep_largest=[1])[0, 0], [0, 2, 1, 2])
+
+
+def test_neighbouring_windows_overlap_as_asked() -> None:
+    for overlap, windows in ((0.5, 2), (0.75, 3)):  # of 4 voxels, over 6: steps of 2 and of 1
+        network = VoxelwiseNetwork()
+        options = InferenceOptions((4, 4, 4), overlap=overlap, window_batch=1)
+        sliding_window_probabilities(network, torch.zeros(1, 6, 4, 4), options, CPU)
+        assert len(network.shapes) == windows
+
+
+@pytest.mark.parametrize("sigma", [0.25, 0.5])
+def test_a_window_counts_by_the_distance_from_its_centre_over_sigma(sigma: float) -> None:
+    """Voxel 2 is 0.5 from the centre of the first window of 4, which says 2 there, and 1.5 from the second's: 0."""
+
+    def place(images: Tensor) -> SegmentationOutput:
+        score = torch.zeros_like(images) + torch.arange(4.0)[:, None, None]
+        return SegmentationOutput(torch.cat([torch.zeros_like(score), score], 1), score)
+
+    network, options = PointwiseNetwork(place, num_classes=2), InferenceOptions((4, 4, 4), sigma=sigma)
+    probs = sliding_window_probabilities(network, torch.zeros(1, 6, 4, 4), options, CPU)
+    ratio = math.exp((0.5**2 - 1.5**2) / (2 * (4 * sigma) ** 2))  # weight of the second window over the first's
+    score = 2 / (1 + ratio)
+    torch.testing.assert_close(probs[1, 2], torch.full((4, 4), 1 / (1 + math.exp(-score))))
+
+
+def test_rows_of_a_resampled_label_map_are_at_their_place() -> None:
+    image = np.full((1, 40, 4, 4), -1.0, np.float32)  # rows are put back 16 at a time
+    image[:, 34:37] = 1.0
+    volume = Volume("case", image, None, np.eye(4), (1.0, 1.0, 1.0))
+    preprocess = Preprocess("ct", spacing=(0.5, 1.0, 1.0), ct_range=(-1.0, 1.0))
+    label_map = predict_label_map(VoxelwiseNetwork(), volume, preprocess, InferenceOptions((8, 4, 4)), CPU)
+    np.testing.assert_array_equal(label_map, image[0] > 0)

@@ -112,3 +112,10 @@ def test_places_that_no_turned_view_shows_keep_the_plain_answer() -> None:
     _, inside = seen_places(make_views((), 2)[1], torch.zeros(1, 1, 16, 16, 16), slice(0, 16))
     assert not inside.all()
     torch.testing.assert_close(probs[1], torch.where(inside, 0.5, 0.0), atol=1e-5, rtol=0)
+
+
+def test_views_turn_in_space_not_in_voxels() -> None:
+    step = np.diag([0.5, 1.0, 4.0])
+    for plain, thick in zip(make_views((), 3)[1:], make_views((), 3, (0.5, 1.0, 4.0))[1:], strict=True):
+        np.testing.assert_allclose(step @ thick.matrix @ np.linalg.inv(step), plain.matrix, atol=1e-12)  # in mm alike
+        assert not np.allclose(thick.matrix, plain.matrix, atol=0.01)

@@ -73,7 +73,7 @@ class BidirectionalCopyPaste(TeacherMethod):
             self.teacher.load_state_dict(self.student.state_dict())
 
     def supervised_losses(self, batch: Batch, step: int) -> StepOutput:
-        """The first phase: each labelled patch with a box of the next one."""
+        """The first phase: each labelled patch with a box of the one before."""
         images, labels = batch.image_l, batch.label_l
         masks = paste_masks(len(images), images.shape[2:], images.device)
         before = torch.arange(len(images) * rank_count()).roll(1)

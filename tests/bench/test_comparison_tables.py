@@ -145,3 +145,33 @@ def test_rows_of_different_code_are_named(rows: tuple[Row, Row, Row]) -> None:
         beside(folder, ".plan.json").write_text(json.dumps({"flags": [], "code": code}), encoding="utf-8")
     assert code_note([base]) == ""
     assert "aaaa: ours, supervised; bbbb: ours" in code_note([base, ours])
+
+
+def test_cells_of_a_row_by_hand(rows: tuple[Row, Row, Row]) -> None:
+    base, _, full = rows
+    cells = [cell.strip() for cell in table_lines(format_rows(rows, base, full))[3].split("|")[1:-1]]
+    assert cells[:7] == ["ours", "58.33 ± 7.07", "29.17 ± 3.54", "2.00 ± 0.00", "1.00 ± 0.00", "0", "63.33, 53.33"]
+    assert cells[7] == "10.41"  # of cases at 50, 55 and 70, each the mean of two seeds: sqrt(650 / 6)
+    assert cells[10:] == ["0.4", "0.750", "300"]
+
+
+def test_cases_are_paired_by_name_whatever_their_order(tmp_path: Path) -> None:
+    seeds = write_run(tmp_path / "o0", {"a": [0.1], "b": [0.9]}), write_run(tmp_path / "o1", {"b": [0.7], "a": [0.3]})
+    ours, base = Row("ours", seeds), Row("base", (write_run(tmp_path / "b", {"b": [0.6], "a": [0.0]}),))
+    assert ours.cases() == ["a", "b"] and np.allclose(ours.case_values("dice"), [[0.1, 0.9], [0.3, 0.7]])
+    mean, low, high, _ = paired_difference(ours, base)
+    assert (mean, low, high) == pytest.approx((20.0, 20.0, 20.0))
+
+
+def test_scores_are_means_over_seeds_and_costs_medians(tmp_path: Path) -> None:
+    runs = ((0.4, 0.6), (0.5, 0.6), (0.9, 6.0))  # Dice; the last one ran on a busy machine
+    row = Row("x", tuple(write_run(tmp_path / str(dice), {"a": [dice]}, seconds=seconds) for dice, seconds in runs))
+    assert "| x | 60.00 ± 26.46 |" in format_rows([row], row, None)  # sqrt((20^2 + 10^2 + 30^2) / 2)
+    assert row.cost() == pytest.approx((0.5, 0.9, 300))  # minutes of 10 x 0.6 + 20 x 1.2 s; of 0.6 and 1.2 s the median
+
+
+def test_a_run_without_a_log_has_no_cost(rows: tuple[Row, Row, Row]) -> None:
+    (rows[1].folders[1] / "metrics.jsonl").unlink()
+    assert rows[1].cost() is None and rows[0].cost() is not None
+    table = format_rows(rows, rows[0], rows[2]).splitlines()
+    assert table[3].endswith("| - | - | - |") and "nan" not in table[3]

@@ -105,3 +105,13 @@ def test_files_that_do_not_fit_are_refused(
     (tmp_path / "scores.csv").write_text(content, encoding="utf-8")
     with pytest.raises(SystemExit, match=message):
         run(monkeypatch, tmp_path / "scores.csv")
+
+
+def test_any_row_can_be_the_baseline(
+    rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(tmp_path / "scores.csv", rows, [0, 1])
+    run(monkeypatch, tmp_path / "scores.csv", "--baseline", "ours")
+    head, _, supervised, ours = capsys.readouterr().out.splitlines()
+    assert "against ours, paired over 2 cases" in head
+    assert "| -5.00 (" in supervised and "| -5.00 (" not in ours  # one class of two is 10 points behind

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from nibabel.orientations import axcodes2ornt, ornt_transform
 
-from dataloaders.geometry import affine_spacing, nifti_channels, read_label, read_nifti
+from dataloaders.geometry import (
+    affine_spacing,
+    nifti_channels,
+    read_label,
+    read_nifti,
+    read_nifti_channels,
+    states_orientation,
+)
 
 
 def test_read_nifti_gives_channels_first_float32(tmp_path: Path) -> None:
@@ -193,3 +200,26 @@ def test_label_in_other_units_fits_its_image(tmp_path: Path) -> None:
     path = make.write_nifti(tmp_path / "a.nii.gz", make.corner_label()[..., None], metres, unit="meter")
     label = read_label(path, "a", image=make.counting_image()[None], affine=make.AFFINE, num_classes=2)
     assert label.shape == make.SHAPE
+
+
+@pytest.mark.parametrize("codes", [(0, 0), (1, 0), (0, 1), (2, 2)])
+def test_a_header_states_its_orientation_by_qform_or_sform(codes: tuple[int, int]) -> None:
+    header = nib.Nifti1Header()
+    header["qform_code"], header["sform_code"] = codes
+    assert states_orientation(header) is any(codes)
+
+
+def test_files_of_channels_follow_each_other_on_one_grid(tmp_path: Path) -> None:
+    near, far = make.AFFINE.copy(), make.AFFINE.copy()
+    near[0, 3] += 5e-4  # the limit is a thousandth of the smallest voxel side, 1 mm
+    far[0, 3] += 2e-3
+    voxels = make.counting_image()
+    first = make.write_nifti(tmp_path / "a_0.nii", voxels)
+    paths = [first, make.write_nifti(tmp_path / "a_1.nii", voxels + 1000, near)]
+    image, affine, spacing = read_nifti_channels(paths, "a")
+    assert np.array_equal(image, [voxels, voxels + 1000])
+    assert np.array_equal(affine, make.AFFINE) and spacing == (1.0, 2.0, 3.0)
+    moved = make.write_nifti(tmp_path / "moved.nii", voxels, far)
+    for other in (moved, make.write_nifti(tmp_path / "cut.nii", voxels[1:])):
+        with pytest.raises(ValueError, match=rf"case a: .*{other.name} is not on the grid of .*a_0\.nii; resample it"):
+            read_nifti_channels([first, other], "a")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from listed_cases import IDS, ListedCases, write_list
 
+from dataloaders.case_lists import order_key
 from dataloaders.splits import SplitRequest, make_test_ids, make_training_split
 
 
@@ -79,3 +80,14 @@ def test_two_roles_that_share_a_patient_are_refused(tmp_path: Path) -> None:
     request = SplitRequest(labelnum=2)
     with pytest.raises(ValueError, match="test cases 'case05' show patients that training cases of this run show"):
         make_test_ids(source, request, make_training_split(source, request))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_seed_orders_patients_by_their_first_case(seed: int) -> None:
+    """A later scan of a patient moves nobody."""
+    source = PairsOfCases(test=["case00"])
+    split = make_training_split(source, SplitRequest(labelnum=2, seed=seed))
+    firsts = sorted(("case02", "case04", "case06", "case08"), key=lambda case_id: order_key(case_id, seed))
+    labeled = next(case_id for case_id in firsts if case_id != "case08")  # case08 has no label
+    assert split.labeled == (labeled, f"case{int(labeled[-2:]) + 1:02d}")
+    assert list(split.unlabeled[::2]) == [case_id for case_id in firsts if case_id != labeled]

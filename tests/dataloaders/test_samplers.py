@@ -46,3 +46,9 @@ def test_step_sampler_shares_the_same_step_between_ranks() -> None:
 def test_step_sampler_refuses_an_uneven_share() -> None:
     with pytest.raises(ValueError, match="--labeled_bs 2 and 2 unlabelled patches cannot be shared by 3 processes"):
         StepSampler(PLAN, first_step=0, max_iteration=1, world_size=3)
+
+
+def test_step_plan_orders_every_round_anew() -> None:
+    seen = [key.case_id for step in range(30) for key in PLAN.keys(step) if not key.labeled]
+    rounds = [tuple(seen[start : start + 5]) for start in range(0, 60, 5)]
+    assert all(sorted(cases) == PLAN.unlabeled for cases in rounds) and len(set(rounds)) > 6

@@ -227,3 +227,23 @@ def test_stored_split_comes_back_or_is_refused() -> None:
         TrainingSplit.from_dict(stored | {"labeled": ["a"]})
     with pytest.raises(ValueError, match="stored split has no 'val'"):
         TrainingSplit.from_dict({"labeled": [], "unlabeled": []})
+
+
+def test_one_labelled_case_in_five_is_held_out_whatever_lists_claim(tmp_path: Path) -> None:
+    source = ListedCases(labeled=IDS)
+    listed = SplitRequest(labelnum=1, labeled_list=write_list(tmp_path / "l.list", "case00", "case01", "case02"))
+    for request in (SplitRequest(labelnum=1), listed):
+        assert len(make_test_ids(source, request, make_training_split(source, request))) == 2  # 10 labelled // 5
+    few, request = ListedCases(labeled=IDS[:4]), SplitRequest(labelnum=3)
+    assert len(make_test_ids(few, request, make_training_split(few, request))) == 1  # at least one
+
+
+def test_training_cases_that_a_run_left_out_are_no_test_cases() -> None:
+    source, used = ListedCases(train=IDS[:6]), TrainingSplit(("case00",), ("case01",), ())
+    assert make_test_ids(source, SplitRequest(labelnum=1), used) == ("case06", "case07")
+
+
+def test_validation_list_is_asked_for_labels_beside_a_train_list(tmp_path: Path) -> None:
+    request = SplitRequest(labelnum=1, val_list=write_list(tmp_path / "v.list", "case01", "case09"))
+    with pytest.raises(ValueError, match=r"v.list names 'case09', which have no label file"):
+        make_training_split(ListedCases(train=IDS), request)

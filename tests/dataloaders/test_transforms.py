@@ -1,0 +1,75 @@
+"""Random changes of patches, one at a time: what turns, and that channels do not mix."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dataloaders import transforms
+from dataloaders.transforms import AugmentOptions, apply_gamma, change_intensity, crop, mirror_and_turn
+
+CONTRAST, BRIGHTNESS, GAMMA, BLUR, NOISE = range(5)
+
+
+class Only:
+    """A generator that makes one of the changes of ``change_intensity``, of the largest size."""
+
+    def __init__(self, change: int) -> None:
+        self._draws = iter([0.0 if number == change else 0.999 for number in range(NOISE + 1)])
+
+    def random(self) -> float:
+        return next(self._draws)
+
+    def uniform(self, low: float, high: float) -> float:
+        return high
+
+
+def changed(image: list, change: int, size: float = 1.0) -> np.ndarray:
+    return change_intensity(np.array(image, np.float32), Only(change), chance=0.5, size=size)  # type: ignore[arg-type]
+
+
+def test_contrast_and_brightness_by_hand() -> None:
+    image = [[[[-1.0, 0.0, 2.0]]]]
+    assert changed(image, CONTRAST).ravel().tolist() == pytest.approx([-1.4, 0.0, 2.8])
+    assert changed(image, BRIGHTNESS).ravel().tolist() == pytest.approx([-0.6, 0.4, 2.4])
+    assert changed(image, CONTRAST, size=0.5).ravel().tolist() == pytest.approx([-1.2, 0.0, 2.4])
+
+
+def test_gamma_works_on_the_range_of_each_channel() -> None:
+    small, large = changed([[[[0.0, 1.0, 4.0]]], [[[0.0, 10.0, 40.0]]]], GAMMA)
+    assert small.ravel().tolist() == pytest.approx([0.0, 4 * 0.25 ** np.exp(0.6), 4.0])
+    assert large == pytest.approx(10 * small)
+    half = changed([[[[0.0, 1.0, 4.0]]]], GAMMA, size=0.5)
+    assert half[0] == pytest.approx(apply_gamma(np.array([[[0.0, 1.0, 4.0]]]), float(np.exp(0.3))))
+
+
+def test_blur_does_not_mix_channels() -> None:
+    channels = np.ones((3, 4, 4, 4)) * np.array([0.0, 1.0, 5.0])[:, None, None, None]
+    assert changed(channels.tolist(), BLUR) == pytest.approx(channels)
+    channels[1, 2, 2, 2] = 4.0
+    blurred = changed(channels.tolist(), BLUR)
+    assert blurred[[0, 2]] == pytest.approx(channels[[0, 2]]) and 1.0 < blurred[1, 2, 2, 2] < 2.0
+
+
+def test_blur_has_half_the_chance_of_the_other_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    blurred, curved = [], []
+    monkeypatch.setattr(transforms.ndimage, "gaussian_filter", lambda channel, *_, **__: blurred.append(1) or channel)
+    monkeypatch.setattr(transforms, "apply_gamma", lambda channel, _: curved.append(1) or channel)
+    for seed in range(100):
+        change_intensity(np.zeros((1, 2, 2, 2), np.float32), np.random.default_rng(seed), chance=1.0, size=1.0)
+    assert len(curved) == 100 and 30 < len(blurred) < 70
+
+
+def test_quarter_turns_are_in_the_first_two_axes() -> None:
+    image, options = np.arange(4.0).reshape(1, 2, 2, 1), AugmentOptions((2, 2, 1), flip_axes=(), rotate90=True)
+    found = [mirror_and_turn([image], np.random.default_rng(seed), options)[0] for seed in range(30)]
+    assert {patch.shape for patch in found} == {(1, 2, 2, 1)}
+    turns = {(0, 1, 2, 3), (1, 3, 0, 2), (3, 2, 1, 0), (2, 0, 3, 1)}  # [[0, 1], [2, 3]] by 0, 1, 2 and 3 quarters
+    assert {tuple(patch.ravel().tolist()) for patch in found} == turns
+
+
+@pytest.mark.parametrize("corner", [(0, 0, 0), (1, 0, 0), (-1, 0, 0)])
+def test_a_crop_can_be_changed_without_its_volume(corner: tuple[int, int, int]) -> None:
+    volume = np.zeros((1, 3, 2, 2))
+    crop(volume, np.array(corner), (2, 2, 2), fill=0)[...] = 7.0
+    assert not volume.any()
