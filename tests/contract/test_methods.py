@@ -29,6 +29,8 @@ from myutils.prototype_term import PrototypeTerm
 from networks.base import Branch, SegmentationNetwork
 
 CASES = [(name, prototypes) for name in METHODS.names() for prototypes in (False, True)]
+RESUMED = ("mean_teacher", "bcp", "cov_dfp", "cps")  # two phases, pools, a second network; the others are like them
+RESUMED_SLOWLY = [name for name in METHODS.names() if name not in RESUMED]
 
 
 def make(name: str, prototypes: bool, **changes: object) -> Method:
@@ -92,7 +94,7 @@ def test_every_loss_form_uses_every_selector(form: str) -> None:
     assert [key for key, p in method.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-@pytest.mark.parametrize("name", METHODS.names())
+@pytest.mark.parametrize("name", [*RESUMED, *(pytest.param(n, marks=pytest.mark.slow) for n in RESUMED_SLOWLY)])
 def test_method_resumes_bit_identically(name: str, tmp_path: Path) -> None:
     """State outside ``state_dict()``, and draws that the step does not seed, part the two runs."""
     passes = {"uncertainty_passes": 2} if name == "ua_mt" else {}  # instead of 8, for the time

@@ -58,11 +58,6 @@ SHARED: dict[str, tuple[dict[str, object], float]] = {
     for name in METHODS.names()
 }
 SHARED["random ranking"] = (WITH_TERM | {"prototype_ranking": "random"}, 3e-2)
-# The V-Net's dropout, in both networks.
-SHARED["dropout"] = (
-    WITH_TERM | {"method": "ua_mt", "model": "vnet", "patch_size": (16, 16, 16), "uncertainty_passes": 2},
-    3e-2,
-)
 # Without the term no voxel is drawn, and less parts them; hard pseudo-labels still do.
 PLAIN: dict[str, tuple[dict[str, object], float]] = {
     "supervised": ({}, 1e-4),
@@ -75,13 +70,18 @@ PLAIN: dict[str, tuple[dict[str, object], float]] = {
     # Orthogonal steps make directions with tiny gradients, and their rounding, as large as all others.
     "muon": ({"method": "supervised", "optimizer": "muon"}, 1e-3),
 }
+FAST = list(SHARED)
+# The V-Net's dropout, in both networks.
+SHARED["dropout"] = (WITH_TERM | {"method": "ua_mt", "model": "vnet", "patch_size": (16, 16, 16)}, 3e-2)
 SHARED |= {
     f"{name} alone": ({"method": name, "max_iteration": 4, "use_contrastive_prototype": False} | more, bound)
     for name, (more, bound) in PLAIN.items()
 }
+SLOW = [name for name in SHARED if name not in FAST]
+ROWS = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
-def run_rank(rank: int, folder: str) -> None:
+def run_rank(rank: int, folder: str, names: list[str]) -> None:
     """One of two ranks; what it prints, and why it ended early, goes to a log.
 
     The one that fails first takes the other along, and the parent hears of one of them only.
@@ -90,23 +90,24 @@ def run_rank(rank: int, folder: str) -> None:
     os.dup2(log, sys.stderr.fileno())
     faulthandler.enable()
     try:
-        train_rank(rank, folder)
+        train_rank(rank, folder, names)
     except BaseException:
         traceback.print_exc()
         raise
 
 
-def train_rank(rank: int, folder: str) -> None:
-    """Train every row for a few steps and write its whole state to the folder; then evaluate and predict."""
+def train_rank(rank: int, folder: str, names: list[str]) -> None:
+    """Train rows for a few steps and write their whole state to the folder; of the fast ones evaluate and predict."""
     torch.set_num_threads(1)
     join_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    for name in SHARED:
+    for name in names:
         run = Path(folder) / name
         method = fit_in_float32(run, RankInfo(rank, 2, rank), name)
         torch.save(method.state_dict(), run / f"rank{rank}.pt")
-    share_cases(rank, BallSource(), Path(folder) / "mean_teacher")
-    torch.save(work_on_rows(rank, 2), Path(folder) / f"rows{rank}.pt")
-    predict_scans(Path(folder), Path(folder) / f"failed{rank}.json")
+    if names == FAST:
+        share_cases(rank, BallSource(), Path(folder) / "mean_teacher")
+        torch.save(work_on_rows(rank, 2), Path(folder) / f"rows{rank}.pt")
+        predict_scans(Path(folder), Path(folder) / f"failed{rank}.json")
     del method
     stop_process_group()
     (Path(folder) / f"threads{rank}.json").write_text(json.dumps(gloo_threads()))
@@ -125,13 +126,18 @@ def gloo_threads() -> list[str]:
 
 
 def fit_in_float32(run: Path, ranks: RankInfo, name: str) -> Method:
-    """Some steps with all that draws at random; losses of every step are logged."""
+    """Some steps with all that draws at random, on one thread; losses of every step are logged."""
     source = BallSource()
     config = small_config(source, **{"log_every": 1, "patch_size": (8, 8, 8), "optimizer": "adamw"} | SHARED[name][0])
     run.mkdir(parents=True, exist_ok=True)
     state = RunState(config, DataFacts.of(source), make_training_split(source, config.split_request()))
     trainer = Trainer(state, source, run, ranks, torch.device("cpu"))
-    trainer.fit()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks have: another order of sums parts the runs
+    try:
+        trainer.fit()
+    finally:
+        torch.set_num_threads(threads)
     return trainer.method
 
 
@@ -184,36 +190,52 @@ def log_end(folder: Path, rank: int) -> str:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the states of both ranks, one sub-folder per row."""
-    folder = tmp_path_factory.mktemp("two_ranks")
+    """Folder with the states of both ranks, one sub-folder per fast row, and what they did with cases and scans."""
+    return spawned(tmp_path_factory.mktemp("two_ranks"), FAST)
+
+
+@pytest.fixture(scope="module")
+def slow_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of the slow rows, without cases and scans."""
+    return spawned(tmp_path_factory.mktemp("slow_ranks"), SLOW)
+
+
+@pytest.fixture
+def run_of(request: pytest.FixtureRequest, name: str) -> Path:
+    """The folder of a row, trained with all of its kind once one of them is asked for."""
+    return Path(request.getfixturevalue("two_ranks" if name in FAST else "slow_ranks")) / name
+
+
+def spawned(folder: Path, names: list[str]) -> Path:
+    """The folder, once two ranks have trained these rows in it."""
     for case_id in TEST_IDS:
         volume = BallSource().load(case_id, with_label=False)
         save_volume(folder / "scans" / f"{case_id}.nii.gz", volume.image[0], volume.affine)
     (folder / "scans" / "broken.nii.gz").write_bytes(b"no scan")
     try:
-        torch.multiprocessing.spawn(run_rank, args=(str(folder),), nprocs=2)
+        torch.multiprocessing.spawn(run_rank, args=(str(folder), names), nprocs=2)
     except (ProcessExitedException, ProcessRaisedException) as error:
         pytest.fail("\n".join([str(error), log_end(folder, 0), log_end(folder, 1)]), pytrace=False)
     return folder
 
 
-@pytest.mark.parametrize("name", SHARED)
-def test_two_ranks_hold_equal_weights_and_memory(two_ranks: Path, name: str) -> None:
-    first, second = (torch.load(two_ranks / name / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+@pytest.mark.parametrize("name", ROWS)
+def test_two_ranks_hold_equal_weights_and_memory(run_of: Path, name: str) -> None:
+    first, second = (torch.load(run_of / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
     if SHARED[name][0]["use_contrastive_prototype"]:
         assert first["prototypes.manager.memory_count"].sum() > 0
-    assert (two_ranks / name / "last.pt").exists()
+    assert (run_of / "last.pt").exists()
 
 
-@pytest.mark.parametrize("name", SHARED)
-def test_two_ranks_with_half_the_batch_each_have_the_losses_of_one(two_ranks: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ROWS)
+def test_two_ranks_with_half_the_batch_each_have_the_losses_of_one(run_of: Path, tmp_path: Path, name: str) -> None:
     fit_in_float32(tmp_path, RankInfo(), name)
     losses = ["Loss/supervised", "Loss/total"]
     if SHARED[name][0]["use_contrastive_prototype"]:
         losses += ["Loss/contrastive_loss", "Loss/intra_loss", "Loss/inter_loss"]
     for loss in losses:
-        (_, shared), (_, alone) = (read_metrics(folder, loss) for folder in (two_ranks / name, tmp_path))
+        (_, shared), (_, alone) = (read_metrics(folder, loss) for folder in (run_of, tmp_path))
         assert len(alone) == 4 and shared[:2] == pytest.approx(alone[:2], rel=1e-4), loss
         assert shared == pytest.approx(alone, rel=SHARED[name][1]), loss
 
