@@ -30,10 +30,12 @@ def step():
     {step}
 for _ in range(5):
     step()  # the heap finds its size
-before = faults()
-for _ in range(3):
+found = []
+for _ in range(5):
+    before = faults()
     step()
-print(faults() - before)
+    found.append(faults() - before)
+print(sorted(found)[2])  # the heap may grow once more
 """
 
 
@@ -51,7 +53,7 @@ def page_faults(mode: str, step: str) -> int:
 @pytest.mark.parametrize("step", [LARGE_BLOCKS, NETWORK_STEP])
 def test_kept_blocks_cause_no_page_faults(step: str) -> None:
     plain, kept = page_faults("plain", step), page_faults("kept", step)
-    assert plain > 5000
+    assert plain > 1500
     assert kept < 0.1 * plain
 
 
