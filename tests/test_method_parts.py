@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import BallSource
-from helpers_runs import batch_for, random_batch, small_config, small_method
+from helpers_runs import batch_for, random_batch, small_method
 from torch.nn import functional
 
-from myutils.build import DataFacts, build_method
 from myutils.ema import make_teacher
 from myutils.losses.deep_supervision import DeepSupervision
 from myutils.losses.segmentation import dice_ce_loss, one_hot_labels
@@ -33,6 +31,11 @@ def spied(monkeypatch: pytest.MonkeyPatch, method: Any, name: str) -> list[tuple
     original: Callable[..., Any] = getattr(method, name)
     monkeypatch.setattr(method, name, lambda *a, **k: calls.append((a, k)) or original(*a, **k))
     return calls
+
+
+def all_among(rows: torch.Tensor, every: torch.Tensor) -> bool:
+    """Whether each of the rows (S, E) is one of the others (N, E), as far as ``cdist`` is exact."""
+    return bool(torch.cdist(rows.detach(), every.detach()).amin(1).max() < 1e-2)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS.names() if METHODS.get(name).uses_unlabeled])
@@ -86,7 +89,7 @@ def test_the_mean_teacher_s_gate_is_open_where_true_labels_were_pasted(monkeypat
 
 def test_a_paste_of_boxes_has_a_quarter_to_a_half_of_the_volume() -> None:
     torch.manual_seed(0)
-    shares = torch.cat([draw_paste(1, torch.Size((50, 24, 24, 24)), torch.device("cpu")).boxes.float().mean((1, 2, 3))])
+    shares = draw_paste(1, torch.Size((50, 24, 24, 24)), torch.device("cpu")).boxes.float().mean((1, 2, 3))
     assert 0.2 < shares.min() < 0.3 and 0.45 < shares.max() < 0.55 and shares.mean() == pytest.approx(0.375, abs=0.04)
 
 
@@ -175,7 +178,7 @@ def test_what_is_compared_with_the_memory_went_through_both_heads(monkeypatch: p
     term(output, batch.label_l, 0)
     rows = output.features.detach().movedim(1, -1).flatten(0, 3)
     every = term.prediction(term.projection(rows))
-    assert torch.cdist(compared[0], every).amin(1).max() < 1e-2  # cdist is that exact
+    assert all_among(compared[0], every)
 
 
 COV_DFP = {"dfp_start_iter": 2, "selector_train_iter": 1, "dfp_reconstruct_interval": 50, "max_iteration": 90}
@@ -194,11 +197,7 @@ def test_terms_of_the_pools_have_their_own_weights_which_rise() -> None:
 
 
 def test_pools_store_what_the_teacher_is_right_and_sure_about() -> None:
-    source = BallSource()
-    method = build_method(
-        small_config(source, method="cov_dfp", confidence_threshold=0.6, **COV_DFP), DataFacts.of(source)
-    )
-    batch, pushed = random_batch(), []
+    method, batch, pushed = small_method("cov_dfp", confidence_threshold=0.6, **COV_DFP), random_batch(), []
     output = method.teacher(batch.image_l)
     found = pseudo_labels(output.logits)
     reliable = (found.confidence > 0.6) & (found.labels == batch.label_l)
@@ -207,16 +206,12 @@ def test_pools_store_what_the_teacher_is_right_and_sure_about() -> None:
     method(batch, 0)
     features, classes = pushed[0]
     every = output.features.detach().movedim(1, -1)
-    distance = torch.cdist(features[classes >= 0], every[reliable])
-    assert (classes >= 0).any() and distance.amin(1).max() < 1e-2  # cdist is that exact
+    assert (classes >= 0).any() and all_among(features[classes >= 0], every[reliable])
 
 
 def test_pools_compare_unlabelled_features_of_their_own_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    method, batch, seen = (
-        small_method("cov_dfp", **COV_DFP, copy_paste=False, confidence_threshold=0.0),
-        random_batch(),
-        [],
-    )
+    method = small_method("cov_dfp", **COV_DFP, copy_paste=False, confidence_threshold=0.0)
+    batch, seen = random_batch(), []
     monkeypatch.setattr(
         "myutils.methods.cov_dfp.correlation_consistency", lambda *given: seen.append(given) or given[0].sum() * 0
     )
@@ -224,9 +219,7 @@ def test_pools_compare_unlabelled_features_of_their_own_places(monkeypatch: pyte
     output = method.student(torch.cat([batch.image_l, batch.image_u_strong]))
     rows = output.features.detach().movedim(1, -1).flatten(1, 3)
     for features, known, patches in ((seen[0][0], seen[0][2], rows[:2]), (seen[0][1], seen[0][3], rows[2:])):
-        assert (
-            known.any() and torch.cdist(features[known].detach(), patches.flatten(0, 1)).amin(1).max() < 1e-2
-        )  # cdist is that exact
+        assert known.any() and all_among(features[known], patches.flatten(0, 1))
 
 
 def test_pools_leave_pasted_voxels_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,14 @@ class Method(nn.Module, ABC):
         """Weight of the method's loss on unlabelled patches: ``--consistency`` after its ramp-up."""
         return self.ramp(step) * required(self.config.consistency, "consistency")
 
+    def views_at(self, step: int) -> int:
+        """Strong views to compute at ``step``: one where nothing tells them apart."""
+        return required(self.config.strong_views, "strong_views") if self.views_differ_at(step) else 1
+
+    def views_differ_at(self, step: int) -> bool:
+        """Whether anything tells the strong views of a patch apart at ``step``: changes of their intensities do."""
+        return self.config.augment and self.config.strong_intensity != 0
+
     def coarse_terms(
         self, student: SegmentationOutput, labels: Tensor, mask: Tensor | None = None
     ) -> dict[str, LossTerm]:

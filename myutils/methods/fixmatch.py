@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from dataloaders.patches import Batch
-from myutils.config import required
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
 from myutils.pseudo_labels import PseudoLabels, drop_channels, pseudo_labels
@@ -38,8 +37,7 @@ class FixMatch(Method):
             weak = self.student(batch.image_u)
         target = pseudo_labels(weak.logits)
         gate = (target.confidence > self.config.confidence_threshold).float()
-        differ = self.config.augment and self.config.strong_intensity != 0  # else all views are one
-        views = required(self.config.strong_views, "strong_views") if differ else 1
+        views = self.views_at(step)
         student = self.student(torch.cat([batch.image_l, batch.image_u_strong[: views * len(batch.image_u)]]))
         logits_l = student.logits[:labeled]
         losses = [gated_cross_entropy(logits, target, gate) for logits in student.logits[labeled:].chunk(views)]

@@ -105,12 +105,10 @@ class MeanTeacher(TeacherMethod):
         share = self.config.perturbed_share
         return share is None or step < share * required(self.config.max_iteration, "max_iteration")
 
-    def views_at(self, step: int) -> int:
-        """Strong views that differ at ``step``: without changed intensities, boxes and dropped channels all are one."""
-        config = self.config
-        differ = config.augment and config.strong_intensity != 0
-        differ |= self.perturbs_at(step) and bool(config.copy_paste or config.feature_perturbation)
-        return required(config.strong_views, "strong_views") if differ else 1
+    def views_differ_at(self, step: int) -> bool:
+        """Boxes and dropped channels tell views apart too."""
+        perturbed = self.perturbs_at(step) and bool(self.config.copy_paste or self.config.feature_perturbation)
+        return super().views_differ_at(step) or perturbed
 
     def further_terms(self, parts: StepParts, step: int) -> tuple[dict[str, LossTerm], dict[str, Tensor]]:
         """Terms and logged scalars that a subclass adds to the step."""
