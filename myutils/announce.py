@@ -54,6 +54,20 @@ def describe(trainer: Trainer) -> None:
         patch = "x".join(map(str, config.patch_size or ()))
         logger.info("steps: %s, patch %s, autocast %s", steps, patch, trainer.amp)
     logger.info("run: %s", trainer.folder)
+    _name_limits(trainer)
+
+
+def _name_limits(trainer: Trainer) -> None:
+    """Warn of settings that cannot have their effect beside the others."""
+    config, method = trainer.state.config, trainer.method
+    views = config.strong_views or 1
+    if method.uses_strong_views and views > 1 and method.views_at(0) == 1:
+        text = "--strong_views %d: no intensity, box or dropped channel tells a patch's views apart; one is learned"
+        logger.warning(text, views)
+    drawn = max(1, config.prototype_samples // (2 if method.uses_unlabeled else 1))
+    if method.prototypes is not None and config.elements_per_class > drawn:
+        text = "--elements_per_class %d: never full, a step draws %d labelled voxels a class (--prototype_samples %d)"
+        logger.warning(text, config.elements_per_class, drawn, config.prototype_samples)
 
 
 def how_to_go_on(trainer: Trainer) -> str:
