@@ -16,6 +16,7 @@ from dataloaders.splits import TrainingSplit
 from myutils.build import DataFacts, build_method, build_preprocess
 from myutils.config import RunConfig
 from myutils.methods.base import Method
+from myutils.whole_files import whole_file
 from networks.base import Segmenter
 
 FORMAT = 1
@@ -75,7 +76,7 @@ class InferenceBundle:
 
 
 def write_checkpoint(path: Path, state: RunState, tensors: dict[str, Any]) -> None:
-    """Write to a temporary file beside ``path``, flush it to the disk, and rename it.
+    """Write a checkpoint whole or not at all, flushed to the disk before it takes its name.
 
     Args:
         path: Target; an older file there stays intact until the rename.
@@ -95,19 +96,15 @@ def write_checkpoint(path: Path, state: RunState, tensors: dict[str, Any]) -> No
         "validates": state.validates,
         **tensors,
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with whole_file(path) as partial, partial.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         kept = f"; the checkpoint of before is still at {path}" if path.exists() else ""
         reason = str(error).partition("\n")[0]
         raise OSError(f"cannot write {path}: {reason}; free space there, or use another --output_dir{kept}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _listed(value: object) -> object:

@@ -72,7 +72,7 @@ def hold(folder: Path) -> IO[str]:
     try:
         if fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for unfinished in folder.glob(".*.pt.*.tmp"):  # of a process that was killed while it wrote a checkpoint
+            for unfinished in folder.glob(".partial_*.pt"):  # of a process that was killed while it wrote a checkpoint
                 unfinished.unlink()
     except BlockingIOError:
         lock.close()

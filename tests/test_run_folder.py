@@ -23,11 +23,11 @@ def test_an_empty_folder_of_the_users_may_be_chosen(tmp_path: Path) -> None:
 
 
 def test_checkpoints_that_a_killed_process_did_not_finish_go_with_the_next_training(tmp_path: Path) -> None:
-    for name in (".last.pt.123.tmp", ".best.pt.9.tmp", "last.pt", "mine.tmp"):
+    for name in (".partial_123_last.pt", ".partial_9_best.pt", "last.pt", "mine.tmp"):
         (tmp_path / name).touch()
     with hold(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "last.pt", "mine.tmp"]
-        (tmp_path / ".last.pt.7.tmp").touch()
+        (tmp_path / ".partial_7_last.pt").touch()
         with pytest.raises(ValueError, match="another process trains in"):
             hold(tmp_path)
-        assert (tmp_path / ".last.pt.7.tmp").exists()
+        assert (tmp_path / ".partial_7_last.pt").exists()

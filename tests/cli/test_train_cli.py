@@ -48,7 +48,7 @@ def test_whole_job_writes_everything_and_prints_the_table(folder: Path, capsys: 
         assert str(run / path) in printed.out
     assert "cases: 2 labelled, 6 unlabelled, 0 validation" in printed.err
     assert "steps: 0 to 3, batch 4 (2 labelled), patch 16x16x16" in printed.err
-    assert not list((folder / "runs").glob("**/*.tmp"))
+    assert not list((folder / "runs").glob("**/.partial_*"))
 
 
 def test_what_fits_the_labelled_cases_is_printed_and_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
