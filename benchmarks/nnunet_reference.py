@@ -57,11 +57,12 @@ def main() -> None:
     bundle = load_for_inference(settings.checkpoint, torch.device("cpu"))
     source = build_source(bundle.config)
     set_up(settings.output_dir)
-    prepared = settings.output_dir / "nnUNet_preprocessed" / DATASET
-    if not (prepared / "gt_segmentations").exists():  # the last that it makes
-        export(settings.output_dir, bundle, source)
-        plan(prepared / f"{PLANS}.json", None if settings.own_patches else bundle)
     steps = settings.max_iteration or required(bundle.config.max_iteration, "max_iteration")
+    if steps > STEPS_PER_EPOCH and steps % STEPS_PER_EPOCH:
+        raise SystemExit(f"--max_iteration {steps}: pass a multiple of {STEPS_PER_EPOCH}")
+    if not prepared_as(settings.output_dir, {"steps": steps, **request_of(bundle, own_patches=settings.own_patches)}):
+        export(settings.output_dir, bundle, source)
+        plan(settings.output_dir, None if settings.own_patches else bundle)
     folders = [settings.output_dir / f"seed{seed}" for seed in settings.seeds]
     for seed, folder in zip(settings.seeds, folders, strict=True):
         if not (folder / "test" / "cases.csv").exists():
@@ -92,6 +93,25 @@ def set_up(folder: Path) -> None:
     os.environ.update({"nnUNet_n_proc_DA": "1", "nnUNet_compile": "f"})
 
 
+def request_of(bundle: InferenceBundle, *, own_patches: bool) -> dict[str, object]:
+    """What the network will learn from, to tell a folder's preparation from another."""
+    patch = None if own_patches else [*required(bundle.config.patch_size, "patch_size"), bundle.config.batch_size]
+    return {"cases": bundle.split.digest, "patch_and_batch": patch}
+
+
+def prepared_as(folder: Path, request: dict[str, object]) -> bool:
+    """Whether the folder has been prepared, and note how: one that was prepared otherwise is refused."""
+    note = folder / "request.json"
+    if note.exists():
+        before = json.loads(note.read_text(encoding="utf-8"))
+        if before != request:
+            raise SystemExit(f"--output_dir {folder}: was made for {before}, not {request}; pass another folder")
+        return (folder / "nnUNet_preprocessed" / DATASET / "gt_segmentations").exists()  # the last that nnU-Net makes
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(request), encoding="utf-8")
+    return False
+
+
 def export(folder: Path, bundle: InferenceBundle, source: CaseSource) -> None:
     """Write the run's labelled cases in nnU-Net's format."""
     raw = folder / "nnUNet_raw" / DATASET
@@ -110,14 +130,15 @@ def export(folder: Path, bundle: InferenceBundle, source: CaseSource) -> None:
     (raw / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
 
 
-def plan(path: Path, bundle: InferenceBundle | None) -> None:
-    """Let nnU-Net write its plans to ``path``, change them to a run's patch and batch, and prepare the cases."""
+def plan(folder: Path, bundle: InferenceBundle | None) -> None:
+    """Let nnU-Net plan, change its plans to a run's patch and batch where one is given, and prepare the cases."""
     from nnunetv2.experiment_planning import plan_and_preprocess_api as api
     from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 
     api.extract_fingerprints([DATASET_ID], num_processes=1)
     api.plan_experiments([DATASET_ID])
     if bundle is not None:
+        path = folder / "nnUNet_preprocessed" / DATASET / f"{PLANS}.json"
         plans = json.loads(path.read_text(encoding="utf-8"))
         chosen = plans["configurations"][CONFIGURATION]
         reversed_patch = required(bundle.config.patch_size, "patch_size")[::-1]  # it reads arrays as (Z, Y, X)
@@ -142,9 +163,7 @@ def train(seed: int, steps: int) -> nnUNetTrainer:
     torch.manual_seed(seed)
     trainer = get_trainer_from_args(DATASET, CONFIGURATION, "all", device=torch.device("cpu"))
     trainer.num_iterations_per_epoch = min(steps, STEPS_PER_EPOCH)
-    trainer.num_epochs, left = divmod(steps, trainer.num_iterations_per_epoch)
-    if left:
-        raise SystemExit(f"--max_iteration {steps}: pass a multiple of {STEPS_PER_EPOCH}")
+    trainer.num_epochs = steps // trainer.num_iterations_per_epoch
     trainer.num_val_iterations_per_epoch = 1
     trainer.disable_checkpointing = True
     os.environ.update({"nnUNet_n_proc_DA": "0"})  # patches are made in this process; its planner needs at least 1

@@ -16,7 +16,7 @@ from conftest import BallSource
 from helpers_runs import small_trainer
 
 from benchmarks import nnunet_reference
-from benchmarks.nnunet_reference import DATASET, export, plan, predict, score_network
+from benchmarks.nnunet_reference import DATASET, export, plan, predict, prepared_as, request_of, score_network
 from dataloaders.base import Volume
 from myutils.checkpoint import InferenceBundle
 
@@ -83,7 +83,8 @@ def test_the_test_cases_are_scored(monkeypatch: pytest.MonkeyPatch, bundle: Infe
 def test_the_plan_takes_the_runs_patch_unless_it_is_left_to_nnunet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: InferenceBundle, own: bool
 ) -> None:
-    path = tmp_path / "nnUNetPlans.json"
+    path = tmp_path / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json"
+    path.parent.mkdir(parents=True)
     network = {"features_per_stage": [32, 64, 128], "n_conv_per_stage": [2, 2, 2], "n_conv_per_stage_decoder": [2, 2]}
     planned = {"patch_size": [9, 9, 9], "batch_size": 9, "spacing": [1, 1, 1], "architecture": {"arch_kwargs": network}}
     content = {"transpose_forward": [2, 0, 1], "configurations": {"3d_fullres": planned}}
@@ -101,7 +102,7 @@ def test_the_plan_takes_the_runs_patch_unless_it_is_left_to_nnunet(
     modules(monkeypatch, "nnunetv2.experiment_planning", plan_and_preprocess_api=SimpleNamespace(**api))
     name = "nnunetv2.experiment_planning.experiment_planners.network_topology"
     modules(monkeypatch, name, get_pool_and_conv_props=topology)
-    plan(path, None if own else bundle)
+    plan(tmp_path, None if own else bundle)
     found = json.loads(path.read_text())
     if own:
         assert found == content
@@ -124,6 +125,17 @@ def test_without_nnunet_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "argv", ["nnunet_reference", "--checkpoint", "last.pt", "--output_dir", "runs/nnunet"])
     with pytest.raises(SystemExit, match=r"pip install torch==[0-9.]+ nnunetv2==[0-9.]+$"):
         nnunet_reference.main()
+
+
+def test_a_folder_that_was_prepared_otherwise_is_refused(tmp_path: Path, bundle: InferenceBundle) -> None:
+    folder = tmp_path / "out"
+    ours, theirs = (request_of(bundle, own_patches=own) for own in (False, True))
+    assert not prepared_as(folder, ours)
+    assert not prepared_as(folder, ours)  # not to its end
+    (folder / "nnUNet_preprocessed" / DATASET / "gt_segmentations").mkdir(parents=True)
+    assert prepared_as(folder, ours)
+    with pytest.raises(SystemExit, match=r"was made for .*20, 18, 16, 3.* not .*None.*; pass another folder"):
+        prepared_as(folder, theirs)
 
 
 def modules(monkeypatch: pytest.MonkeyPatch, name: str, **content: object) -> None:
