@@ -18,10 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +37,7 @@ from myutils.checkpoint import InferenceBundle, load_for_inference
 from myutils.config import required
 from myutils.evaluation import CaseResult, score_case, write_scores
 from myutils.label_files import save_label_map, save_volume
+from myutils.seeding import seed_everything
 
 if TYPE_CHECKING:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -158,9 +158,7 @@ def train(seed: int, steps: int) -> nnUNetTrainer:
     """A network after ``steps``, with its last weights."""
     from nnunetv2.run.run_training import get_trainer_from_args
 
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - nnU-Net draws from it
-    torch.manual_seed(seed)
+    seed_everything(seed, deterministic=False)
     trainer = get_trainer_from_args(DATASET, CONFIGURATION, "all", device=torch.device("cpu"))
     trainer.num_iterations_per_epoch = min(steps, STEPS_PER_EPOCH)
     trainer.num_epochs = steps // trainer.num_iterations_per_epoch
@@ -190,7 +188,7 @@ def score_network(trainer: nnUNetTrainer, bundle: InferenceBundle, source: CaseS
 def predict(predictor: Any, case: Volume) -> np.ndarray:
     """Class ids (X, Y, Z) of a case; nnU-Net has arrays and spacings from Z to X."""
     image = np.ascontiguousarray(case.image.transpose(0, 3, 2, 1), dtype=np.float32)
-    spacing: Sequence[float] = [float(size) for size in case.spacing[::-1]]
+    spacing = [float(size) for size in case.spacing[::-1]]
     found = predictor.predict_single_npy_array(image, {"spacing": spacing})
     return np.asarray(found).transpose(2, 1, 0).astype(np.uint8)
 

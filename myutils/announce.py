@@ -64,8 +64,8 @@ def _name_limits(trainer: Trainer) -> None:
     if method.uses_strong_views and views > 1 and method.views_at(0) == 1:
         text = "--strong_views %d: no intensity, box or dropped channel tells a patch's views apart; one is learned"
         logger.warning(text, views)
-    drawn = max(1, config.prototype_samples // (2 if method.uses_unlabeled else 1))
-    if method.prototypes is not None and config.elements_per_class > drawn:
+    drawn = None if method.prototypes is None else method.prototypes.quota(2 if method.uses_unlabeled else 1)
+    if drawn is not None and config.elements_per_class > drawn:
         text = "--elements_per_class %d: never full, a step draws %d labelled voxels a class (--prototype_samples %d)"
         logger.warning(text, config.elements_per_class, drawn, config.prototype_samples)
 

@@ -85,6 +85,10 @@ class PrototypeTerm(nn.Module):
         count = self.manager.memory_count
         return float(count.float().mean()) / self.config.elements_per_class
 
+    def quota(self, parts: int) -> int:
+        """Most voxels of a class that a step draws from each of its parts, those with labels and with pseudo-labels."""
+        return max(1, self.manager.samples_per_class // parts)
+
     def refills_at(self, step: int) -> bool:
         """Whether the memory takes new features at ``step`` (every ``--memory_interval`` steps)."""
         return step % self.config.memory_interval == 0
@@ -121,7 +125,7 @@ class PrototypeTerm(nn.Module):
         if pseudo is not None:
             confident = pseudo.labels.reshape(-1)
             groups = torch.cat([groups, (confident + manager.num_classes).where(confident != IGNORE, IGNORE)])
-        quota = max(1, manager.samples_per_class // parts)  # of a class in the whole batch; both halves get as much
+        quota = self.quota(parts)
         patches = len(labels) + (0 if pseudo is None else len(pseudo.labels))
         keys = shared_keys(patches, labels[0].numel(), labels.device)
         slots = parts * manager.num_classes * min(quota, len(groups))  # where each class has as many, or is padded

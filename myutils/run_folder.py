@@ -7,6 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
+from myutils.whole_files import unfinished_files
+
 try:
     import fcntl
 except ImportError:  # not on Windows, where nothing is locked
@@ -72,8 +74,8 @@ def hold(folder: Path) -> IO[str]:
     try:
         if fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for unfinished in folder.glob(".partial_*.pt"):  # of a process that was killed while it wrote a checkpoint
-                unfinished.unlink()
+            for checkpoint in unfinished_files(folder, ".pt"):
+                checkpoint.unlink()
     except BlockingIOError:
         lock.close()
         raise ValueError(f"another process trains in {folder}; wait for its end, or stop it first") from None

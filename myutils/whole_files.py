@@ -7,14 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_PREFIX = ".partial_"
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A hidden file of this process beside ``path``, with its suffix, that takes its name where nothing went wrong."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial_{os.getpid()}_{path.name}")
+    partial = path.with_name(f"{_PREFIX}{os.getpid()}_{path.name}")
     try:
         yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def unfinished_files(folder: Path, suffix: str) -> list[Path]:
+    """What processes that were killed in a ``whole_file`` left in the folder, of files with this suffix."""
+    return list(folder.glob(f"{_PREFIX}*{suffix}"))

@@ -191,7 +191,12 @@ def log_end(folder: Path, rank: int) -> str:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the states of both ranks, one sub-folder per fast row, and what they did with cases and scans."""
-    return spawned(tmp_path_factory.mktemp("two_ranks"), FAST)
+    folder = tmp_path_factory.mktemp("two_ranks")
+    for case_id in TEST_IDS:
+        volume = BallSource().load(case_id, with_label=False)
+        save_volume(folder / "scans" / f"{case_id}.nii.gz", volume.image[0], volume.affine)
+    (folder / "scans" / "broken.nii.gz").write_bytes(b"no scan")
+    return spawned(folder, FAST)
 
 
 @pytest.fixture(scope="module")
@@ -208,10 +213,6 @@ def run_of(request: pytest.FixtureRequest, name: str) -> Path:
 
 def spawned(folder: Path, names: list[str]) -> Path:
     """The folder, once two ranks have trained these rows in it."""
-    for case_id in TEST_IDS:
-        volume = BallSource().load(case_id, with_label=False)
-        save_volume(folder / "scans" / f"{case_id}.nii.gz", volume.image[0], volume.affine)
-    (folder / "scans" / "broken.nii.gz").write_bytes(b"no scan")
     try:
         torch.multiprocessing.spawn(run_rank, args=(str(folder), names), nprocs=2)
     except (ProcessExitedException, ProcessRaisedException) as error:
