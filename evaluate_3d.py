@@ -141,6 +141,9 @@ def prepare(flags: EvaluateFlags) -> Job:
     """
     if not flags.checkpoint:
         raise ValueError("--checkpoint is required: the last.pt or best.pt of a run")
+    for split, listed in (("test", flags.test_list), ("val", flags.val_list)):
+        if listed is not None and flags.split != split:
+            raise ValueError(f"--{split}_list {listed}: is not read with --split {flags.split}; add --split {split}")
     _, device = start_process_group(flags.gpu)
     bundle = load_together(flags.checkpoint, device)
     config = flags.apply_to(bundle.config)
@@ -151,6 +154,8 @@ def prepare(flags: EvaluateFlags) -> Job:
     asked = dataclasses.replace(config, **given)
     data = str(asked.dataset_path.resolve()) if asked.dataset_path else ""  # of the package
     source = open_source(asked, bundle, flags)
+    if flags.voxel_size and source.stores_voxel_size:
+        logger.warning("without effect on files that store their voxel size: --voxel_size")
     require_match(source, bundle)
     if flags.split == "test":
         warn_of_equal_ids(source, bundle, flags.dataset_path)

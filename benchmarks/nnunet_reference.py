@@ -30,7 +30,8 @@ import torch
 
 from benchmarks.comparison_tables import Row
 from benchmarks.kept_scores import write_rows
-from dataloaders.base import CaseSource, Volume
+from dataloaders.base import CaseSource, Triple, Volume
+from dataloaders.orientation import Turn
 from dataloaders.splits import make_test_ids
 from myutils.build import build_source
 from myutils.checkpoint import InferenceBundle, load_for_inference
@@ -62,7 +63,8 @@ def main() -> None:
         raise SystemExit(f"--max_iteration {steps}: pass a multiple of {STEPS_PER_EPOCH}")
     if not prepared_as(settings.output_dir, {"steps": steps, **request_of(bundle, own_patches=settings.own_patches)}):
         export(settings.output_dir, bundle, source)
-        plan(settings.output_dir, None if settings.own_patches else bundle)
+        patch = None if settings.own_patches else (*stored_patch(bundle, source), bundle.config.batch_size)
+        plan(settings.output_dir, patch)
     folders = [settings.output_dir / f"seed{seed}" for seed in settings.seeds]
     for seed, folder in zip(settings.seeds, folders, strict=True):
         if not (folder / "test" / "cases.csv").exists():
@@ -130,21 +132,33 @@ def export(folder: Path, bundle: InferenceBundle, source: CaseSource) -> None:
     (raw / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
 
 
-def plan(folder: Path, bundle: InferenceBundle | None) -> None:
-    """Let nnU-Net plan, change its plans to a run's patch and batch where one is given, and prepare the cases."""
+def stored_patch(bundle: InferenceBundle, source: CaseSource) -> Triple:
+    """The run's patch along the axes of the files, which nnU-Net reads as they are stored."""
+    if bundle.config.spacing is not None:
+        raise SystemExit("--checkpoint: the run resamples, so that its patches have another size here; --own_patches")
+    patch, orientation = required(bundle.config.patch_size, "patch_size"), required(bundle.config.orientation, "axes")
+    affines = [source.grid(case_id).affine for case_id in bundle.split.labeled]
+    found = {Turn.of(affine, orientation).values_back(patch) for affine in affines}
+    if len(found) > 1:
+        raise SystemExit("--checkpoint: labelled cases have their axes in different order; --own_patches")
+    return found.pop()
+
+
+def plan(folder: Path, patch_and_batch: tuple[int, int, int, int] | None) -> None:
+    """Let nnU-Net plan, change its plans to this patch (X, Y, Z) and batch where given, and prepare the cases."""
     from nnunetv2.experiment_planning import plan_and_preprocess_api as api
     from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 
     api.extract_fingerprints([DATASET_ID], num_processes=1)
     api.plan_experiments([DATASET_ID])
-    if bundle is not None:
+    if patch_and_batch is not None:
+        *size, batch_size = patch_and_batch
         path = folder / "nnUNet_preprocessed" / DATASET / f"{PLANS}.json"
         plans = json.loads(path.read_text(encoding="utf-8"))
         chosen = plans["configurations"][CONFIGURATION]
-        reversed_patch = required(bundle.config.patch_size, "patch_size")[::-1]  # it reads arrays as (Z, Y, X)
-        patch = [reversed_patch[axis] for axis in plans["transpose_forward"]]
+        patch = [size[::-1][axis] for axis in plans["transpose_forward"]]  # it reads arrays as (Z, Y, X)
         _, strides, kernels, patch, _ = get_pool_and_conv_props(chosen["spacing"], patch, LEAST_EDGE, 999)
-        chosen["patch_size"], chosen["batch_size"] = [int(size) for size in patch], bundle.config.batch_size
+        chosen["patch_size"], chosen["batch_size"] = [int(edge) for edge in patch], batch_size
         network, stages = chosen["architecture"]["arch_kwargs"], len(strides)
         for name in ("features_per_stage", "n_conv_per_stage"):
             network[name] = network[name][:stages]

@@ -99,7 +99,7 @@ def make_side(name: str, flags: str, settings: argparse.Namespace, device: torch
     add_flags(parser, RunConfig)
     common = {"labelnum": 2, "max_iteration": _STEPS, "patch_size": settings.patch_size, "model": settings.model}
     asked = RunConfig(**(common | {"amp": settings.amp} | given_flags(parser, shlex.split(flags))))
-    made_up = SimpleNamespace(defaults=TrainingDefaults(), modality="mr", flip_axes=(0, 1, 2))
+    made_up = SimpleNamespace(defaults=TrainingDefaults(), modality="mr", flip_axes=(0, 1, 2), stores_voxel_size=True)
     config = resolve_config(asked, made_up)  # type: ignore[arg-type]
     facts = DataFacts(classes, 1, ("background", *(f"class {i}" for i in range(1, classes))), "mr", (0, 1, 2))
     batch = make_batch(settings.patch_size, classes, device)

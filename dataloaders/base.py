@@ -100,6 +100,7 @@ class CaseSource(ABC):
         flip_axes: Image axes (0, 1, 2) along which a mirrored case is a plausible case; left-right unless a source
             knows better, since no patient is upside down.
         defaults: Training settings that suit the data where the user gives none.
+        stores_voxel_size: Whether the files do; ``--voxel_size`` is for those that do not.
     """
 
     num_classes: int
@@ -108,6 +109,7 @@ class CaseSource(ABC):
     modality: str = "mr"
     flip_axes: tuple[int, ...] = (0,)
     defaults: TrainingDefaults = TrainingDefaults()
+    stores_voxel_size: bool = True
 
     @classmethod
     @abstractmethod

@@ -41,6 +41,7 @@ class H5Source(CaseSource):
     """
 
     in_channels = 1
+    stores_voxel_size = False
     format_name: str
     known_classes: tuple[str, ...]
     usual_voxel_size: Spacing

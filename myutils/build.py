@@ -105,7 +105,9 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
     kind = f"on --method {config.method}{'' if prototypes else ' without prototypes'}"
     idle = {kind: unread_flags(method, prototypes=prototypes)} | idle_flags(vars(config) | {"labeled_bs": labeled_bs})
     if not method.uses_unlabeled:
-        idle["without unlabelled patches"] = {"labeled_bs", "place_prior"}
+        idle["without unlabelled patches"] = {"labeled_bs", "place_prior", "memory_from_unlabeled"}
+    if source.stores_voxel_size:
+        idle["on files that store their voxel size"] = {"voxel_size"}
     for reason, flags in idle.items():
         if named := ", ".join(f"--{name}" for name in chosen if name in flags):
             logger.warning("without effect %s: %s", reason, named)

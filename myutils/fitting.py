@@ -29,7 +29,7 @@ def fit_to_cases(config: RunConfig, source: CaseSource, labeled: Sequence[str]) 
     """
     wants_range = config.modality == "ct" and config.ct_range is None
     is_open = wants_range or None in (config.orientation, config.flat_levels, config.patch_size)
-    if not is_open and config.spacing is None:
+    if not is_open and config.spacing is None and not config.rotate90:
         return config
     grids = [source.grid(case_id) for case_id in labeled]
     orientation = config.orientation or _fitting_orientation(grids, labeled)

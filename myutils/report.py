@@ -17,7 +17,7 @@ from dataloaders.splits import ids_digest
 from myutils.build import build_inference, kept_parts
 from myutils.checkpoint import load_for_inference
 from myutils.distributed import is_main_rank, resolve_amp
-from myutils.evaluation import CaseResult, evaluate_cases, summarise, write_scores, write_summary_json
+from myutils.evaluation import CaseResult, evaluate_cases, shown_classes, summarise, write_scores, write_summary_json
 from myutils.overlay import OverlayCase, save_overlay
 from myutils.run_log import read_metrics
 
@@ -81,6 +81,7 @@ def draw_run(
     """
     cases = []
     first = next(iter(results.values()))
+    shown = shown_classes(first)
     for index in np.unique(np.linspace(0, len(first) - 1, _SHOWN_CASES).round().astype(int)):
         case_id = first[index].case_id
         volume = source.load(case_id, with_label=True)
@@ -89,7 +90,7 @@ def draw_run(
         for name, folder in runs.items():
             stored: Any = nib.load(folder / "test" / "predictions" / f"{case_id}.nii.gz")
             maps[name] = np.asarray(stored.dataobj).astype(np.uint8)
-            dice = np.mean([metrics.dice for metrics in results[name][index].metrics.values()])
+            dice = np.mean([results[name][index].metrics[k].dice for k in shown])
             notes[name] = f"Dice {100 * dice:.1f} %"
         cases.append(OverlayCase(case_id, volume.image[0], maps, volume.spacing, notes))
     curves = {name: read_metrics(folder, "Loss/supervised") for name, folder in runs.items()}

@@ -35,6 +35,7 @@ def test_cov_dfp_weights_follow_the_stage_and_the_pool_fills() -> None:
     assert built.pool.sizes.any() and built.pool.count.sum() > 0
     assert int(built.pool.sizes.sum()) == int(built.pool.count.sum())
     assert method(use_dfp=False)(random_batch(), 3).terms["dfp_anchor"].weight == 0.0
+    assert ["dfp_selector_accuracy" in output.scalars for output in seen] == [False, False, True, True]
 
 
 def test_cov_dfp_without_pools_pulls_and_pushes_nothing() -> None:
@@ -81,6 +82,12 @@ def test_settings_that_never_reach_the_student_are_refused(changes: dict[str, An
     source = BallSource()
     with pytest.raises(ValueError, match=message):
         build_method(small_config(source, method="cov_dfp", **changes), DataFacts.of(source))
+
+
+@pytest.mark.parametrize(("steps", "idle"), [(5, True), (6, False)])
+def test_pools_that_never_act_are_named(steps: int, idle: bool, caplog: pytest.LogCaptureFixture) -> None:
+    method(max_iteration=steps, selector_train_iter=3, dfp_reconstruct_interval=4)
+    assert ("nothing in 5 steps" in caplog.text and "built at 2" in caplog.text) == idle
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "sgd"])

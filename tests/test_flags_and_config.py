@@ -196,6 +196,11 @@ def test_flags_that_the_method_does_not_read_are_named(caplog: pytest.LogCapture
             {"method": "supervised", "labeled_bs": 1, "place_prior": False},
             "without unlabelled patches: --labeled_bs, --place_prior",
         ),
+        (
+            {"method": "supervised", "use_contrastive_prototype": True, "memory_from_unlabeled": True},
+            "without unlabelled patches: --memory_from_unlabeled",
+        ),
+        ({"voxel_size": (3.0, 3.0, 3.0)}, "on files that store their voxel size: --voxel_size"),
         ({"method": "bcp", "consistency_rampup": 7}, "on --method bcp without prototypes: --consistency_rampup"),
         ({"optimizer": "adamw", "muon_interval": 4}, "with --optimizer adamw: --muon_interval"),
         ({"interpolation": "cubic"}, "without --spacing: --interpolation"),

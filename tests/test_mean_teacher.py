@@ -156,6 +156,11 @@ def test_hard_labels_count_above_the_gate_only_and_soft_ones_everywhere() -> Non
     assert hard.scalars["gate_share"].item() == 0.0
 
 
+def test_pasted_labels_are_not_counted_among_what_passes_the_gate() -> None:
+    output = make(use_contrastive_prototype=False, confidence_threshold=0.9999)(random_batch(), 3)
+    assert output.terms["consistency"].value.item() > 0 and output.scalars["gate_share"].item() == 0.0
+
+
 def test_teacher_flips_average_the_views_with_mirrored_ones() -> None:
     method = make(teacher_flips=True, flip_axes=(1,))
     views = torch.randn(2, 1, 16, 16, 16)

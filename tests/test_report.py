@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -16,6 +17,7 @@ from conftest import BallSource
 from helpers_runs import small_trainer
 from matplotlib import image as pictures
 
+from myutils.overlay import OverlayCase
 from myutils.report import draw_run, evaluate_run, result_checkpoint
 
 CPU = torch.device("cpu")
@@ -80,6 +82,18 @@ def test_draw_run_shows_a_run_and_its_baseline(trained: tuple[Path, BallSource],
     draw_run(tmp_path / "two.png", source, runs, dict.fromkeys(runs, results), source.class_names)
     one, two = (pictures.imread(tmp_path / name) for name in ("one.png", "two.png"))
     assert one.std() > 0.05 and two.shape[1] > one.shape[1]
+
+
+def test_the_picture_s_dice_leaves_out_classes_that_no_case_shows(
+    trained: tuple[Path, BallSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, source = trained
+    (result,), _ = evaluate_run(folder, source, ["ball05"], CPU)
+    nowhere = replace(result, truth_ml={1: 2.0, 2: 0.0})
+    drawn: list[OverlayCase] = []
+    monkeypatch.setattr("myutils.report.save_overlay", lambda _, cases, **__: drawn.extend(cases))
+    draw_run(tmp_path / "a.png", source, {"a": folder}, {"a": [nowhere]}, source.class_names)
+    assert [case.notes for case in drawn] == [{"a": f"Dice {100 * result.metrics[1].dice:.1f} %"}]
 
 
 def test_draw_run_needs_no_log(trained: tuple[Path, BallSource], tmp_path: Path) -> None:

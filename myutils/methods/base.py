@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dataloaders.patches import Batch
 from myutils.config import DFP, METHOD, PROTOTYPES, RunConfig, required
+from myutils.distributed import sum_over_ranks
 from myutils.flags import flags_of
 from myutils.losses.deep_supervision import DeepSupervision
 from myutils.losses.segmentation import dice_ce_loss, one_hot_labels
@@ -268,13 +269,15 @@ def unread_flags(method: type[Method], *, prototypes: bool) -> frozenset[str]:
 
 @torch.no_grad()
 def batch_dice(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean hard Dice (scalar) over the foreground classes that occur in labels (B, X, Y, Z); logits (B, K, X, Y, Z)."""
+    """Mean hard Dice (scalar) over the foreground classes that occur in labels (B, X, Y, Z); logits (B, K, X, Y, Z).
+
+    Of the patches of all ranks together: a collective call.
+    """
     prediction = most_probable(logits)
-    scores, present = [], []
+    counts = []
     for class_id in range(1, logits.shape[1]):
         ours, truth = prediction == class_id, labels == class_id
-        size = ours.sum() + truth.sum()
-        scores.append(2.0 * (ours & truth).sum() / size.clamp(min=1))
-        present.append(truth.any())
-    mask = torch.stack(present).float()
-    return (torch.stack(scores) * mask).sum() / mask.sum().clamp(min=1)
+        counts.append(torch.stack([(ours & truth).sum(), ours.sum(), truth.sum()]))
+    overlap, predicted, true = sum_over_ranks(torch.stack(counts)).T  # (K - 1,) each
+    present = (true > 0).float()
+    return (2.0 * overlap / (predicted + true).clamp(min=1) * present).sum() / present.sum().clamp(min=1)

@@ -81,6 +81,14 @@ class CovarianceFeaturePools(MeanTeacher):
             raise ValueError(
                 f"--dfp_start_iter {self.start}: the training ends at --max_iteration {steps}; start earlier"
             )
+        if self.start + config.selector_train_iter >= steps:
+            logger.warning(
+                "the pools teach the student nothing in %d steps (--max_iteration): they are built at %d, and their "
+                "selector is trained for %d (--selector_train_iter) first",
+                steps,
+                self.start,
+                config.selector_train_iter,
+            )
 
     def further_groups(self, lr: float) -> list[dict[str, Any]]:
         """The pool selector has no weight decay; ``before_update`` has the rest of what leaves it as it is."""
@@ -141,7 +149,8 @@ class CovarianceFeaturePools(MeanTeacher):
         }
         scalars = {f"dfp_pool_{index}": size.float() for index, size in enumerate(self.pool.sizes)}
         scalars["dfp_stage"] = regions.new_full((), float(stage))
-        scalars["dfp_selector_accuracy"] = (named.argmax(1) == target).float().mean()
+        if stage > 1:  # before, there are no pools to name
+            scalars["dfp_selector_accuracy"] = (named.argmax(1) == target).float().mean()
         return terms, scalars
 
     def _draw(self, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,8 @@ class MeanTeacher(TeacherMethod):
             student, batch.label_l, step, teacher_l=teacher_l, teacher_u=teacher_u, believed=believed, foreign=foreign
         )
         further, scalars = self.further_terms(StepParts(batch, student, teacher_l, believed, foreign), step)
-        scalars |= {"confidence": believed.confidence.mean(), "gate_share": gate.mean()}
+        passed = (believed.confidence > self.config.confidence_threshold).float()  # pasted labels are no merit
+        scalars |= {"confidence": believed.confidence.mean(), "gate_share": passed.mean()}
         return StepOutput(terms | further, scalars, believed.labels, logits_l.detach(), images_u=strong)
 
     def perturbs_at(self, step: int) -> bool:

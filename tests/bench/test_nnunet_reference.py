@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -16,7 +17,16 @@ from conftest import BallSource
 from helpers_runs import small_trainer
 
 from benchmarks import nnunet_reference
-from benchmarks.nnunet_reference import DATASET, export, plan, predict, prepared_as, request_of, score_network
+from benchmarks.nnunet_reference import (
+    DATASET,
+    export,
+    plan,
+    predict,
+    prepared_as,
+    request_of,
+    score_network,
+    stored_patch,
+)
 from dataloaders.base import Volume
 from myutils.checkpoint import InferenceBundle
 
@@ -102,7 +112,7 @@ def test_the_plan_takes_the_runs_patch_unless_it_is_left_to_nnunet(
     modules(monkeypatch, "nnunetv2.experiment_planning", plan_and_preprocess_api=SimpleNamespace(**api))
     name = "nnunetv2.experiment_planning.experiment_planners.network_topology"
     modules(monkeypatch, name, get_pool_and_conv_props=topology)
-    plan(tmp_path, None if own else bundle)
+    plan(tmp_path, None if own else (20, 18, 16, 3))
     found = json.loads(path.read_text())
     if own:
         assert found == content
@@ -118,6 +128,21 @@ def test_the_plan_takes_the_runs_patch_unless_it_is_left_to_nnunet(
         "strides": [[1, 1, 1], [2, 2, 2]],
         "kernel_sizes": [[3, 3, 3]] * 2,
     }
+
+
+def test_the_patch_follows_the_files_axes(bundle: InferenceBundle) -> None:
+    """The run's patch has 20 voxels to the right, 18 forward and 16 up; the files' axes run up, right and forward."""
+    to_ras = np.array([[0.0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+    affines = {"ball00": to_ras, "ball05": to_ras @ np.diag([1.0, -1, 1, 1])}
+    source: Any = SimpleNamespace(grid=lambda case_id: SimpleNamespace(affine=affines[case_id]))
+    chosen = replace(bundle, config=replace(bundle.config, orientation="ras"))
+    assert stored_patch(chosen, source) == (16, 20, 18)
+    assert stored_patch(replace(bundle, config=replace(bundle.config, orientation="stored")), source) == (20, 18, 16)
+    affines["ball05"] = AFFINE
+    with pytest.raises(SystemExit, match="axes in different order"):
+        stored_patch(chosen, source)
+    with pytest.raises(SystemExit, match="resamples"):
+        stored_patch(replace(bundle, config=replace(bundle.config, spacing=(1.0, 1.0, 1.0))), source)
 
 
 @pytest.mark.skipif(find_spec("nnunetv2") is not None, reason="nnU-Net is installed")

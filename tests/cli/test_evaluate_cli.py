@@ -226,6 +226,10 @@ def test_impossible_requests_are_refused_in_one_line(
     (tmp_path / "list.txt").write_text(f"{training_case}\n")
     assert "training cases" in refused(capsys, checkpoint, "--test_list", tmp_path / "list.txt")
     assert "trained on" in refused(capsys, checkpoint, "--split", "val", "--val_list", tmp_path / "list.txt")
+    assert "add --split val" in refused(capsys, checkpoint, "--val_list", tmp_path / "list.txt")
+    assert "not read with --split all" in refused(
+        capsys, checkpoint, "--split", "all", "--test_list", tmp_path / "list.txt"
+    )
     with pytest.raises(SystemExit) as stop:
         evaluate_3d.main([])
     assert stop.value.code == 2 and "--checkpoint is required" in capsys.readouterr().err

@@ -120,6 +120,18 @@ def test_cases_are_not_read_where_nothing_is_open() -> None:
     assert not source.label_reads
 
 
+@pytest.mark.parametrize(
+    ("patch", "steps", "idle"), [((16, 16, 8), 1, False), ((16, 8, 8), 1, True), ((8,) * 3, 2, True)]
+)
+def test_quarter_turns_without_effect_are_named_where_nothing_is_open(
+    patch: tuple[int, int, int], steps: float, idle: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = BallSource()
+    source.grid = lambda _: Grid((20, 18, 16), np.diag([1.0, steps, 1.0, 1.0]))  # type: ignore[method-assign]
+    fit_to_cases(small_config(source, modality="mr", rotate90=True, patch_size=patch), source, ["ball00"])
+    assert ("--rotate90" in caplog.text) == idle
+
+
 def test_a_ct_without_any_structure_keeps_percentiles_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
     source = ScanSource()
     with caplog.at_level(logging.WARNING):

@@ -239,6 +239,8 @@ def test_two_ranks_with_half_the_batch_each_have_the_losses_of_one(run_of: Path,
         (_, shared), (_, alone) = (read_metrics(folder, loss) for folder in (run_of, tmp_path))
         assert len(alone) == 4 and shared[:2] == pytest.approx(alone[:2], rel=1e-4), loss
         assert shared == pytest.approx(alone, rel=SHARED[name][1]), loss
+    (_, shared), (_, alone) = (read_metrics(folder, "Train/dice") for folder in (run_of, tmp_path))
+    assert shared == pytest.approx(alone, abs=5e-3)  # a voxel on the fence
 
 
 def test_rows_of_two_ranks_are_those_of_one(two_ranks: Path) -> None:
