@@ -164,7 +164,7 @@ def prepare(flags: EvaluateFlags) -> Job:
     if drawn and len(flags.checkpoint) == 1 and is_training_data(source, bundle):
         warn_if_moved(case_ids, flags.checkpoint[0].parent)
     folder = flags.output_dir or default_folder(flags, bundle, source)
-    refuse_other_results(folder, flags.checkpoint, data)
+    refuse_other_results(folder, flags.checkpoint, data, split=flags.split, digest=bundle.split.digest)
     make_folder(folder, "--output_dir")
     return Job(flags, bundle, config, data, source, case_ids, options, device, folder)
 
@@ -190,8 +190,11 @@ def default_folder(flags: EvaluateFlags, bundle: InferenceBundle, source: CaseSo
     return first.parent / "evaluation" / name
 
 
-def refuse_other_results(folder: Path, checkpoints: Sequence[Path], data: str) -> None:
-    """Raise a ValueError if the folder holds the results of other checkpoints, or on other data."""
+def refuse_other_results(folder: Path, checkpoints: Sequence[Path], data: str, *, split: str, digest: str) -> None:
+    """Raise a ValueError if the folder holds the results of other checkpoints, on other data or of another split.
+
+    Runs of one name are told apart by the ``digest`` of what they trained on.
+    """
     path = folder / "summary.json"
     try:
         about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -199,8 +202,12 @@ def refuse_other_results(folder: Path, checkpoints: Sequence[Path], data: str) -
     except (ValueError, AttributeError) as error:  # cut off by a full disk, or of another program
         raise ValueError(f"{path} cannot be read ({error}); delete it, or pass another --output_dir") from error
     before, now = ([Path(name).parts[-2:] for name in names.split(", ")] for names in (scored, paths_of(checkpoints)))
-    if scored and before != now:  # run and file, for a run may have moved
+    if scored and (before != now or about.get("split_digest", digest) != digest):  # run and file, for it may have moved
         raise ValueError(f"{folder} holds the results of {scored}; pass another --output_dir, or delete it")
+    if scored and about.get("split", split) != split:
+        raise ValueError(
+            f"{folder} holds the results of --split {about['split']}; pass another --output_dir, or delete it"
+        )
     if scored_on and data and Path(scored_on).resolve() != Path(data):
         raise ValueError(
             f"{folder} holds the results on {scored_on}, not on {data}; pass another --output_dir, or delete it"
@@ -215,8 +222,12 @@ def paths_of(checkpoints: Sequence[Path]) -> str:
 def run(job: Job) -> None:
     """Score all cases, write the files, print the table and where the files are."""
     bundle, folder = job.bundle, job.folder
+    kept = kept_parts(job.config, bundle.facts)
     logger.info("checkpoint: %s, step %d, %s", job.checkpoints, bundle.step, bundle.config.model)
     logger.info("cases: %d (%s)", len(job.case_ids), job.flags.split)
+    if kept:
+        names = ", ".join(bundle.class_names[class_id] for class_id in kept)
+        logger.info("the largest part alone is scored of %s (--no-largest_component scores all)", names)
     if is_main_rank():
         warn_of_unstated(job.source, job.case_ids, bundle.preprocess.orientation)
         warn_of_stored_axes(job.source, job.case_ids, bundle)
@@ -228,7 +239,7 @@ def run(job: Job) -> None:
             bundle.preprocess,
             job.options,
             job.device,
-            keep_largest=kept_parts(job.config, bundle.facts),
+            keep_largest=kept,
             save_dir=folder / "predictions",
         )
     except DamagedCasesError as error:

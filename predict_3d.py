@@ -35,6 +35,7 @@ from dataloaders.geometry import reason_of, states_orientation
 from dataloaders.orientation import note_stored_axes, stated_axes
 from myutils.build import kept_parts
 from myutils.checkpoint import InferenceBundle
+from myutils.components import largest_component
 from myutils.distributed import barrier, is_main_rank, join_shares, own_share, start_process_group, stop_process_group
 from myutils.ensemble import load_together
 from myutils.flags import option
@@ -48,6 +49,7 @@ from myutils.stop_signals import sigterm_as_ctrl_c
 logger = logging.getLogger("predict")
 
 FILES, EXISTING = "files", ("refuse", "replace", "keep")
+SPECKS = 0.1  # of a class's voxels; a largest part that leaves out more is named
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Job:
     scans: list[Scan]
     folder: Path
     probabilities: bool
+    keeps_files: bool = False
 
     def outputs(self, scan: Scan) -> tuple[Path, ...]:
         """Files that a scan gives: the label map and, where asked for, the probabilities."""
@@ -127,23 +130,27 @@ def prepare(flags: PredictFlags) -> Job:
     options = inference_options(bundle, config, device)
     scans = join_channels(scans, bundle.in_channels)
     kept = kept_parts(config, bundle.facts)
-    job = Job(bundle, options, kept, device, scans, flags.output, flags.probabilities)
+    keeps = flags.existing == "keep"
+    job = Job(bundle, options, kept, device, scans, flags.output, flags.probabilities, keeps)
     require_free_outputs(scans, [path for scan in scans for path in job.outputs(scan)])
     make_folder(flags.output, "--output")
     if flags.existing != "replace":
-        job = without_done(job, refuse=flags.existing == "refuse")
+        job = without_done(job)
         barrier()  # no rank writes before all have looked
+    if kept:
+        names = ", ".join(bundle.class_names[class_id] for class_id in kept)
+        logger.info("the largest part alone is kept of %s (--no-largest_component keeps all)", names)
     return job
 
 
-def without_done(job: Job, *, refuse: bool) -> Job:
+def without_done(job: Job) -> Job:
     """The job without the scans whose files lie there already.
 
     Raises:
-        ValueError: To ``refuse``, if there is any of these files.
+        ValueError: If there is any of these files and the job does not keep them.
     """
     there = [path for scan in job.scans for path in job.outputs(scan) if path.exists()]
-    if refuse and there:
+    if there and not job.keeps_files:
         raise ValueError(
             f"{there[0]} exists already, and {len(there) - 1} more; pass another --output, --existing replace, or "
             "--existing keep to leave their scans out"
@@ -151,6 +158,8 @@ def without_done(job: Job, *, refuse: bool) -> Job:
     left = [scan for scan in job.scans if not all(path.exists() for path in job.outputs(scan))]
     if there:
         logger.info("%d of %d scans are done already", len(job.scans) - len(left), len(job.scans))
+        if some_files := sum(path.exists() for scan in left for path in job.outputs(scan)):
+            logger.info("%d files of the others stay as they are; only what is missing is written", some_files)
     return dataclasses.replace(job, scans=left)
 
 
@@ -190,10 +199,10 @@ def segment(scan: Scan, job: Job) -> None:
     arguments = (job.bundle.network, volume, job.bundle.preprocess, job.options, job.device)
     if job.probabilities:
         probabilities = predict_probabilities(*arguments)
-        label_map = label_map_from(probabilities, keep_largest=job.keep_largest)
-        arrays = [label_map, np.moveaxis(probabilities, 0, -1)]  # (X, Y, Z) and (X, Y, Z, K)
+        arrays = [label_map_from(probabilities), np.moveaxis(probabilities, 0, -1)]  # (X, Y, Z) and (X, Y, Z, K)
     else:
-        arrays = [predict_label_map(*arguments, keep_largest=job.keep_largest)]
+        arrays = [predict_label_map(*arguments)]
+    arrays[0] = largest_parts(arrays[0], scan, job)
     header = scan.header()
     oriented = header is None or states_orientation(header)
     if job.bundle.preprocess.orientation == "stored":
@@ -201,10 +210,29 @@ def segment(scan: Scan, job: Job) -> None:
     elif not oriented:
         logger.warning("%s does not say how it lies in the body, and may be mirrored to the network", scan.path)
     for path, array in zip(job.outputs(scan), arrays, strict=True):
+        if job.keeps_files and path.exists():
+            continue
         if header is None:
             save_volume(path, array, volume.affine)
         else:
             save_in_geometry_of(path, array, header)
+
+
+def largest_parts(label_map: np.ndarray, scan: Scan, job: Job) -> np.ndarray:
+    """The map with the largest part alone of the job's classes, and a warning where that takes more than specks."""
+    kept = largest_component(label_map, job.keep_largest)
+    for class_id in job.keep_largest:
+        before, after = (int(np.count_nonzero(ids == class_id)) for ids in (label_map, kept))
+        if before - after > SPECKS * before:
+            logger.warning(
+                "%s: of %s, %d of %d voxels lay apart from the largest part and were removed; where there may be two "
+                "of it, pass --no-largest_component",
+                scan.path,
+                job.bundle.class_names[class_id],
+                before - after,
+                before,
+            )
+    return kept
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def read_rows(paths: Sequence[Path]) -> list[KeptRow]:
     found: dict[str, dict[int, dict[tuple[str, int], CaseMetrics]]] = {}
     origins: dict[tuple[str, int], Path] = {}
     for path in paths:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
             lines = csv.DictReader(file)
             missing = [column for column in COLUMNS if column not in (lines.fieldnames or ())]
             if missing:

@@ -80,6 +80,8 @@ def training_cases(root: Path, content: dict[str, Any]) -> CaseTable:
     """
     if not content.get("training") and not content.get("dataset"):
         grouped, labels = group_channels(root / "imagesTr", content), list_nifti(root / "labelsTr")
+        if orphans := sorted(set(labels) - set(grouped)):
+            warn_once(logger, f"{root}: labels without an image of the same name are left out: {some(orphans)}")
         return {case_id: (files, labels.get(case_id)) for case_id, files in grouped.items()}
     cases: CaseTable = {}
     for case_id, images, label in _entries(content):
@@ -128,7 +130,12 @@ def group_channels(folder: Path, content: dict[str, Any]) -> dict[str, tuple[Pat
     for name in files:
         match = CHANNEL_SUFFIX.match(name)
         grouped.setdefault(match["case"] if match else "", []).append(name)
-    if any(not names[0].endswith("_0000") for names in grouped.values()):
+    odd = [name for names in grouped.values() if not names[0].endswith("_0000") for name in names]
+    if odd:
+        if len(odd) < len(files):
+            warn_once(
+                logger, f"{folder}: each file is a case, as some have no channel number from 0000 on: {some(odd)}"
+            )
         return {name: (path,) for name, path in files.items()}
     return {case_id: tuple(files[name] for name in names) for case_id, names in grouped.items()}
 

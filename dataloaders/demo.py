@@ -65,7 +65,10 @@ class DemoCohort(CaseSource):
     def from_options(cls, options: SourceOptions) -> DemoCohort:
         """Build from ``--cache_dir``; the demo takes no other data flag."""
         if options.root is not None:
-            raise ValueError(f"--dataset_path {options.root}: the demo makes its own data; leave the flag out")
+            raise ValueError(
+                f"--dataset_path {options.root}: the demo makes its own data; name the format of yours with "
+                "--dataset_name, or leave the flag out"
+            )
         if options.num_classes not in (None, cls.num_classes):
             raise ValueError(f"--num_classes {options.num_classes}: the demo has {cls.num_classes}; leave the flag out")
         return cls(options.cache_dir)

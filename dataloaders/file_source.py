@@ -77,7 +77,7 @@ class FileSource(CaseSource):
         image, affine, spacing = self.read_image(case_id)
         if image.shape[0] != self.in_channels:
             first = next(iter(self.images))
-            hint = "" if first == case_id else f", as its first case, {first}; leave out whichever is wrong"
+            hint = "" if first == case_id else f", as its first case, {first}; mend whichever is wrong"
             found = f"case {case_id}: {image.shape[0]} channels, but this data set has {self.in_channels}"
             raise ValueError(f"{found}{hint}")
         label = None

@@ -222,6 +222,11 @@ def read_label(path: Path, case_id: str, *, image: np.ndarray, affine: np.ndarra
         if np.abs(grids[0] - grids[1]).max() <= limit and ours.values_forth(shape) == theirs.values_forth(stored.shape):
             stored, gap = np.ascontiguousarray(ours.back(theirs.forth(stored))), 0.0
     label = check_label(stored, shape, num_classes, case_id)
+    if gap > limit and not nifti_grid(path).oriented:
+        raise ValueError(
+            f"case {case_id}: label {path} has neither qform nor sform, so that its place in space is not known; copy "
+            "the image's, or resample it if it was drawn on another grid"
+        )
     if gap > limit:
         moved = float(np.abs(label_affine - affine)[:3, :3].max()) * max(shape) <= limit
         raise ValueError(

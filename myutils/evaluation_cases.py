@@ -152,6 +152,12 @@ def _foreign_test_cases(source: CaseSource, bundle: InferenceBundle, test_list: 
     if not fresh:
         raise ValueError("all labelled cases are of training patients; pass --split all or --test_list")
     logger.info("the data have no test list; scoring all %d labelled cases", len(fresh))
+    if bundle.config.test_list is not None:
+        logger.warning(
+            "these are taken for other data than the training's, and its --test_list %s is not used: pass it if they "
+            "are the same",
+            bundle.config.test_list,
+        )
     if seen:
         logger.warning("%d cases of training patients, by their ids, are left out", len(seen))
     return fresh

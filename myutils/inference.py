@@ -244,15 +244,12 @@ def predict_probabilities(
     return preprocess.restore(probs.numpy(), volume)
 
 
-def label_map_from(probabilities: np.ndarray, *, keep_largest: Collection[int] = ()) -> np.ndarray:
-    """The most probable class of each voxel (X, Y, Z), uint8, from probabilities (K, X, Y, Z).
-
-    Of the classes in ``keep_largest`` the largest part alone is kept.
-    """
+def label_map_from(probabilities: np.ndarray) -> np.ndarray:
+    """The most probable class of each voxel (X, Y, Z), uint8, from probabilities (K, X, Y, Z)."""
     label_map = np.empty(probabilities.shape[1:], dtype=np.uint8)
     for rows in _slabs(len(label_map)):
         label_map[rows] = most_probable(torch.from_numpy(probabilities[:, rows]), 0).numpy()
-    return largest_component(label_map, keep_largest)
+    return label_map
 
 
 def predict_label_map(
@@ -264,7 +261,7 @@ def predict_label_map(
     *,
     keep_largest: Collection[int] = (),
 ) -> np.ndarray:
-    """Class ids (X, Y, Z), uint8, of a raw case on its own grid; ``keep_largest`` as in ``label_map_from``."""
+    """Class ids (X, Y, Z), uint8, of a raw case on its own grid; the largest part alone of ``keep_largest``."""
     prepared = preprocess(volume)
     arguments = (network, torch.from_numpy(prepared.image), options, device, prepared.spacing)
     if preprocess.spacing is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +72,8 @@ def find_scans(path: Path) -> list[Scan]:
     """All scans that ``path`` stands for, sorted by name.
 
     A file is one NIfTI scan. A folder with NIfTI files stands for these; one with DICOM files for its series; else
-    each of its folders is a series if at least one is, but for ``labels`` without one. NIfTI files that bear the names
-    of such folders are their labels. Hidden ones are left out.
+    each of its folders is a series if at least one is, but for ``labels`` and folders of NIfTI files. NIfTI
+    files that bear the names of such folders are their labels. Hidden ones are left out.
 
     Raises:
         FileNotFoundError: If there is no such path, no scan in it, or a link in it that leads to none.
@@ -102,7 +103,11 @@ def find_scans(path: Path) -> list[Scan]:
         if files:
             logger.info("--input %s: its %d NIfTI files are taken for labels of the series", path, len(files))
         refuse_broken_links(path.iterdir())
-        chosen = [folder for folder in folders if folder.name != LABEL_FOLDER or _holds_series(folder)]
+        chosen = [
+            folder
+            for folder in folders
+            if _holds_series(folder) or not (folder.name == LABEL_FOLDER or list_nifti(folder))
+        ]
         return [Scan(folder.name, folder) for folder in chosen]
     holders = [str(folder) for folder in folders if list_nifti(folder)]
     hint = f"; pass {' or '.join(holders[:3])}" if holders else ""
@@ -158,7 +163,8 @@ def require_free_outputs(scans: Iterable[Scan], outputs: Iterable[Path]) -> None
     refuse_label_folders(scans, {output.parent for output in outputs})
     inputs = [path for scan in scans for path in scan.files]
     resolved = {path.resolve() for path in inputs}
-    twins = {path.with_name(f"{path.name}.gz").resolve() for path in inputs if path.suffix == ".nii"}
+    others = [path for path in inputs if not path.name.endswith(".nii.gz")]  # .nii and .NII.GZ
+    twins = {path.with_name(f"{strip_nifti_suffix(path.name)}.nii.gz").resolve() for path in others}
     held = set(map(_identity, inputs)) - {None}
     seen: set[Path] = set()
     for output in outputs:
@@ -179,11 +185,12 @@ def refuse_label_folders(scans: Iterable[Scan], folders: Iterable[Path]) -> None
     """
     taken: set[Path] = set()
     for scan in scans:
-        around = scan.path.parent
-        if scan.is_dicom:
-            taken |= {scan.path.resolve(), around.resolve(), (around / LABEL_FOLDER).resolve()}
-        elif around.name.startswith("images"):  # images, imagesTr and imagesTs
-            taken.add(around.with_name(around.name.replace("images", "labels", 1)).resolve())
+        for path in (scan.path.absolute(), scan.path.resolve()):  # as it is named, and where links lead
+            around = Path(os.path.normpath(path)).parent
+            if scan.is_dicom:
+                taken |= {scan.path.resolve(), around.resolve(), (around / LABEL_FOLDER).resolve()}
+            elif around.name.startswith("images"):  # images, imagesTr and imagesTs
+                taken.add(around.with_name(around.name.replace("images", "labels", 1)).resolve())
     for folder in folders:
         if folder.resolve() in taken:
             raise ValueError(

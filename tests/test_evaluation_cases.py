@@ -27,9 +27,10 @@ class Pairs(BallSource):
         return str(int(case_id[-1]) // 2) if case_id.startswith("ball") else case_id
 
 
-def trained_on(*labeled: str) -> SimpleNamespace:
+def trained_on(*labeled: str, test_list: Path | None = None) -> SimpleNamespace:
     """What ``choose_cases`` looks at of a checkpoint; "gone" is not in the data, so that these are other data."""
-    return SimpleNamespace(split=TrainingSplit(labeled, ("gone",), ()), config=SimpleNamespace(dataset_path=None))
+    config = SimpleNamespace(dataset_path=None, test_list=test_list)
+    return SimpleNamespace(split=TrainingSplit(labeled, ("gone",), ()), config=config)
 
 
 def test_data_that_lost_a_training_scan_keep_the_lists_of_the_checkpoint(
@@ -55,7 +56,10 @@ def test_data_that_lost_a_training_scan_keep_the_lists_of_the_checkpoint(
 def test_other_cases_of_training_patients_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert choose_cases(Pairs(), trained_on("ball00"), "test") == ("ball02", "ball03", "ball04", "ball05")
-    assert "2 cases of training patients" in caplog.text
+    assert "2 cases of training patients" in caplog.text and "is not used" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        assert len(choose_cases(Pairs(), trained_on("ball00", test_list=Path("a.txt")), "test")) == 4
+    assert "its --test_list a.txt is not used: pass it" in caplog.text
     with pytest.raises(ValueError, match="all labelled cases are of training patients"):
         choose_cases(Pairs(labeled=2), trained_on("ball00"), "test")
 
@@ -124,3 +128,19 @@ def test_an_evaluation_names_the_axes_of_other_data_alone(tmp_path: Path, capsys
     assert "as stored" not in capsys.readouterr().err
     assert evaluate_3d.main([*run, "--dataset_path", str(other)]) == 0
     assert "takes axes as stored, here RAS" in capsys.readouterr().err
+
+
+def test_an_evaluation_does_not_replace_that_of_a_run_of_the_same_name_or_of_another_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cohort, out = write_cohort(tmp_path / "balls"), ["--output_dir", str(tmp_path / "out")]
+    folds = [
+        str(trained_run(cohort, tmp_path / fold / "run", method="supervised", labelnum=labelnum))
+        for fold, labelnum in (("one", 1), ("two", 2))
+    ]
+    assert evaluate_3d.main(["--checkpoint", folds[0], *out]) == 0
+    for flags in (["--checkpoint", folds[1]], ["--checkpoint", folds[0], "--split", "all"]):
+        with pytest.raises(SystemExit):
+            evaluate_3d.main([*flags, *out])
+        assert f"{tmp_path / 'out'} holds the results of" in capsys.readouterr().err
+    assert evaluate_3d.main(["--checkpoint", folds[0], *out]) == 0

@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import data_makers as make
 import pytest
 
-from myutils.scan_inputs import Scan, require_free_outputs
+from myutils import scan_inputs
+from myutils.scan_inputs import Scan, find_scans, require_free_outputs
 
 SERIES = ("scans/p1", "scans/p2")
 
@@ -58,8 +60,30 @@ def test_predictions_are_not_put_where_training_looks_for_labels(
     require_free_outputs(scans, [tmp_path / "out" / f"{scan.name}.nii.gz" for scan in scans])
 
 
+@pytest.mark.parametrize(("start", "source", "folder"), [("images", ".", "../labels"), ("", "link", "labels")])
+def test_labels_are_found_however_the_scans_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str, source: str, folder: str
+) -> None:
+    make.write_nifti(tmp_path / "images" / "a.nii.gz", make.counting_image())
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    monkeypatch.chdir(tmp_path / start)
+    with pytest.raises(ValueError, match="a training would take the predictions there"):
+        require_free_outputs(find_scans(Path(source)), [Path(folder) / "b.nii.gz"])
+
+
+def test_predictions_among_series_are_no_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_inputs, "_holds_series", lambda folder: folder.name == "p1")
+    for name in ("p1", "empty", "labels"):
+        (tmp_path / name).mkdir()
+    make.write_nifti(tmp_path / "predicted" / "p1.nii.gz", make.counting_image())
+    assert [scan.name for scan in find_scans(tmp_path)] == ["empty", "p1"]  # an empty one is named when it is read
+
+
 def test_a_prediction_does_not_lie_beside_its_scan_as_one_more_file_of_the_case(tmp_path: Path) -> None:
     scans = [Scan("a", tmp_path / "a.nii"), Scan("b", tmp_path / "b.nii.gz")]
     with pytest.raises(ValueError, match=r"a\.nii\.gz would lie beside the scan of the same name"):
         require_free_outputs(scans, [tmp_path / "a.nii.gz"])
     require_free_outputs(scans, [tmp_path / "a_prob.nii.gz"])
+    with pytest.raises(ValueError, match=r"c\.nii\.gz would lie beside the scan of the same name"):
+        require_free_outputs([Scan("c", tmp_path / "c.NII.GZ")], [tmp_path / "c.nii.gz"])

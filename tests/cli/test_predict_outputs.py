@@ -1,18 +1,21 @@
-"""predict_3d.py where its folder cannot be written: said at once, not after every scan."""
+"""predict_3d.py and its folder: one that cannot be written, files of before, parts that are left out."""
 
 from __future__ import annotations
 
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
+import numpy as np
 import pytest
 from helpers_scans import trained_run, write_cohort
 
 import predict_3d
 from myutils import run_folder
+from myutils.scan_inputs import Scan
 
 
 def test_a_full_disk_ends_the_run_at_the_first_scan(
@@ -50,3 +53,30 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch:
     for flags in ({}, {"exist_ok": False}):
         with pytest.raises(OSError, match=r"--output: cannot write into .*: Permission denied; pass a folder that can"):
             run_folder.make_folder(tmp_path / str(len(flags)), "--output", **flags)
+
+
+def test_kept_files_stay_where_others_of_their_scan_are_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cohort, out = write_cohort(tmp_path / "balls", cases=2, labeled=2), tmp_path / "out"
+    run = trained_run(cohort, tmp_path / "run", method="supervised", labelnum=1)
+    command = ["--checkpoint", str(run), "--input", str(cohort / "images"), "--output", str(out)]
+    assert predict_3d.main(command) == 0
+    (out / "ball00.nii.gz").write_bytes(b"corrected by hand")
+    (out / "ball01.nii.gz").unlink()
+    assert predict_3d.main([*command, "--existing", "keep", "--probabilities"]) == 0
+    assert (out / "ball00.nii.gz").read_bytes() == b"corrected by hand"
+    assert {path.name for path in out.iterdir()} == {f"ball0{n}{end}.nii.gz" for n in (0, 1) for end in ("", "_prob")}
+    assert "1 files of the others stay as they are" in capsys.readouterr().err
+
+
+def test_a_part_that_is_left_out_is_named_unless_it_is_a_speck(caplog: pytest.LogCaptureFixture) -> None:
+    label_map = np.zeros((40, 4, 4), np.uint8)
+    label_map[:20], label_map[22:24], label_map[30:] = 1, 1, 2
+    job: Any = SimpleNamespace(keep_largest=(1,), bundle=SimpleNamespace(class_names=("background", "left", "right")))
+    kept = predict_3d.largest_parts(label_map, Scan("a", Path("a.nii.gz")), job)
+    assert (kept[:20] == 1).all() and not kept[20:30].any() and (kept[30:] == 2).all()
+    assert not caplog.text  # 32 of 352 voxels
+    label_map[24:26] = 1
+    predict_3d.largest_parts(label_map, Scan("a", Path("a.nii.gz")), job)
+    assert "a.nii.gz: of left, 64 of 384 voxels lay apart" in caplog.text and "--no-largest_component" in caplog.text

@@ -122,6 +122,20 @@ def test_folders_without_channel_suffix_hold_a_case_per_file(tmp_path: Path) -> 
     assert DecathlonFolder(tmp_path).labeled_ids() == ["other", "scan_2020"]
 
 
+def test_labels_and_channels_that_fit_no_case_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a_0000", "b_0000"):
+        make.write_nifti(tmp_path / f"imagesTr/{name}.nii.gz", make.counting_image())
+    for name in ("a", "B"):
+        make.write_nifti(tmp_path / f"labelsTr/{name}.nii.gz", make.corner_label())
+    describe(tmp_path)
+    assert DecathlonFolder(tmp_path).labeled_ids() == ["a"]
+    assert "labels without an image of the same name are left out: 'B'" in caplog.text
+    assert "each file is a case" not in caplog.text
+    make.write_nifti(tmp_path / "imagesTr/stray.nii.gz", make.counting_image())
+    assert DecathlonFolder(tmp_path).case_ids() == ["a_0000", "b_0000", "stray"]
+    assert "each file is a case, as some have no channel number from 0000 on: 'stray'" in caplog.text
+
+
 def test_channel_on_another_grid_is_refused(tmp_path: Path) -> None:
     shifted = make.AFFINE.copy()
     shifted[0, 3] += 1

@@ -212,7 +212,7 @@ def test_manifest_lists_every_file(tmp_path: Path, built: list[str]) -> None:
 
 
 def test_dataset_path_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the demo makes its own data; leave the flag out"):
+    with pytest.raises(ValueError, match="the demo makes its own data; name the format"):
         DemoCohort.from_options(SourceOptions(root=tmp_path, cache_dir=tmp_path))
 
 

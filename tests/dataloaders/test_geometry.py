@@ -189,6 +189,13 @@ def test_a_label_in_other_axes_is_turned_to_its_image(tmp_path: Path, axes: str)
         read_label(path, "a", image=image, affine=make.AFFINE, num_classes=3)
 
 
+def test_a_label_without_a_place_is_not_to_be_resampled(tmp_path: Path) -> None:
+    path = make.write_nifti(tmp_path / "a.nii.gz", make.corner_label())
+    make.forget_orientation(path)
+    with pytest.raises(ValueError, match=r"has neither qform nor sform, .* copy the image's"):
+        read_label(path, "a", image=make.counting_image()[None], affine=make.AFFINE, num_classes=2)
+
+
 def test_class_ids_may_be_off_by_rounding(tmp_path: Path) -> None:
     path = make.write_nifti(tmp_path / "a.nii.gz", make.corner_label() * np.float32(1.00001))
     image = make.counting_image()[None]

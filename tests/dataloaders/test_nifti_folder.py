@@ -149,7 +149,7 @@ def test_truncated_image_is_refused_by_name(tmp_path: Path, kept: int) -> None:
 def test_case_with_other_channels_is_refused(tmp_path: Path) -> None:
     write_pair(tmp_path, "a")
     make.write_nifti(tmp_path / "images/b.nii.gz", make.counting_image((*make.SHAPE, 3)))
-    with pytest.raises(ValueError, match="case b: 3 channels, but this data set has 1, as its first case, a; leave"):
+    with pytest.raises(ValueError, match="case b: 3 channels, but this data set has 1, as its first case, a; mend"):
         NiftiFolder(tmp_path, num_classes=2).load("b", with_label=False)
 
 
