@@ -40,7 +40,7 @@ from myutils.checkpoint import RunState, read_checkpoint
 from myutils.config import RunConfig
 from myutils.distributed import RankInfo, any_rank, barrier, broadcast_object, start_process_group, stop_process_group
 from myutils.finite_watch import NonFiniteLossError
-from myutils.fitting import fit_to_cases
+from myutils.fitting import fit_to_cases, require_headers
 from myutils.flags import SuggestingParser, add_flags, given_flags
 from myutils.methods.base import METHODS
 from myutils.registry import closest_hint
@@ -145,9 +145,11 @@ def start_run(config: RunConfig, ranks: RankInfo, device: torch.device) -> Train
     source = source or build_source(config)
     resolved = resolve_config(config, source)
     split = make_training_split(source, resolved.split_request())
+    case_ids = (*split.labeled, *split.val, *split.unlabeled)
+    require_headers(source, case_ids)
     resolved = fit_to_cases(resolved, source, split.labeled)
     if ranks.is_main:
-        warn_of_unstated(source, (*split.labeled, *split.val, *split.unlabeled), str(resolved.orientation))
+        warn_of_unstated(source, case_ids, str(resolved.orientation))
     state = RunState(resolved, DataFacts.of(source), split)
     trainer = Trainer(state, source, resolved.output_dir / str(resolved.exp), ranks, device)
     trainer.read_labels()

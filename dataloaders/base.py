@@ -139,6 +139,10 @@ class CaseSource(ABC):
         x, y, z = volume.image.shape[1:]
         return Grid((x, y, z), volume.affine)
 
+    def header_channels(self, case_id: str) -> int:
+        """Image channels of a case by its header, where the format has one; raises as ``load`` does."""
+        return self.in_channels
+
     def states_orientation(self, case_id: str) -> bool:
         """Whether a case's file says how it lies in the body."""
         return self.grid(case_id).oriented

@@ -60,11 +60,15 @@ class DecathlonFolder(FileSource):
         training = {case_id: images for case_id, (images, _) in cases.items()}
         self.images = training | {k: v for k, v in unlabeled_images(root, content).items() if k not in training}
         self.labels = {case_id: label for case_id, (_, label) in cases.items() if label is not None}
-        self.in_channels = sum(nifti_channels(path) for path in next(iter(self.images.values())))
+        self.in_channels = self.header_channels(next(iter(self.images)))
 
     def read_image(self, case_id: str) -> tuple[np.ndarray, np.ndarray, Spacing]:
         """Read one image, or the files of its channels, which must share a grid."""
         return read_nifti_channels(self.images[case_id], case_id)
+
+    def header_channels(self, case_id: str) -> int:
+        """From the headers of its files."""
+        return sum(map(nifti_channels, self.images[case_id]))
 
     def grid(self, case_id: str) -> Grid:
         """From the header of the first channel."""

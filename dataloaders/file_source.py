@@ -12,7 +12,7 @@ import numpy as np
 
 from dataloaders.base import CaseSource, Grid, SourceOptions, TrainingDefaults, Volume, lookup_case, require_root
 from dataloaders.case_lists import some
-from dataloaders.geometry import Spacing, nifti_grid, read_label, read_nifti
+from dataloaders.geometry import Spacing, nifti_channels, nifti_grid, read_label, read_nifti
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +97,10 @@ class NiftiFiles(FileSource):
     def read_image(self, case_id: str) -> tuple[np.ndarray, np.ndarray, Spacing]:
         """Read one image file."""
         return read_nifti(self.images[case_id])
+
+    def header_channels(self, case_id: str) -> int:
+        """From the image's header."""
+        return nifti_channels(self.images[case_id])
 
     def grid(self, case_id: str) -> Grid:
         """From the header."""

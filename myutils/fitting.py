@@ -61,6 +61,28 @@ def fit_to_cases(config: RunConfig, source: CaseSource, labeled: Sequence[str]) 
     )
 
 
+def require_headers(source: CaseSource, case_ids: Sequence[str]) -> None:
+    """Refuse cases that their headers show to be of no use: now, not at the step that first draws one.
+
+    Raises:
+        ValueError: Naming up to three of them.
+    """
+    wrong = []
+    for case_id in case_ids:
+        try:
+            found = source.header_channels(case_id)
+        except (ValueError, OSError) as error:
+            wrong.append(str(error))
+            continue
+        if found != source.in_channels:
+            wrong.append(f"case {case_id}: {found} channels, where the first case has {source.in_channels}")
+    if wrong:
+        shown = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise ValueError(
+            f"{len(wrong)} of {len(case_ids)} training cases cannot be used; mend them, or leave them out: {shown}"
+        )
+
+
 def _fitting_orientation(grids: Sequence[Grid], labeled: Sequence[str]) -> str:
     """Axes of the body, unless a case does not say where they are, or lies so oblique that they might be confused."""
     unstated = [case_id for case_id, grid in zip(labeled, grids, strict=True) if not grid.oriented]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import data_makers as make
 import pytest
 from train_job import assert_refused, job, nifti_job, one_thread, resume, set_label, write_list  # noqa: F401
 
@@ -71,6 +72,19 @@ def test_damaged_label_of_a_labelled_case_is_refused(folder: Path, capsys: Captu
     lists = {"labeled_list": write_list(folder / "l.txt", 0, 1)}
     (folder / "data" / "labels" / "ball01.nii.gz").write_bytes(b"not a NIfTI file")
     assert_refused(job(folder, **lists), capsys, "ball01.nii.gz")
+    assert not (folder / "runs").exists()
+
+
+def test_unlabelled_scans_that_cannot_be_used_are_refused_at_the_start(folder: Path, capsys: Capture) -> None:
+    images = folder / "data" / "images"
+    (images / "ball06.nii.gz").write_bytes(b"not a NIfTI file")
+    make.write_nifti(images / "ball07.nii.gz", make.counting_image((20, 18, 16, 2)))
+    told = (
+        "training cases cannot be used; mend them, or leave them out: ",
+        "ball06.nii.gz",
+        "ball07: 2 channels",
+    )
+    assert_refused(job(folder), capsys, *told)
     assert not (folder / "runs").exists()
 
 
