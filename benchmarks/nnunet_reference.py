@@ -136,7 +136,7 @@ def stored_patch(bundle: InferenceBundle, source: CaseSource) -> Triple:
     """The run's patch along the axes of the files, which nnU-Net reads as they are stored."""
     if bundle.config.spacing is not None:
         raise SystemExit("--checkpoint: the run resamples, so that its patches have another size here; --own_patches")
-    patch, orientation = required(bundle.config.patch_size, "patch_size"), required(bundle.config.orientation, "axes")
+    patch, orientation = required(bundle.config.patch_size, "patch_size"), bundle.config.orientation or "stored"
     affines = [source.grid(case_id).affine for case_id in bundle.split.labeled]
     found = {Turn.of(affine, orientation).values_back(patch) for affine in affines}
     if len(found) > 1:
