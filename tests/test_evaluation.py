@@ -226,7 +226,7 @@ def test_a_summary_of_before_survives_a_full_disk(tmp_path: Path, monkeypatch: p
 def test_a_summary_that_cannot_be_read_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "summary.json").write_text(content)
     with pytest.raises(ValueError, match=r"summary\.json cannot be read .*; delete it"):
-        evaluate_3d.refuse_other_results(tmp_path, [tmp_path / "run/last.pt"], "")
+        evaluate_3d.refuse_other_results(tmp_path, [tmp_path / "run/last.pt"], "", split="test", digest="")
 
 
 def test_table_is_aligned_and_complete() -> None:
