@@ -40,6 +40,7 @@ from dataloaders.base import CaseSource
 from dataloaders.orientation import warn_of_unstated
 from myutils.build import build_source, kept_parts
 from myutils.checkpoint import InferenceBundle
+from myutils.components import name_kept_parts
 from myutils.config import RunConfig
 from myutils.distributed import is_main_rank, start_process_group, stop_process_group
 from myutils.ensemble import load_together
@@ -225,9 +226,7 @@ def run(job: Job) -> None:
     kept = kept_parts(job.config, bundle.facts)
     logger.info("checkpoint: %s, step %d, %s", job.checkpoints, bundle.step, bundle.config.model)
     logger.info("cases: %d (%s)", len(job.case_ids), job.flags.split)
-    if kept:
-        names = ", ".join(bundle.class_names[class_id] for class_id in kept)
-        logger.info("the largest part alone is scored of %s (--no-largest_component scores all)", names)
+    name_kept_parts(kept, bundle.class_names)
     if is_main_rank():
         warn_of_unstated(job.source, job.case_ids, bundle.preprocess.orientation)
         warn_of_stored_axes(job.source, job.case_ids, bundle)

@@ -35,7 +35,7 @@ from dataloaders.geometry import reason_of, states_orientation
 from dataloaders.orientation import note_stored_axes, stated_axes
 from myutils.build import kept_parts
 from myutils.checkpoint import InferenceBundle
-from myutils.components import largest_component
+from myutils.components import largest_component, name_kept_parts
 from myutils.distributed import barrier, is_main_rank, join_shares, own_share, start_process_group, stop_process_group
 from myutils.ensemble import load_together
 from myutils.flags import option
@@ -137,9 +137,7 @@ def prepare(flags: PredictFlags) -> Job:
     if flags.existing != "replace":
         job = without_done(job)
         barrier()  # no rank writes before all have looked
-    if kept:
-        names = ", ".join(bundle.class_names[class_id] for class_id in kept)
-        logger.info("the largest part alone is kept of %s (--no-largest_component keeps all)", names)
+    name_kept_parts(kept, bundle.class_names)
     return job
 
 
@@ -149,16 +147,18 @@ def without_done(job: Job) -> Job:
     Raises:
         ValueError: If there is any of these files and the job does not keep them.
     """
-    there = [path for scan in job.scans for path in job.outputs(scan) if path.exists()]
+    outputs = {scan: job.outputs(scan) for scan in job.scans}
+    there = [path for paths in outputs.values() for path in paths if path.exists()]
     if there and not job.keeps_files:
         raise ValueError(
             f"{there[0]} exists already, and {len(there) - 1} more; pass another --output, --existing replace, or "
             "--existing keep to leave their scans out"
         )
-    left = [scan for scan in job.scans if not all(path.exists() for path in job.outputs(scan))]
+    done = set(there)
+    left = [scan for scan, paths in outputs.items() if not done.issuperset(paths)]
     if there:
         logger.info("%d of %d scans are done already", len(job.scans) - len(left), len(job.scans))
-        if some_files := sum(path.exists() for scan in left for path in job.outputs(scan)):
+        if some_files := sum(path in done for scan in left for path in outputs[scan]):
             logger.info("%d files of the others stay as they are; only what is missing is written", some_files)
     return dataclasses.replace(job, scans=left)
 

@@ -20,7 +20,7 @@ from dataloaders.class_names import (
     read_dataset_json,
     stated_modality,
 )
-from dataloaders.file_source import FileSource
+from dataloaders.file_source import FileSource, warn_of_orphans
 from dataloaders.geometry import Spacing, nifti_channels, nifti_grid, read_nifti_channels
 from dataloaders.nifti_folder import list_nifti
 from dataloaders.say_once import warn_once
@@ -84,8 +84,7 @@ def training_cases(root: Path, content: dict[str, Any]) -> CaseTable:
     """
     if not content.get("training") and not content.get("dataset"):
         grouped, labels = group_channels(root / "imagesTr", content), list_nifti(root / "labelsTr")
-        if orphans := sorted(set(labels) - set(grouped)):
-            warn_once(logger, f"{root}: labels without an image of the same name are left out: {some(orphans)}")
+        warn_of_orphans(root, labels, grouped)
         return {case_id: (files, labels.get(case_id)) for case_id, files in grouped.items()}
     cases: CaseTable = {}
     for case_id, images, label in _entries(content):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from abc import abstractmethod
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ from dataloaders.geometry import Spacing, nifti_channels, nifti_grid, read_label
 logger = logging.getLogger(__name__)
 
 BIDS_SUBJECT = re.compile(r"sub-[A-Za-z0-9]+(?=_)")  # Gorgolewski et al. 2016, doi:10.1038/sdata.2016.44
+
+
+def warn_of_orphans(root: Path, labels: Iterable[str], images: Container[str]) -> None:
+    """Say which labels of a data set have no image, by their ids."""
+    orphans = [case_id for case_id in labels if case_id not in images]
+    if orphans:
+        logger.warning("%s: labels without an image of the same name are left out: %s", root, some(orphans))
 
 
 class FileSource(CaseSource):
@@ -43,9 +51,7 @@ class FileSource(CaseSource):
 
     def warn_of_orphans(self) -> None:
         """Say which labels have no image."""
-        orphans = [case_id for case_id in self.labels if case_id not in self.images]
-        if orphans:
-            logger.warning("%s: labels without an image of the same name are left out: %s", self.root, some(orphans))
+        warn_of_orphans(self.root, self.labels, self.images)
 
     def case_ids(self) -> list[str]:
         """All cases in the order in which they were found."""

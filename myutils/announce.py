@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from myutils.build import kept_parts
+from myutils.components import name_kept_parts
 from myutils.report import result_checkpoint
 from myutils.trainer import Trainer
 
@@ -41,9 +42,7 @@ def describe(trainer: Trainer) -> None:
     logger.info("cases: %s (split %s)", cases, split.digest[:12])
     if config.ct_range is not None:
         logger.info("intensities: CT, clipped to %g..%g (--ct_range)", *config.ct_range)
-    kept = [source.class_names[class_id] for class_id in kept_parts(config, state.facts)]
-    if kept:
-        logger.info("predictions: the largest part alone of %s (--no-largest_component)", ", ".join(kept))
+    name_kept_parts(kept_parts(config, state.facts), source.class_names)
     levels = trainer.method.student.flat_levels
     flat = f", flat levels {' '.join(map(str, levels))}" if any(levels) else ""
     logger.info("method: %s on %s%s%s", config.method, config.model, flat, prototypes)

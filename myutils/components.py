@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import logging
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
+
+logger = logging.getLogger(__name__)
 
 _FEWEST_SHOWN = 4  # cases; that a class is in one part in fewer may be chance
 _ONE_PART = 0.99  # of the voxels; specks of an unsteady hand are no parts
@@ -57,6 +60,13 @@ def largest_component(label_map: np.ndarray, classes: Collection[int]) -> np.nda
         parts, sizes = _parts(label_map[box] == class_id)
         kept[box][(parts > 0) & (parts != 1 + sizes.argmax())] = 0
     return kept
+
+
+def name_kept_parts(classes: Iterable[int], class_names: Sequence[str]) -> None:
+    """Log the classes of which predictions hold the largest part alone, where there are any."""
+    names = [class_names[class_id] for class_id in classes]
+    if names:
+        logger.info("predictions: the largest part alone of %s (--no-largest_component)", ", ".join(names))
 
 
 def _parts(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

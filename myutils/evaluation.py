@@ -22,6 +22,7 @@ from dataloaders.geometry import reason_of
 from dataloaders.orientation import axis_directions
 from dataloaders.preprocess import Preprocess
 from dataloaders.say_once import warn_once
+from myutils.components import largest_component
 from myutils.distributed import is_main_rank, join_shares, own_share
 from myutils.inference import SCAN_ERRORS, InferenceOptions, predict_label_map
 from myutils.label_files import save_label_map
@@ -104,7 +105,8 @@ def evaluate_cases(
     for case_id in tqdm(own_share(case_ids), desc="evaluate", unit="case", disable=not (progress and is_main_rank())):
         try:
             volume = source.load(case_id, with_label=True)
-            label_map = predict_label_map(network, volume, preprocess, inference, device, keep_largest=keep_largest)
+            label_map = predict_label_map(network, volume, preprocess, inference, device)
+            label_map = largest_component(label_map, keep_largest)
             outcomes.append(score_case(volume, label_map, network.num_classes))
         except SCAN_ERRORS as error:
             outcomes.append(reason_of(error))

@@ -7,7 +7,7 @@ turned views (``--tta_views``), resampling (``--spacing``) and ``--probabilities
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,7 +18,6 @@ from torch import Tensor
 from dataloaders.base import Volume
 from dataloaders.geometry import READ_ERRORS, Spacing
 from dataloaders.preprocess import Preprocess
-from myutils.components import largest_component
 from myutils.distributed import autocast, resolve_amp
 from myutils.inference_views import View, make_views, seen_from, seen_places
 from myutils.pseudo_labels import most_probable
@@ -258,10 +257,8 @@ def predict_label_map(
     preprocess: Preprocess,
     options: InferenceOptions,
     device: torch.device,
-    *,
-    keep_largest: Collection[int] = (),
 ) -> np.ndarray:
-    """Class ids (X, Y, Z), uint8, of a raw case on its own grid; the largest part alone of ``keep_largest``."""
+    """Class ids (X, Y, Z), uint8, of a raw case on its own grid."""
     prepared = preprocess(volume)
     arguments = (network, torch.from_numpy(prepared.image), options, device, prepared.spacing)
     if preprocess.spacing is None:
@@ -274,4 +271,4 @@ def predict_label_map(
         whole = sliding_window_probabilities(*arguments).numpy()
         for rows in _slabs(len(label_map)):
             label_map[rows] = label_map_from(preprocess.restore(whole, volume, rows))
-    return largest_component(label_map, keep_largest)
+    return label_map

@@ -185,10 +185,10 @@ def refuse_label_folders(scans: Iterable[Scan], folders: Iterable[Path]) -> None
     """
     taken: set[Path] = set()
     for scan in scans:
-        for path in (scan.path.absolute(), scan.path.resolve()):  # as it is named, and where links lead
-            around = Path(os.path.normpath(path)).parent
+        named, real = Path(os.path.normpath(scan.path.absolute())), scan.path.resolve()
+        for around in (named.parent, real.parent):
             if scan.is_dicom:
-                taken |= {scan.path.resolve(), around.resolve(), (around / LABEL_FOLDER).resolve()}
+                taken |= {real, around.resolve(), (around / LABEL_FOLDER).resolve()}
             elif around.name.startswith("images"):  # images, imagesTr and imagesTs
                 taken.add(around.with_name(around.name.replace("images", "labels", 1)).resolve())
     for folder in folders:

@@ -14,7 +14,7 @@ from helpers_scans import trained_run, write_cohort
 import evaluate_3d
 import predict_3d
 from dataloaders.base import SOURCES, SourceOptions, Volume
-from myutils import inference
+from myutils import evaluation
 from myutils.build import kept_parts
 from myutils.checkpoint import load_for_inference
 from myutils.components import Parts, largest_component, survey_parts
@@ -91,14 +91,14 @@ def test_a_class_that_no_label_shows_is_a_warning(tmp_path: Path, caplog: pytest
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The classes of which a prediction was asked to keep the largest part, one entry per prediction that was."""
+    """The classes of which a prediction was asked to keep the largest part, one entry per prediction."""
     found: list[tuple[int, ...]] = []
 
     def spy(label_map: np.ndarray, classes: tuple[int, ...]) -> np.ndarray:
-        found.extend([tuple(classes)] * bool(classes))
+        found.append(tuple(classes))
         return label_map
 
-    for module in (inference, predict_3d):
+    for module in (evaluation, predict_3d):
         monkeypatch.setattr(module, "largest_component", spy)
     return found
 
@@ -122,15 +122,15 @@ def test_evaluation_and_prediction_keep_the_largest_part(tmp_path: Path, asked: 
     assert predict_3d.main(["--checkpoint", checkpoint, *scan]) == 0
     assert predict_3d.main(["--checkpoint", checkpoint, *scan, "--probabilities"]) == 0
     assert asked == [(1, 2)] * 4
-    for flag, kept in (("--largest_component", [(1, 2)] * 2), ("--no-largest_component", [])):
+    for flag, kept in (("--largest_component", (1, 2)), ("--no-largest_component", ())):
         asked.clear()
         assert evaluate_3d.main(["--checkpoint", checkpoint, flag]) == 0
         assert predict_3d.main(["--checkpoint", checkpoint, *scan, flag]) == 0
-        assert asked == kept
+        assert asked == [kept] * 2
     asked.clear()  # a run of fewer labels cannot tell
     other = str(trained_run(cohort, tmp_path / "few", **(settings | {"labelnum": 3})))
     assert predict_3d.main(["--checkpoint", checkpoint, other, *scan]) == 0
-    assert asked == []
+    assert asked == [()]
 
 
 def test_parts_are_counted_on_the_labels_own_grid(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dataloaders.base import Volume
 from dataloaders.preprocess import Preprocess
+from myutils.components import largest_component
 from myutils.inference import (
     InferenceOptions,
     label_map_from,
@@ -192,7 +193,10 @@ def test_label_map_is_the_most_probable_class() -> None:
     probabilities = np.zeros((3, 1, 1, 4), np.float32)
     for voxel, class_id in enumerate((0, 2, 1, 2)):
         probabilities[class_id, 0, 0, voxel] = 1.0
-    np.testing.assert_array_equal(label_map_from(probabilities)[0, 0], [0, 2, 1, 2])
+    label_map = label_map_from(probabilities)
+    np.testing.assert_array_equal(label_map[0, 0], [0, 2, 1, 2])
+    np.testing.assert_array_equal(largest_component(label_map, [2])[0, 0], [0, 2, 1, 0])
+    np.testing.assert_array_equal(largest_component(label_map, [1])[0, 0], [0, 2, 1, 2])
 
 
 def test_neighbouring_windows_overlap_as_asked() -> None:
