@@ -13,8 +13,9 @@ Several processes share the scans out: ``torchrun --nproc_per_node=2 predict_3d.
 
 It writes ``<name>.nii.gz`` (class ids, uint8) and with ``--probabilities`` ``<name>_prob.nii.gz`` (float32, one volume
 per class along the fourth axis), over files of before with ``--existing replace`` alone; ``--existing keep`` goes on
-after an interruption. A bad scan is reported and skipped; a full disk ends the run. Exit code 0 all done, 1 some
-failed, 2 refused at the start, 130 stopped. ``--help`` lists all flags.
+after an interruption. The field ``descrip`` of their headers tells of the checkpoint. A bad scan is reported and
+skipped; a full disk ends the run. Exit code 0 all done, 1 some failed, 2 refused at the start, 130 stopped. ``--help``
+lists all flags.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from myutils.ensemble import load_together
 from myutils.flags import option
 from myutils.inference import SCAN_ERRORS, InferenceOptions, label_map_from, predict_label_map, predict_probabilities
 from myutils.inference_flags import InferenceFlags, inference_options, start
-from myutils.label_files import OutputFolderError, save_in_geometry_of, save_volume
+from myutils.label_files import OutputFolderError, is_of_others, origin_of, save_in_geometry_of, save_volume
 from myutils.run_folder import make_folder
 from myutils.scan_inputs import Scan, find_scans, join_channels, require_free_outputs, warn_of_modality
 from myutils.stop_signals import sigterm_as_ctrl_c
@@ -81,6 +82,7 @@ class Job:
     device: torch.device
     scans: list[Scan]
     folder: Path
+    origin: str
     probabilities: bool
     keeps_files: bool = False
 
@@ -131,7 +133,8 @@ def prepare(flags: PredictFlags) -> Job:
     scans = join_channels(scans, bundle.in_channels)
     kept = kept_parts(config, bundle.facts)
     keeps = flags.existing == "keep"
-    job = Job(bundle, options, kept, device, scans, flags.output, flags.probabilities, keeps)
+    origin = origin_of(flags.checkpoint)
+    job = Job(bundle, options, kept, device, scans, flags.output, origin, flags.probabilities, keeps)
     require_free_outputs(scans, [path for scan in scans for path in job.outputs(scan)])
     make_folder(flags.output, "--output")
     if flags.existing != "replace":
@@ -145,7 +148,7 @@ def without_done(job: Job) -> Job:
     """The job without the scans whose files lie there already.
 
     Raises:
-        ValueError: If there is any of these files and the job does not keep them.
+        ValueError: If there is any of these files and the job does not keep them, or other checkpoints made them.
     """
     outputs = {scan: job.outputs(scan) for scan in job.scans}
     there = [path for paths in outputs.values() for path in paths if path.exists()]
@@ -153,6 +156,11 @@ def without_done(job: Job) -> Job:
         raise ValueError(
             f"{there[0]} exists already, and {len(there) - 1} more; pass another --output, --existing replace, or "
             "--existing keep to leave their scans out"
+        )
+    if others := [path for path in there if is_of_others(path, job.origin)]:
+        raise ValueError(
+            f"{others[0]}, and {len(others) - 1} more, come from another checkpoint, as their headers say; pass that "
+            "one, another --output, or --existing replace"
         )
     done = set(there)
     left = [scan for scan, paths in outputs.items() if not done.issuperset(paths)]
@@ -213,9 +221,9 @@ def segment(scan: Scan, job: Job) -> None:
         if job.keeps_files and path.exists():
             continue
         if header is None:
-            save_volume(path, array, volume.affine)
+            save_volume(path, array, volume.affine, job.origin)
         else:
-            save_in_geometry_of(path, array, header)
+            save_in_geometry_of(path, array, header, job.origin)
 
 
 def largest_parts(label_map: np.ndarray, scan: Scan, job: Job) -> np.ndarray:

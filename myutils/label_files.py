@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -16,6 +19,7 @@ GEOMETRY_FIELDS = (
     *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
     *("sform_code", "srow_x", "srow_y", "srow_z"),
 )
+_ORIGIN = "sha256"
 FOLDER_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
@@ -28,8 +32,10 @@ def save_label_map(path: Path, label_map: np.ndarray, affine: np.ndarray) -> Non
     save_volume(path, label_map.astype(np.uint8), affine)
 
 
-def save_volume(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
+def save_volume(path: Path, array: np.ndarray, affine: np.ndarray, origin: str = "") -> None:
     """Write an array (X, Y, Z) or (X, Y, Z, K) with ``affine`` (4, 4) as sform and qform, in mm.
+
+    ``origin`` is the text of ``origin_of``, for the header.
 
     Note:
         A qform holds no shear; for a sheared affine it is the closest rotation, and the sform is exact.
@@ -38,23 +44,48 @@ def save_volume(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     image.set_qform(affine, code=SCANNER_CODE)
     image.set_sform(affine, code=SCANNER_CODE)
     image.header.set_xyzt_units("mm")
+    image.header["descrip"] = origin.encode("ascii", "replace")
     _save(image, path)
 
 
-def save_in_geometry_of(path: Path, array: np.ndarray, header: nib.Nifti1Header) -> None:
+def save_in_geometry_of(path: Path, array: np.ndarray, header: nib.Nifti1Header, origin: str = "") -> None:
     """Write an array (X, Y, Z) or (X, Y, Z, K) with the spatial part of an input's header.
 
     Args:
         path: File to write, ``.nii.gz``.
         array: uint8 or float32 on the input's grid.
         header: Header of the input; zooms, units, qform, sform and their codes are copied bit by bit.
+        origin: The text of ``origin_of``.
     """
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     copy = image_class(array, None).header
     copy["pixdim"][:4] = header["pixdim"][:4]
     for name in GEOMETRY_FIELDS:
         copy[name] = header[name]
+    copy["descrip"] = origin.encode("ascii", "replace")
     _save(image_class(array, None, header=copy), path)
+
+
+def origin_of(checkpoints: Sequence[Path]) -> str:
+    """What the headers of predictions say of their origin: SHA-256 of the checkpoints' bytes in turn, and their names.
+
+    As much as fits into the 79 characters of a NIfTI header: 16 digits, as ``cat A.pt B.pt | sha256sum`` begins.
+    """
+    digest = hashlib.sha256()
+    for path in checkpoints:
+        digest.update(path.read_bytes())
+    names = " ".join("/".join(path.resolve().parts[-2:]) for path in checkpoints)
+    return f"{_ORIGIN} {digest.hexdigest()[:16]} {names}"[:79]
+
+
+def is_of_others(path: Path, origin: str) -> bool:
+    """Whether a file was predicted by other checkpoints than ``origin`` tells of; False where it does not say."""
+    try:
+        header: Any = nib.load(path).header
+        said = header["descrip"].item().decode("ascii", "replace").split()
+    except (OSError, ValueError, KeyError, nib.filebasedimages.ImageFileError):
+        return False  # corrected by hand, say, in another program
+    return said[:1] == [_ORIGIN] and said[:2] != origin.split()[:2]
 
 
 def _save(image: nib.Nifti1Image, path: Path) -> None:

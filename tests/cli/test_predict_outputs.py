@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +69,30 @@ def test_kept_files_stay_where_others_of_their_scan_are_missing(
     assert (out / "ball00.nii.gz").read_bytes() == b"corrected by hand"
     assert {path.name for path in out.iterdir()} == {f"ball0{n}{end}.nii.gz" for n in (0, 1) for end in ("", "_prob")}
     assert "1 files of the others stay as they are" in capsys.readouterr().err
+
+
+def test_a_label_map_tells_of_its_checkpoint_and_is_not_mixed_with_those_of_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cohort, out = write_cohort(tmp_path / "balls", cases=2, labeled=2), tmp_path / "out"
+    settings = {"method": "supervised", "labelnum": 1}
+    first, second = (trained_run(cohort, tmp_path / f"run{seed}", seed=seed, **settings) for seed in (1, 2))
+    command = ["--input", str(cohort / "images"), "--output", str(out), "--checkpoint"]
+    assert predict_3d.main([*command, str(first), "--probabilities"]) == 0
+    said = f"sha256 {hashlib.sha256(first.read_bytes()).hexdigest()[:16]} run1/last.pt"
+    for path in out.iterdir():
+        assert nib.load(path).header["descrip"].item().decode() == said
+    (out / "ball01.nii.gz").unlink()
+    with pytest.raises(SystemExit) as refusal:
+        predict_3d.main([*command, str(second), "--existing", "keep"])
+    assert refusal.value.code == 2 and not (out / "ball01.nii.gz").exists()
+    assert "ball00.nii.gz, and 0 more, come from another checkpoint" in capsys.readouterr().err
+    assert predict_3d.main([*command, str(first), "--existing", "keep"]) == 0
+    assert predict_3d.main([*command, str(first), str(second), "--existing", "replace"]) == 0
+    both = hashlib.sha256(first.read_bytes() + second.read_bytes()).hexdigest()[:16]
+    for name in ("ball00", "ball01"):
+        said = f"sha256 {both} run1/last.pt run2/last.pt"
+        assert nib.load(out / f"{name}.nii.gz").header["descrip"].item().decode() == said
 
 
 def test_a_part_that_is_left_out_is_named_unless_it_is_a_speck(caplog: pytest.LogCaptureFixture) -> None:
