@@ -164,30 +164,6 @@ class CaseSource(ABC):
         return None
 
 
-class KeptCases:
-    """Cases of a source with their labels, the first ones kept in memory: for few cases, asked for many times.
-
-    Args:
-        source: Where they come from.
-        limit_bytes: Cases beyond this are read each time.
-    """
-
-    def __init__(self, source: CaseSource, limit_bytes: int = 4 << 30) -> None:
-        self._source, self._free = source, limit_bytes
-        self._kept: dict[str, Volume] = {}
-
-    def load(self, case_id: str, *, with_label: bool = True) -> Volume:
-        """As ``CaseSource.load``; always with the label."""
-        if case_id in self._kept:
-            return self._kept[case_id]
-        volume = self._source.load(case_id, with_label=True)
-        size = sum(array.nbytes for array in volume.arrays)
-        if size <= self._free:
-            self._kept[case_id] = volume
-            self._free -= size
-        return volume
-
-
 T = TypeVar("T")
 
 SOURCES: Registry[type[CaseSource]] = Registry("data set", "dataloaders")

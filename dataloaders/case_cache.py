@@ -1,13 +1,14 @@
 """Prepared cases: each is read and preprocessed once, then kept in memory and, where wanted, on the disk.
 
-Contract: an entry on the disk is a function of the files it came from (path, size, time of change) and the
-preprocessing; entries appear whole or not at all, so that any number of processes may share a folder.
+Contract: an entry on the disk is a function of the files it came from (path, size, time of change), their reader and
+the preprocessing; entries appear whole or not at all, so that any number of processes may share a folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import logging
 import shutil
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from dataloaders.base import CaseSource, Volume
+from dataloaders.checked_cases import load_case
 from dataloaders.preprocess import Preprocess
 from dataloaders.say_once import warn_once
 
@@ -100,7 +102,7 @@ class CaseCache:
         return found or self._store.write(name, self._read(case_id, with_label))
 
     def _read(self, case_id: str, with_label: bool) -> PreparedCase:
-        volume = self._preprocess(self._source.load(case_id, with_label=with_label))
+        volume = self._preprocess(load_case(self._source, case_id, with_label=with_label))
         targets = _targets(volume.label) if volume.label is not None else ()
         return PreparedCase(volume, targets, volume.image.min((1, 2, 3)))
 
@@ -116,10 +118,16 @@ def _targets(label: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def entry_name(files: tuple[Path, ...], source: CaseSource, preprocess: Preprocess, with_label: bool) -> str:
-    """Name of a case's entry: a hash of its files' paths, sizes and times of change, and of how they are read."""
-    found = [(path, path.stat()) for path in files]
+    """Name of a case's entry: a hash of its files' paths, sizes and times of change, and of how they are read.
+
+    That is the class of the source and the file with its code, its public settings (numbers, words and tuples of
+    these), and the preprocessing.
+    """
+    found = [(path, path.stat()) for path in (Path(inspect.getfile(type(source))), *files)]
     states = [(str(path.absolute()), state.st_size, state.st_mtime_ns) for path, state in found]
-    reading = [type(source).__name__, source.num_classes, str(getattr(source, "spacing", "")), with_label]
+    public = ((name, value) for name, value in vars(source).items() if not name.startswith("_"))
+    settings = {name: value for name, value in public if isinstance(value, (int, float, str, tuple))}
+    reading = [type(source).__name__, source.num_classes, settings, with_label]
     content = json.dumps([_FORMAT, states, reading, dataclasses.asdict(preprocess)], default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 

@@ -10,6 +10,7 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 
 from dataloaders.base import CaseSource, Grid, Triple
+from dataloaders.checked_cases import load_case
 from dataloaders.geometry import Spacing
 from dataloaders.orientation import Turn
 
@@ -51,7 +52,7 @@ def structure_range(source: CaseSource, case_ids: Sequence[str]) -> tuple[float,
     """
     found = [np.empty(0, np.float32)]
     for case_id in case_ids:
-        volume = source.load(case_id, with_label=True)
+        volume = load_case(source, case_id, with_label=True)
         inside = volume.image[:, volume.label > 0].ravel()  # type: ignore[operator, index]
         found.append(inside[:: max(1, len(inside) // _VOXELS_PER_CASE)])
     inside = np.concatenate(found)

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from dataloaders.base import SOURCES, CaseSource, Volume
 from dataloaders.case_cache import CaseCache, CaseStore
-from dataloaders.case_lists import read_case_list
+from dataloaders.case_lists import read_case_list, some
+from dataloaders.checked_cases import require_sound
 from dataloaders.preprocess import Preprocess
 from dataloaders.transforms import AugmentOptions
 from myutils.components import survey_parts
@@ -78,7 +80,9 @@ class DataFacts:
 
 def build_source(config: RunConfig) -> CaseSource:
     """The case source that ``--dataset_name`` and ``--dataset_path`` name."""
-    return SOURCES.get(config.dataset_name).from_options(config.source_options())
+    source = SOURCES.get(config.dataset_name).from_options(config.source_options())
+    require_sound(source)
+    return source
 
 
 def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
@@ -158,6 +162,8 @@ def _with_method_defaults(
     config: RunConfig, method: type[Method], flip_axes: tuple[int, ...], max_iteration: int
 ) -> RunConfig:
     """What the user left open and the method decides; mirroring only where the data have an axis for it."""
+    if unknown := sorted(set(method.defaults) - set(COMMON_DEFAULTS)):
+        raise ValueError(f"{method.__name__}.defaults has {some(unknown)}; known: {', '.join(COMMON_DEFAULTS)}")
     wanted = {**COMMON_DEFAULTS, **method.defaults}
     wanted["warmup_iteration"] = round(wanted.pop("warmup_share") * max_iteration)
     wanted["tta_flips"] = wanted["tta_flips"] and bool(flip_axes) and config.tta_views == 1
@@ -227,6 +233,12 @@ def build_network(config: RunConfig, facts: DataFacts) -> SegmentationNetwork:
     if any(size < step for size, step in zip(patch, network.stride, strict=True)):
         given, least = (" ".join(map(str, sizes)) for sizes in (patch, network.stride))
         raise ValueError(f"--patch_size {given}: {config.model} divides the axes by {least}; pass at least these")
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+        logger.warning(
+            "%s has batch normalisation: labelled and unlabelled patches share its statistics, several processes do "
+            "not, so that their number matters; instance normalisation has neither",
+            config.model,
+        )
     mend_layers(network, channels_last=False if config.compile else None)  # its normalisation cannot be compiled
     if config.checkpoint_activations:
         checkpoint_blocks(network)

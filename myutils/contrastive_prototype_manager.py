@@ -254,7 +254,10 @@ class ContrastivePrototypeManager(PrototypeMemory):
         weights = {"contrastive_loss": contrastive_weight, "intra_loss": intra_weight, "inter_loss": inter_weight}
         checks.require_loss_settings(weights, margin)
         checks.require_label_source(labels, is_labeled)
+        given = {"labels": labels, "memory_features": memory_features}
+        checks.require_devices(self.memory, features=features, predictions=predictions, **given)
         checks.require_batch(features, predictions, labels, memory_features, (self.feature_dim, self.num_classes))
+        checks.require_logits(predictions)
         with torch.autocast(features.device.type, enabled=False):
             if labels is None:
                 labels = pseudo_labels(predictions).gated(self.confidence_threshold, self.ignore_index)

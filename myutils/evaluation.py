@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataloaders.base import CaseSource, KeptCases, Volume
+from dataloaders.base import CaseSource, Volume
 from dataloaders.case_lists import some
+from dataloaders.checked_cases import KeptCases
 from dataloaders.geometry import reason_of
 from dataloaders.orientation import axis_directions
 from dataloaders.preprocess import Preprocess
@@ -101,10 +102,11 @@ def evaluate_cases(
     """
     if not case_ids:
         raise ValueError("no case to evaluate; the split is empty")
+    cases = source if isinstance(source, KeptCases) else KeptCases(source, limit_bytes=0)
     outcomes: list[CaseResult | str] = []  # or why the case cannot be scored
     for case_id in tqdm(own_share(case_ids), desc="evaluate", unit="case", disable=not (progress and is_main_rank())):
         try:
-            volume = source.load(case_id, with_label=True)
+            volume = cases.load(case_id)
             label_map = predict_label_map(network, volume, preprocess, inference, device)
             label_map = largest_component(label_map, keep_largest)
             outcomes.append(score_case(volume, label_map, network.num_classes))

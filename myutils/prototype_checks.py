@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
+import torch
 from torch import Tensor
+
+_ROUNDING = 1e-2  # of a sum of probabilities, in half precision
 
 
 class NonFiniteFeaturesError(ValueError):
@@ -13,8 +17,8 @@ class NonFiniteFeaturesError(ValueError):
 
 
 def require_at_least(name: str, value: int, least: int) -> None:
-    """Refuse anything but an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    """Refuse anything but an integer of at least ``least``, NumPy's too."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} {value!r}: pass an integer of at least {least}")
 
 
@@ -102,6 +106,31 @@ def require_batch(
     if memory_features is not None and memory_features.shape != features.shape:
         raise ValueError(
             f"memory_features have shape {tuple(memory_features.shape)}; expected {tuple(features.shape)}, as features"
+        )
+
+
+def require_devices(memory: Tensor, **given: object) -> None:
+    """Refuse what is no tensor on the device of the ``memory``; ``None`` is left out."""
+    for name, value in given.items():
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}; pass a tensor")
+        if value.device != memory.device:
+            raise ValueError(
+                f"{name} on {value.device}, the manager on {memory.device}: move one of them with .to(...)"
+            )
+
+
+def require_logits(predictions: Tensor) -> None:
+    """Refuse probabilities (B, K, ...), which a softmax would flatten; on the CPU alone, where looking is free."""
+    if predictions.device.type != "cpu" or not predictions.numel():
+        return
+    low, high = torch.aminmax(predictions.detach())
+    if low >= 0 and high <= 1 and (predictions.detach().float().sum(1) - 1).abs().max() < _ROUNDING:
+        raise ValueError(
+            "predictions lie in 0..1 and add up to 1 in each voxel, as probabilities do; pass logits, from before the "
+            "softmax"
         )
 
 

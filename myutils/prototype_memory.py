@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -162,6 +162,16 @@ class PrototypeMemory(nn.Module):
         self.register_buffer("memory", torch.zeros(num_classes, elements_per_class, feature_dim))
         self.register_buffer("memory_count", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("memory_from_labeled", torch.zeros(num_classes, dtype=torch.bool))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        stored = state_dict.get(f"{prefix}memory")
+        if stored is not None and stored.shape != self.memory.shape:
+            (classes, slots, width), ours = stored.shape, tuple(self.memory.shape)
+            rest[-1].append(  # error_msgs
+                f"the stored memory has num_classes {classes}, elements_per_class {slots} and feature_dim {width}, "
+                f"this manager {ours}: build it with the stored numbers"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def compute_dtype(self) -> torch.dtype:
         """Type of all arithmetic: float32, or float64 after ``.double()``; never half precision."""

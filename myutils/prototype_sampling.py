@@ -15,6 +15,7 @@ from myutils.rank_batch import draw_rows, rank_count
 from networks.layers import has_channels_last
 
 _PADDING_SLACK = 16
+_CLASS_IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def shared_keys(patches: int, voxels: int, device: torch.device) -> Tensor:
@@ -103,7 +104,7 @@ def _likely_winners(codes: Tensor, keys: Tensor, num_classes: int, quota: int) -
 
 def require_class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> None:
     """Refuse labels (N,) outside 0..K-1 other than ``ignore_index``; only on the CPU, where looking is free."""
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if labels.dtype not in _CLASS_IDS:
         raise ValueError(f"class labels have dtype {labels.dtype}; pass integer class ids (int64)")
     if labels.device.type != "cpu" or not labels.numel():
         return

@@ -34,7 +34,8 @@ from myutils.distributed import (
 )
 from myutils.finite_watch import FiniteWatch, NonFiniteLossError
 from myutils.host_memory import named_shortages
-from myutils.methods.base import StepOutput, batch_dice
+from myutils.methods.base import batch_dice
+from myutils.methods.step_output import StepOutput, fingerprint, require_gradients, warn_if_still
 from myutils.prototype_checks import NonFiniteFeaturesError
 from myutils.run_log import RunLog, step_scalars
 from myutils.schedules import poly_lr
@@ -83,6 +84,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
         self.validation = Validation(state, source, self.amp, device)
         self.watch = FiniteWatch(eager=device.type == "cpu", advice=self._advice)
+        self._first_look = max(state.step, self.method.warmup)
         self.interrupted, self._clock = False, (0.0, 0)  # the clock: time and step of the last log entry
 
     @classmethod
@@ -124,6 +126,7 @@ class Trainer:
         network = self._wrapped().train()
         log = RunLog(self.folder, first, enabled=self.ranks.is_main)
         self._clock = (time.perf_counter(), first)
+        before = fingerprint(self.method.inference_network())
         try:
             if first == 0:
                 self._save(("last.pt",))
@@ -135,6 +138,8 @@ class Trainer:
                     self.state.step = step + 1
                     bar.update()
                     self.finish_step(log, bar, batch, output)
+            if first < self.max_iteration:
+                warn_if_still(self.method.inference_network(), before)
         finally:
             log.close()
         return self.state
@@ -156,6 +161,8 @@ class Trainer:
             raise NonFiniteLossError(self.watch.message(reason, step, cases)) from error
         self.watch.record(step, cases, {f"loss term {name}": term.value for name, term in output.terms.items()})
         self.backward(output)
+        if step == self._first_look:
+            require_gradients(self.method, self._trained)
         self.method.before_update(step)
         self.update_weights(step, cases)
         self.method.after_step(step)

@@ -6,7 +6,8 @@ from contextlib import nullcontext
 
 import torch
 
-from dataloaders.base import CaseSource, KeptCases
+from dataloaders.base import CaseSource
+from dataloaders.checked_cases import KeptCases, load_case
 from dataloaders.preprocess import Preprocess
 from myutils import build
 from myutils.checkpoint import RunState
@@ -33,7 +34,7 @@ class Validation:
     def check(self) -> None:
         """Read and prepare every case, so that a wrong one is named before training; errors of both."""
         for case_id in self._state.split.val:
-            self._preprocess(self._source.load(case_id, with_label=True))
+            self._preprocess(load_case(self._source, case_id, with_label=True))
 
     def dice(self, network: Segmenter) -> float:
         """Mean Dice over cases and classes, 0..1; the ranks share the cases out. Errors of ``evaluate_cases``.

@@ -91,7 +91,10 @@ class Branch(nn.Module):
 
     def forward(self, encoded: list[Tensor]) -> SegmentationOutput:
         """Logits and decoder features."""
-        *coarse, features = self.decoder(encoded)
+        levels = self.decoder(encoded)
+        if isinstance(levels, Tensor):
+            raise ValueError(f"{type(self.decoder).__name__} gave a tensor; return the list of its levels' features")
+        *coarse, features = levels
         wanted = self.keeps_coarse or torch.is_grad_enabled()
         return SegmentationOutput(self.classifier(features), features, tuple(coarse) if wanted else ())
 
@@ -186,10 +189,24 @@ class SegmentationNetwork(Segmenter):
         encoded = self.encode(self.pad(images))
         outputs = [branch(change(encoded) if change else encoded) for branch in branches]
         missing = self._missing(size)
+        self._require_shapes(outputs[0], tuple(n + gap for n, gap in zip(size, missing, strict=True)))
         if not any(missing):
             return outputs
         x, y, z = (slice(gap // 2, gap // 2 + n) for gap, n in zip(missing, size, strict=True))
         return [SegmentationOutput(o.logits[..., x, y, z], o.features[..., x, y, z], o.coarse) for o in outputs]
+
+    def _require_shapes(self, output: SegmentationOutput, size: tuple[int, ...]) -> None:
+        """Raise a ValueError where a branch's logits or features are not of the widths and the padded size stated."""
+        for name, width, found in (
+            ("num_classes", self.num_classes, output.logits),
+            ("feature_dim", self.feature_dim, output.features),
+        ):
+            if tuple(found.shape[1:]) != (width, *size):
+                kind = "logits" if found is output.logits else "features"
+                raise ValueError(
+                    f"{type(self).__name__}: {kind} have shape {tuple(found.shape)}; expected (B, {name} {width}, "
+                    f"{', '.join(map(str, size))})"
+                )
 
     def pad(self, values: Tensor) -> Tensor:
         """Values (..., X, Y, Z) with zeros around them, as ``forward`` pads its input: to multiples of ``stride``."""
@@ -213,10 +230,18 @@ def make_network(
         ValueError: If the class takes none.
     """
     if not any(flat_levels):
-        return kind(in_channels, num_classes)
+        return _whole(kind(in_channels, num_classes))
     if not kind.takes_flat_levels:
         raise ValueError(f"--flat_levels {' '.join(map(str, flat_levels))}: {kind.__name__} has none; pass 0 0 0")
-    return kind(in_channels, num_classes, flat_levels=flat_levels)
+    return _whole(kind(in_channels, num_classes, flat_levels=flat_levels))
+
+
+def _whole(network: SegmentationNetwork) -> SegmentationNetwork:
+    """The network, unless its constructor left out what the contract asks for."""
+    absent = [name for name in ("feature_dim", "stride", "branch") if not hasattr(network, name)]
+    if absent:
+        raise ValueError(f"{type(network).__name__} sets no {', '.join(absent)}; its constructor has to")
+    return network
 
 
 NETWORKS: Registry[type[SegmentationNetwork]] = Registry("model", "networks")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from prototype_cases import E, K, fill, make_manager, sure_logits
@@ -228,3 +230,37 @@ def test_labels_and_is_labeled_must_agree() -> None:
         manager.update_and_compute_loss(torch.randn(1, E), sure_logits(labels))
     with pytest.raises(ValueError, match="never read"):
         manager.update_and_compute_loss(torch.randn(1, E), sure_logits(labels), labels, is_labeled=False)
+
+
+def test_probabilities_are_refused_where_logits_belong() -> None:
+    manager, labels = make_manager(), torch.tensor([0, 1, 2, 0])
+    logits = torch.randn(4, K)
+    manager.update_and_compute_loss(torch.randn(4, E), logits, labels)
+    for probabilities in (logits.softmax(1), logits.softmax(1).half()):
+        with pytest.raises(ValueError, match=r"predictions lie in 0..1 and add up to 1 .*; pass logits"):
+            manager.update_and_compute_loss(torch.randn(4, E), probabilities, labels)
+
+
+@pytest.mark.parametrize("name", ["features", "predictions", "labels", "memory_features"])
+def test_what_lies_on_another_device_or_is_no_tensor_is_named(name: str) -> None:
+    given: dict[str, Any] = {"features": torch.randn(4, E), "predictions": torch.randn(4, K)}
+    given |= {"labels": torch.zeros(4, dtype=torch.int64), "memory_features": torch.randn(4, E)}
+    with pytest.raises(ValueError, match=f"{name} on meta, the manager on cpu: move one of them with"):
+        make_manager().update_and_compute_loss(**given | {name: given[name].to("meta")})
+    with pytest.raises(ValueError, match=f"{name} is a ndarray; pass a tensor"):
+        make_manager().update_and_compute_loss(**given | {name: given[name].numpy()})
+
+
+def test_a_memory_of_other_sizes_is_not_loaded() -> None:
+    state = fill(make_manager()).state_dict()
+    other = ContrastivePrototypeManager(np.int64(K + 1), E)
+    with pytest.raises(
+        RuntimeError, match=f"the stored memory has num_classes {K}, .*: build it with the stored numbers"
+    ):
+        other.load_state_dict(state)
+
+
+def test_labels_of_types_that_torch_does_not_compare_are_refused() -> None:
+    labels = torch.zeros(4, dtype=torch.uint16)
+    with pytest.raises(ValueError, match=r"class labels have dtype torch.uint16; pass integer class ids"):
+        make_manager().update_and_compute_loss(torch.randn(4, E), torch.randn(4, K), labels)

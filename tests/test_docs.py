@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
+
+from myutils.contrastive_prototype_manager import ContrastivePrototypeManager
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,3 +47,30 @@ def test_tests_that_are_named_with_a_file_are_in_it() -> None:
             assert (ROOT / path).is_file(), (page.name, path)
             source = (ROOT / path).read_text(encoding="utf-8")
             assert re.search(rf"def {name}\b", source), (page.name, f"{path}::{name}")
+
+
+class _OneLayer(nn.Module):
+    """Logits and features, as the page's example asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.classifier = nn.Conv3d(1, 8, 3, padding=1), nn.Conv3d(8, 3, 1)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.layer(images).relu()
+        return 20 * self.classifier(features), features
+
+
+def test_the_step_with_the_manager_alone_trains_it() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(manager = .*?)```", page, re.DOTALL)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"torch": torch, "ContrastivePrototypeManager": ContrastivePrototypeManager}
+    names |= {"K": 3, "E": 8, "device": "cpu", "student": _OneLayer(), "teacher": _OneLayer(), "step": 0}
+    names |= dict.fromkeys(("images_l", "strong_u", "weak_u"), torch.randn(2, 1, 8, 8, 8))
+    names |= {"labels": torch.randint(0, 3, (2, 8, 8, 8)), "supervised": 0.0, "consistency": 0.0}
+    exec(code.replace("...\n", ""), names | {"rampup": lambda step: 1.0}, names)
+    names["loss"].backward()
+    assert names["manager"].memory_count.any()
+    gradients = [p.grad for p in (*names["student"].layer.parameters(), *names["manager"].parameters())]
+    assert all(gradient is not None for gradient in gradients) and gradients[0].abs().sum() > 0

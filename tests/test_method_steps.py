@@ -141,7 +141,9 @@ def test_dtc_calls_negative_distances_inside(monkeypatch: pytest.MonkeyPatch) ->
     method, batch = small_method("dtc"), random_batch()
     probs = method.student(torch.cat([batch.image_l, batch.image_u])).logits.softmax(1)[:, 1:]
     for distance, inside in ((-0.01, 1.0), (0.0, 0.5), (0.01, 0.0)):
-        monkeypatch.setattr(method, "_distances", lambda _, distance=distance: torch.full_like(probs, distance))
+        monkeypatch.setattr(
+            method, "_distances", lambda _, distance=distance: torch.full_like(probs, distance).requires_grad_()
+        )
         expected = (inside - probs).square().mean().item()
         assert value(method, batch, "consistency") == pytest.approx(expected, rel=1e-4)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -17,52 +16,12 @@ from myutils.distributed import sum_over_ranks
 from myutils.flags import flags_of
 from myutils.losses.deep_supervision import DeepSupervision
 from myutils.losses.segmentation import dice_ce_loss, one_hot_labels
+from myutils.methods.step_output import LossTerm, StepOutput, require_terms
 from myutils.prototype_term import IGNORE, PrototypeTerm, PseudoVoxels
 from myutils.pseudo_labels import PseudoLabels, most_probable, pseudo_labels
 from myutils.registry import Registry
 from myutils.schedules import fraction_rampup, sigmoid_rampup
 from networks.base import SegmentationNetwork, SegmentationOutput
-
-
-@dataclass
-class LossTerm:
-    """A raw loss and the weight with which it enters the total."""
-
-    value: Tensor
-    weight: float
-
-
-@dataclass
-class StepOutput:
-    """What a method returns: loss terms by name, scalars to log, and label maps to show.
-
-    Attributes:
-        terms: Weighted losses.
-        scalars: Zero-dimensional tensors to log, without gradient.
-        pseudo_labels: Pseudo-labels (Bu, X, Y, Z) of the weak views, for pictures; None where there are none.
-        logits_l: Logits (Bl, K, X, Y, Z) of the labelled patches, detached, for pictures and the training Dice.
-        labels_l: What they are compared with (Bl, X, Y, Z), where it is not the batch's labels.
-        images_l: What the network saw (Bl, C, X, Y, Z), where it is not the batch's labelled patches.
-        images_u: What the student saw (at least one patch) of the unlabelled ones, where it is not their strong views.
-    """
-
-    terms: dict[str, LossTerm]
-    scalars: dict[str, Tensor] = field(default_factory=dict)
-    pseudo_labels: Tensor | None = None
-    logits_l: Tensor | None = None
-    labels_l: Tensor | None = None
-    images_l: Tensor | None = None
-    images_u: Tensor | None = None
-
-    def truth(self, batch: Batch) -> Tensor:
-        """Class ids (Bl, X, Y, Z) that ``logits_l`` are compared with."""
-        return batch.label_l if self.labels_l is None else self.labels_l
-
-    def total(self) -> Tensor:
-        """The loss to minimise; the only place where weight times value happens."""
-        values = [term.weight * term.value for term in self.terms.values()]
-        return torch.stack(values).sum()
-
 
 # Settings that a method may choose itself; those that are left None in a configuration take the method's value.
 COMMON_DEFAULTS: Mapping[str, Any] = {
@@ -117,9 +76,11 @@ class Method(nn.Module, ABC):
         """Loss terms of one batch at ``step``; a batch of labelled patches alone is a supervised step.
 
         Raises:
-            ValueError: If deep supervision or the prototype term is on and its loss is missing.
+            ValueError: If the output is not as ``StepOutput`` says, or deep supervision or the prototype term is on and
+                its loss is missing.
         """
         output = self.losses(batch, step) if len(batch.image_u) else self.supervised_losses(batch, step)
+        require_terms(output, self.config.method)
         switches = (
             ("deep_supervision", self.deep, "deep_supervision", "coarse_terms"),
             ("use_contrastive_prototype", self.prototypes, "contrastive_loss", "prototype_terms"),

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from data_makers import corner_label, counting_image, write_nifti
 
 from dataloaders import case_cache
 from dataloaders.base import Volume
-from dataloaders.case_cache import CaseCache, CaseStore
+from dataloaders.case_cache import CaseCache, CaseStore, entry_name
 from dataloaders.nifti_folder import NiftiFolder
 from dataloaders.preprocess import Preprocess
 
@@ -254,3 +255,13 @@ def test_large_store_is_not_counted_for_every_entry(tmp_path: Path, monkeypatch:
         cache.get(f"d{index}", with_label=False)
     assert len(looked_at) == 1  # one count, of a store that held the new entry alone
     assert len(list((tmp_path / "store").iterdir())) == 12
+
+
+def test_an_entry_is_of_one_reader_and_its_settings(tmp_path: Path) -> None:
+    make_source(tmp_path / "data")
+    names = set()
+    for kind, voxel in ((NiftiFolder, 1.0), (NiftiFolder, 2.0), (CountingFolder, 1.0)):
+        source: Any = kind(tmp_path / "data", num_classes=2)
+        source.voxel = (voxel, 1.0, 1.0)
+        names.add(entry_name(source.case_files("c0", with_label=False), source, MR, False))
+    assert len(names) == 3

@@ -220,14 +220,16 @@ def test_a_case_that_does_not_say_how_it_lies_is_named(caplog: pytest.LogCapture
 def test_cases_of_a_format_without_orientation_are_named_where_they_are_turned(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("a", "b"):
+    names = ["unstated1", "unstated2"]  # no other test's: a warning is said once in a process
+    for name in names:
         make.write_la_case(tmp_path, name, make.counting_image((20, 20, 20)))
     source = LeftAtriumH5(tmp_path, voxel_size=(1.0, 1.0, 1.0))
-    fitted = fit_to_cases(RunConfig(modality="mr"), source, ["a"]).orientation
-    warn_of_unstated(source, ["a", "b"], str(fitted))
+    fitted = fit_to_cases(RunConfig(modality="mr"), source, names[:1]).orientation
+    warn_of_unstated(source, names, str(fitted))
     assert fitted == "stored" and not caplog.text  # as in every training on LA
-    warn_of_unstated(source, ["a", "b"], "ras")
-    assert "2 of 2 cases do not say how they lie in the body" in caplog.text and "'a', 'b'; write" in caplog.text
+    warn_of_unstated(source, names, "ras")
+    assert "2 of 2 cases do not say how they lie in the body" in caplog.text
+    assert "'unstated1', 'unstated2'; write" in caplog.text
 
 
 def test_an_oblique_case_is_named_once(caplog: pytest.LogCaptureFixture) -> None:

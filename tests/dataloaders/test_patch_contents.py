@@ -19,6 +19,9 @@ from dataloaders.transforms import AugmentOptions
 class EvenClasses(BallSource):
     """Classes 0, 2 and 4: between two of them is none."""
 
+    num_classes = 5
+    class_names = ("background", "one", "ball", "three", "core")
+
     def load(self, case_id: str, *, with_label: bool) -> Volume:
         volume = super().load(case_id, with_label=with_label)
         return volume if volume.label is None else replace(volume, label=2 * volume.label)

@@ -10,8 +10,9 @@ import torch
 from conftest import BallSource
 
 from dataloaders import patches
-from dataloaders.base import KeptCases, Volume
+from dataloaders.base import Volume
 from dataloaders.case_cache import CaseCache, PreparedCase
+from dataloaders.checked_cases import KeptCases
 from dataloaders.patches import PatchDataset, collate
 from dataloaders.preprocess import Preprocess
 from dataloaders.samplers import SampleKey

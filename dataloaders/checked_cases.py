@@ -1,0 +1,93 @@
+"""Cases as their source gives them, looked at once more: what a new reader does wrong must not train in silence."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dataloaders.base import CaseSource, Volume
+from dataloaders.case_lists import reject_duplicates, some
+from dataloaders.class_names import MODALITIES
+
+_TOLERANCE = 1e-3  # of a voxel's edge
+_UNASKED = "a label that was not asked for; open no label file with with_label=False, and give None"
+
+
+def require_sound(source: CaseSource) -> None:
+    """Look at what a source says of itself, without opening a case.
+
+    Raises:
+        ValueError: If an id comes twice, a labelled one is no case, or classes, modality or axes are not as in the
+            contract of ``CaseSource``.
+    """
+    ids, name = source.case_ids(), type(source).__name__
+    reject_duplicates(ids, f"case_ids of {name}")
+    if unknown := [case_id for case_id in source.labeled_ids() if case_id not in set(ids)]:
+        raise ValueError(f"labeled_ids of {name} names {some(unknown)}, which case_ids does not; each is one of these")
+    if len(source.class_names) != source.num_classes or source.num_classes < 2:
+        raise ValueError(
+            f"class_names of {name} has {len(source.class_names)} names for num_classes {source.num_classes}; give one "
+            "to each class, the background first"
+        )
+    if source.modality not in MODALITIES or not {0, 1, 2}.issuperset(source.flip_axes):
+        raise ValueError(
+            f"{name} has modality {source.modality!r} and flip_axes {source.flip_axes}; pass one of "
+            f"{', '.join(MODALITIES)}, and axes among 0, 1, 2"
+        )
+
+
+def load_case(source: CaseSource, case_id: str, *, with_label: bool) -> Volume:
+    """``source.load``, whose volume keeps the contract of ``Volume``.
+
+    Raises:
+        FileNotFoundError: As ``CaseSource.load``.
+        ValueError: As ``CaseSource.load``, and where the volume is not as its contract says, or brings a label that
+            nobody asked for.
+    """
+    volume = source.load(case_id, with_label=with_label)
+    if fault := _fault_of(volume, source, case_id, with_label):
+        raise ValueError(f"case {case_id}: {type(source).__name__}.load gave {fault}")
+    return volume
+
+
+def _fault_of(volume: Volume, source: CaseSource, case_id: str, with_label: bool) -> str | None:
+    """What is wrong with a volume, and what is asked for; None for a sound one."""
+    image, label = volume.image, volume.label
+    if volume.case_id != case_id:
+        return f"case {volume.case_id!r}; give the one that was asked for"
+    if image.ndim != 4 or len(image) != source.in_channels or image.dtype != np.float32:
+        return f"an image {image.shape} of {image.dtype}; give ({source.in_channels}, X, Y, Z) of float32"
+    edges = np.linalg.norm(volume.affine[:3, :3], axis=0)
+    if volume.affine.shape != (4, 4) or not np.allclose(edges, volume.spacing, rtol=_TOLERANCE, atol=0):
+        sides = " x ".join(f"{side:.4g}" for side in edges)
+        return f"spacing {volume.spacing}, but an affine {volume.affine.shape} with voxels of {sides} mm; give one"
+    if label is None or not with_label:
+        return None if (label is None) != with_label else "no label; read it" if with_label else _UNASKED
+    if label.shape != image.shape[1:] or label.dtype != np.uint8:
+        return f"a label {label.shape} of {label.dtype}; give {image.shape[1:]} of uint8, as check_label does"
+    if label.max(initial=0) >= source.num_classes:
+        return f"class id {label.max()}; give 0..{source.num_classes - 1}, as check_label makes sure"
+    return None
+
+
+class KeptCases:
+    """Cases of a source with their labels, the first ones kept in memory: for few cases, asked for many times.
+
+    Args:
+        source: Where they come from.
+        limit_bytes: Cases beyond this are read each time.
+    """
+
+    def __init__(self, source: CaseSource, limit_bytes: int = 4 << 30) -> None:
+        self._source, self._free = source, limit_bytes
+        self._kept: dict[str, Volume] = {}
+
+    def load(self, case_id: str) -> Volume:
+        """As ``load_case``, with the label."""
+        if case_id in self._kept:
+            return self._kept[case_id]
+        volume = load_case(self._source, case_id, with_label=True)
+        size = sum(array.nbytes for array in volume.arrays)
+        if size <= self._free:
+            self._kept[case_id] = volume
+            self._free -= size
+        return volume
