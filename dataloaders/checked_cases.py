@@ -21,7 +21,8 @@ def require_sound(source: CaseSource) -> None:
     """
     ids, name = source.case_ids(), type(source).__name__
     reject_duplicates(ids, f"case_ids of {name}")
-    if unknown := [case_id for case_id in source.labeled_ids() if case_id not in set(ids)]:
+    known = set(ids)
+    if unknown := [case_id for case_id in source.labeled_ids() if case_id not in known]:
         raise ValueError(f"labeled_ids of {name} names {some(unknown)}, which case_ids does not; each is one of these")
     if len(source.class_names) != source.num_classes or source.num_classes < 2:
         raise ValueError(

@@ -22,6 +22,7 @@ SplineOrder = Literal[0, 1, 3]
 SPLINE_ORDER: dict[str, SplineOrder] = {"linear": 1, "cubic": 3}
 CT_PERCENTILES = (0.5, 99.5)
 FEWEST_VOXELS = 4  # along an axis, after resampling of at least twice as many
+AIR = -900  # in Hounsfield units; MR has no values like it
 MOST_VOXELS = 2**31  # after resampling: 8 GiB per channel
 
 
@@ -74,7 +75,14 @@ class Preprocess:
         if bad:
             raise ValueError(f"case {volume.case_id}: {bad} voxels are NaN or infinite; repair or leave out this case")
         for number, channel in enumerate(volume.image):
-            if channel.size and channel.min() == channel.max():
+            low = channel.min(initial=np.inf)
+            if self.modality == "mr" and low <= AIR:
+                warn_once(
+                    logger,
+                    f"images with values below {AIR}, such as the air of CT in Hounsfield units, are normalised as MR, "
+                    "each by its own mean; train with --modality ct if they are CT",
+                )
+            if low == channel.max(initial=-np.inf):
                 warn_once(
                     logger,
                     f"case {volume.case_id}: every voxel of channel {number} is {float(channel.flat[0]):g}, so that it "

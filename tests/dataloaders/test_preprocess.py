@@ -56,6 +56,16 @@ def test_ct_is_clipped_at_percentiles_of_the_body() -> None:
     assert normalised.flat[0] == normalised.flat[4] < normalised.flat[5]
 
 
+def test_ct_that_is_taken_for_mr_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    air = volume_of(framed([-1024, 40]))
+    Preprocess("ct", ct_range=(-100.0, 300.0))(air)
+    Preprocess("mr")(volume_of(framed([-800, 40])))
+    assert "Hounsfield" not in caplog.text
+    for _ in range(2):
+        Preprocess("mr")(air)
+    assert caplog.text.count("values below -900, such as the air of CT in Hounsfield units, are normalised as MR") == 1
+
+
 def test_ct_range_maps_the_same_value_to_the_same_number_in_every_case() -> None:
     preprocess = Preprocess("ct", ct_range=(-100.0, 300.0))
     for others in (-1000.0, 900.0):
