@@ -9,7 +9,6 @@ from dataloaders.case_lists import reject_duplicates, some
 from dataloaders.class_names import MODALITIES
 
 _TOLERANCE = 1e-3  # of a voxel's edge
-_UNASKED = "a label that was not asked for; open no label file with with_label=False, and give None"
 
 
 def require_sound(source: CaseSource) -> None:
@@ -61,8 +60,10 @@ def _fault_of(volume: Volume, source: CaseSource, case_id: str, with_label: bool
     if volume.affine.shape != (4, 4) or not np.allclose(edges, volume.spacing, rtol=_TOLERANCE, atol=0):
         sides = " x ".join(f"{side:.4g}" for side in edges)
         return f"spacing {volume.spacing}, but an affine {volume.affine.shape} with voxels of {sides} mm; give one"
-    if label is None or not with_label:
-        return None if (label is None) != with_label else "no label; read it" if with_label else _UNASKED
+    if label is None:
+        return "no label; read it" if with_label else None
+    if not with_label:
+        return "a label that was not asked for; open no label file with with_label=False, and give None"
     if label.shape != image.shape[1:] or label.dtype != np.uint8:
         return f"a label {label.shape} of {label.dtype}; give {image.shape[1:]} of uint8, as check_label does"
     if label.max(initial=0) >= source.num_classes:

@@ -44,8 +44,7 @@ def save_volume(path: Path, array: np.ndarray, affine: np.ndarray, origin: str =
     image.set_qform(affine, code=SCANNER_CODE)
     image.set_sform(affine, code=SCANNER_CODE)
     image.header.set_xyzt_units("mm")
-    image.header["descrip"] = origin.encode("ascii", "replace")
-    _save(image, path)
+    _save(image, path, origin)
 
 
 def save_in_geometry_of(path: Path, array: np.ndarray, header: nib.Nifti1Header, origin: str = "") -> None:
@@ -62,8 +61,7 @@ def save_in_geometry_of(path: Path, array: np.ndarray, header: nib.Nifti1Header,
     copy["pixdim"][:4] = header["pixdim"][:4]
     for name in GEOMETRY_FIELDS:
         copy[name] = header[name]
-    copy["descrip"] = origin.encode("ascii", "replace")
-    _save(image_class(array, None, header=copy), path)
+    _save(image_class(array, None, header=copy), path, origin)
 
 
 def origin_of(checkpoints: Sequence[Path]) -> str:
@@ -88,7 +86,8 @@ def is_of_others(path: Path, origin: str) -> bool:
     return said[:1] == [_ORIGIN] and said[:2] != origin.split()[:2]
 
 
-def _save(image: nib.Nifti1Image, path: Path) -> None:
+def _save(image: nib.Nifti1Image, path: Path, origin: str) -> None:
+    image.header["descrip"] = origin.encode("ascii", "replace")
     try:
         with whole_file(path) as partial:
             nib.save(image, partial)

@@ -227,17 +227,11 @@ def make_network(
     """A network of a class, with flat levels where there are any.
 
     Raises:
-        ValueError: If the class takes none.
+        ValueError: If the class takes none, or its constructor leaves out what the contract asks for.
     """
-    if not any(flat_levels):
-        return _whole(kind(in_channels, num_classes))
-    if not kind.takes_flat_levels:
+    if any(flat_levels) and not kind.takes_flat_levels:
         raise ValueError(f"--flat_levels {' '.join(map(str, flat_levels))}: {kind.__name__} has none; pass 0 0 0")
-    return _whole(kind(in_channels, num_classes, flat_levels=flat_levels))
-
-
-def _whole(network: SegmentationNetwork) -> SegmentationNetwork:
-    """The network, unless its constructor left out what the contract asks for."""
+    network = kind(in_channels, num_classes, **({"flat_levels": flat_levels} if any(flat_levels) else {}))
     absent = [name for name in ("feature_dim", "stride", "branch") if not hasattr(network, name)]
     if absent:
         raise ValueError(f"{type(network).__name__} sets no {', '.join(absent)}; its constructor has to")
