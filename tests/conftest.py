@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from dataloaders.base import CaseSource, SourceOptions, TrainingDefaults, Volume
+from networks.base import NETWORKS, Triple
+from networks.unet3d import UNet3D
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -18,6 +20,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes at once, and those 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored
+
+
+@NETWORKS.register("unet_small")
+class SmallUNet(UNet3D):
+    """``unet_3d`` with fewer features, for tests that are not of the network: a fraction of the time."""
+
+    def __init__(self, in_channels: int, num_classes: int, flat_levels: Triple = (0, 0, 0)) -> None:
+        super().__init__(in_channels, num_classes, (8, 8, 16, 32), flat_levels)
 
 
 class BallSource(CaseSource):

@@ -55,6 +55,7 @@ def small_config(source: CaseSource, **changes: Any) -> RunConfig:
     """A resolved configuration that trains in about a second."""
     settings = {
         "dataset_name": "decathlon",
+        "model": "unet_small",
         "labelnum": 2,
         "max_iteration": 4,
         "patch_size": (16, 16, 16),

@@ -56,7 +56,7 @@ def test_cov_dfp_takes_patches_thinner_than_its_regions() -> None:
 
 
 def test_cov_dfp_selector_learns_the_nearest_pool() -> None:
-    built = method(selector_train_iter=100, dfp_reconstruct_interval=1000)
+    built = method(model="unet_3d", selector_train_iter=100, dfp_reconstruct_interval=1000)
     optimizer = torch.optim.Adam(built.selector.parameters(), 0.01)
     torch.manual_seed(1)
     batch = random_batch()

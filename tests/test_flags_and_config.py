@@ -132,7 +132,7 @@ def test_unknown_method_gets_a_hint() -> None:
 
 def test_patch_below_the_networks_stride_is_refused() -> None:
     source = BallSource()
-    config = small_config(source, patch_size=(4, 16, 16))
+    config = small_config(source, model="unet_3d", patch_size=(4, 16, 16))
     with pytest.raises(
         ValueError, match="--patch_size 4 16 16: unet_3d divides the axes by 8 8 8; pass at least these"
     ):

@@ -15,7 +15,7 @@ from myutils.prototype_sampling import sample_per_class
 from myutils.prototype_term import IGNORE, PrototypeTerm, PseudoVoxels
 from networks.base import SegmentationOutput
 
-SIZE, WIDTH = 8, 16
+SIZE, WIDTH = 8, 8
 
 
 def make_term(**changes: object) -> PrototypeTerm:
