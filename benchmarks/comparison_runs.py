@@ -52,12 +52,14 @@ def check(run: Run) -> None:
     """
     if not run.folder.exists():
         return
-    remembered = beside(run.folder, ".plan.json")
-    if not (run.finished or run.resumable):
-        if not remembered.exists():
-            raise ValueError(
-                f"{run.folder} holds a run that has not reached its first checkpoint; delete it if nothing runs in it"
-            )
+    remembered, started = beside(run.folder, ".plan.json"), run.finished or run.resumable
+    if not remembered.exists():
+        what = "whose settings are not known" if started else "that has not reached its first checkpoint"
+        raise ValueError(
+            f"{run.folder} holds a run {what}, for there is no {remembered.name} beside it; delete it if nothing runs "
+            "in it, or use another --output_dir"
+        )
+    if not started:
         hold(run.folder).close()
         return
     if changed := _changed(run, remembered):
@@ -68,8 +70,8 @@ def check(run: Run) -> None:
 
 
 def _changed(run: Run, remembered: Path) -> list[str]:
-    """The flags that decide what is trained or scored and are others than in the plan; none without a plan."""
-    flags = json.loads(remembered.read_text("utf-8"))["flags"] if remembered.exists() else list(run.flags)
+    """The flags that decide what is trained or scored and are others than in the plan."""
+    flags = json.loads(remembered.read_text("utf-8"))["flags"]
     if flags == list(run.flags):
         return []
     once = {"largest_component": False}  # ALL_PARTS was the rule before it was a flag

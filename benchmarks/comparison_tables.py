@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -202,7 +203,7 @@ def draw_sweep(path: Path, curves: Mapping[str, Mapping[int, Row]], title: str) 
     """PNG: Dice against the number of labels, a line per method with one standard deviation over seeds."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    for colour, (name, by_count) in zip(COLOURS * 3, curves.items(), strict=False):
+    for colour, (name, by_count) in zip(itertools.cycle(COLOURS), curves.items(), strict=False):
         counts = sorted(by_count)
         seeds = [100 * by_count[count].case_values("dice").mean(1) for count in counts]
         spread = [values.std(ddof=1) if len(values) > 1 else 0.0 for values in seeds]

@@ -32,7 +32,7 @@ from benchmarks.comparison_tables import Row
 from benchmarks.kept_scores import write_rows
 from dataloaders.base import CaseSource, Triple, Volume
 from dataloaders.orientation import Turn
-from dataloaders.splits import make_test_ids
+from dataloaders.splits import ids_digest, make_test_ids
 from myutils.build import build_source
 from myutils.checkpoint import InferenceBundle, load_for_inference
 from myutils.config import required
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 DATASET_ID, DATASET, CONFIGURATION, PLANS = 900, "Dataset900_Reference", "3d_fullres", "nnUNetPlans"
 STEPS_PER_EPOCH = 50
-LEAST_EDGE = 4  # of nnU-Net's smallest feature maps, as in its planner
+LEAST_EDGE, MOST_FEATURES = 4, 320  # of nnU-Net's smallest feature maps, as in its planner
 ENDING = ".nii.gz"
 
 
@@ -61,7 +61,8 @@ def main() -> None:
     steps = settings.max_iteration or required(bundle.config.max_iteration, "max_iteration")
     if steps > STEPS_PER_EPOCH and steps % STEPS_PER_EPOCH:
         raise SystemExit(f"--max_iteration {steps}: pass a multiple of {STEPS_PER_EPOCH}")
-    if not prepared_as(settings.output_dir, {"steps": steps, **request_of(bundle, own_patches=settings.own_patches)}):
+    request = {"steps": steps, **request_of(bundle, source, own_patches=settings.own_patches)}
+    if not prepared_as(settings.output_dir, request):
         export(settings.output_dir, bundle, source)
         patch = None if settings.own_patches else (*stored_patch(bundle, source), bundle.config.batch_size)
         plan(settings.output_dir, patch)
@@ -95,10 +96,11 @@ def set_up(folder: Path) -> None:
     os.environ.update({"nnUNet_n_proc_DA": "1", "nnUNet_compile": "f"})
 
 
-def request_of(bundle: InferenceBundle, *, own_patches: bool) -> dict[str, object]:
-    """What the network will learn from, to tell a folder's preparation from another."""
+def request_of(bundle: InferenceBundle, source: CaseSource, *, own_patches: bool) -> dict[str, object]:
+    """What the network will learn from and be scored on, to tell a folder's preparation from another."""
     patch = None if own_patches else [*required(bundle.config.patch_size, "patch_size"), bundle.config.batch_size]
-    return {"cases": bundle.split.digest, "patch_and_batch": patch}
+    test = ids_digest(make_test_ids(source, bundle.config.split_request(), bundle.split))
+    return {"cases": bundle.split.digest, "test": test, "patch_and_batch": patch}
 
 
 def prepared_as(folder: Path, request: dict[str, object]) -> bool:
@@ -160,10 +162,13 @@ def plan(folder: Path, patch_and_batch: tuple[int, int, int, int] | None) -> Non
         _, strides, kernels, patch, _ = get_pool_and_conv_props(chosen["spacing"], patch, LEAST_EDGE, 999)
         chosen["patch_size"], chosen["batch_size"] = [int(edge) for edge in patch], batch_size
         network, stages = chosen["architecture"]["arch_kwargs"], len(strides)
-        for name in ("features_per_stage", "n_conv_per_stage"):
-            network[name] = network[name][:stages]
-        network["n_conv_per_stage_decoder"] = network["n_conv_per_stage_decoder"][: stages - 1]
-        network |= {"n_stages": stages, "strides": strides, "kernel_sizes": kernels}
+        for name, length in (("n_conv_per_stage", stages), ("n_conv_per_stage_decoder", stages - 1)):
+            network[name] = (network[name] + network[name][-1:] * length)[:length]
+        features = network["features_per_stage"]
+        while len(features) < stages:  # as in its planner
+            features.append(min(2 * features[-1], MOST_FEATURES))
+        network |= {"features_per_stage": features[:stages], "n_stages": stages}
+        network |= {"strides": strides, "kernel_sizes": kernels}
         path.write_text(json.dumps(plans), encoding="utf-8")
     api.preprocess([DATASET_ID], PLANS, (CONFIGURATION,), num_processes=[1])
 

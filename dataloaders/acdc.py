@@ -109,8 +109,8 @@ class AcdcH5(_Frames, H5Source):
     """Cases ``data/patient001_frame01.h5`` with ``image`` and ``label`` stored as (Z, Y, X), and the field's lists.
 
     The copy has the 100 patients of ``training/``; its train list names slices. Beside its lists the cases of
-    ``val.list`` are in no role; ``--val_list`` takes them with a ``--train_list``. The voxel sizes of the release, which differ between
-    patients, are lost.
+    ``val.list`` are in no role; ``--val_list`` takes them with a ``--train_list``. The voxel sizes of the release,
+    which differ between patients, are lost.
     """
 
     known_classes = CLASSES

@@ -190,6 +190,15 @@ def test_a_run_without_a_checkpoint_may_be_at_work(tmp_path: Path) -> None:
     check(run)
 
 
+@pytest.mark.parametrize("trained", ["last.pt", "test/summary.json"])
+def test_a_run_without_a_plan_is_none_of_ours(tmp_path: Path, trained: str) -> None:
+    path = tmp_path / "x" / trained
+    path.parent.mkdir(parents=True)
+    path.touch()
+    with pytest.raises(ValueError, match=r"settings are not known, for there is no x\.plan\.json beside it; delete it"):
+        check(Run(tmp_path / "x", ("--seed", "0")))
+
+
 def test_a_training_killed_before_its_first_checkpoint_starts_again(bench: Bench) -> None:
     asked = ["--max_iteration", "60", "--seeds", "0", "--methods", "supervised"]
     bench.exit_codes = {"supervised_2labels_seed0": 1}

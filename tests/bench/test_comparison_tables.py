@@ -128,6 +128,15 @@ def test_table_and_plots(rows: tuple[Row, Row, Row], tmp_path: Path) -> None:
     assert (tmp_path / "sweep.png").stat().st_size > 5_000
 
 
+def test_a_sweep_draws_every_row(rows: tuple[Row, Row, Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(comparison_tables, "_save", lambda figure, _: figures.append(figure))
+    names = [f"row {number}" for number in range(30)]
+    draw_sweep(tmp_path / "sweep.png", {name: {2: rows[0], 4: rows[1]} for name in names}, "title")
+    legend = figures[0].axes[0].get_legend()
+    assert legend is not None and [text.get_text() for text in legend.get_texts()] == names
+
+
 def test_the_value_stands_beside_the_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = tuple(write_run(tmp_path / str(dice), {"a": [dice]}) for dice in (0.4, 0.6))
     figures: list[Figure] = []

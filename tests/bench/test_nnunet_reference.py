@@ -89,9 +89,16 @@ def test_the_test_cases_are_scored(monkeypatch: pytest.MonkeyPatch, bundle: Infe
     assert made[0][:3] == (bundle.network, 1, 2)
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(
+    ("own", "stages", "features"), [(False, 2, [32, 64]), (False, 5, [32, 64, 128, 256, 320]), (True, 2, [])]
+)
 def test_the_plan_takes_the_runs_patch_unless_it_is_left_to_nnunet(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: InferenceBundle, own: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bundle: InferenceBundle,
+    own: bool,
+    stages: int,
+    features: list[int],
 ) -> None:
     path = tmp_path / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json"
     path.parent.mkdir(parents=True)
@@ -99,10 +106,11 @@ def test_the_plan_takes_the_runs_patch_unless_it_is_left_to_nnunet(
     planned = {"patch_size": [9, 9, 9], "batch_size": 9, "spacing": [1, 1, 1], "architecture": {"arch_kwargs": network}}
     content = {"transpose_forward": [2, 0, 1], "configurations": {"3d_fullres": planned}}
     asked: list[list[int]] = []
+    strides = [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1)
 
     def topology(spacing: list[float], patch: list[int], *_: object) -> tuple[object, ...]:
         asked.append(patch)
-        return None, [[1, 1, 1], [2, 2, 2]], [[3, 3, 3]] * 2, [np.int64(size) for size in patch], None
+        return None, strides, [[3, 3, 3]] * stages, [np.int64(size) for size in patch], None
 
     api = {
         "extract_fingerprints": lambda *_, **__: None,
@@ -121,12 +129,12 @@ def test_the_plan_takes_the_runs_patch_unless_it_is_left_to_nnunet(
     assert asked == [[20, 16, 18]]  # (Z, Y, X) is 16 18 20, of which the plan takes the last first
     assert (chosen["patch_size"], chosen["batch_size"]) == ([20, 16, 18], 3)
     assert chosen["architecture"]["arch_kwargs"] == {
-        "features_per_stage": [32, 64],
-        "n_conv_per_stage": [2, 2],
-        "n_conv_per_stage_decoder": [2],
-        "n_stages": 2,
-        "strides": [[1, 1, 1], [2, 2, 2]],
-        "kernel_sizes": [[3, 3, 3]] * 2,
+        "features_per_stage": features,
+        "n_conv_per_stage": [2] * stages,
+        "n_conv_per_stage_decoder": [2] * (stages - 1),
+        "n_stages": stages,
+        "strides": strides,
+        "kernel_sizes": [[3, 3, 3]] * stages,
     }
 
 
@@ -152,15 +160,21 @@ def test_without_nnunet_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatc
         nnunet_reference.main()
 
 
-def test_a_folder_that_was_prepared_otherwise_is_refused(tmp_path: Path, bundle: InferenceBundle) -> None:
+def test_a_folder_that_was_prepared_otherwise_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: InferenceBundle
+) -> None:
     folder = tmp_path / "out"
-    ours, theirs = (request_of(bundle, own_patches=own) for own in (False, True))
+    source = BallSource(channels=2)
+    ours, theirs = (request_of(bundle, source, own_patches=own) for own in (False, True))
     assert not prepared_as(folder, ours)
     assert not prepared_as(folder, ours)  # not to its end
     (folder / "nnUNet_preprocessed" / DATASET / "gt_segmentations").mkdir(parents=True)
     assert prepared_as(folder, ours)
     with pytest.raises(SystemExit, match=r"was made for .*20, 18, 16, 3.* not .*None.*; pass another folder"):
         prepared_as(folder, theirs)
+    monkeypatch.setattr(nnunet_reference, "make_test_ids", lambda *_: ("ball03",))
+    with pytest.raises(SystemExit, match="pass another folder"):  # its seeds were scored on other cases
+        prepared_as(folder, request_of(bundle, source, own_patches=False))
 
 
 def modules(monkeypatch: pytest.MonkeyPatch, name: str, **content: object) -> None:
