@@ -6,6 +6,7 @@ encoder hands over, with any network.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
@@ -227,11 +228,25 @@ def make_network(
     """A network of a class, with flat levels where there are any.
 
     Raises:
-        ValueError: If the class takes none, or its constructor leaves out what the contract asks for.
+        ValueError: If the class takes none, its constructor asks for more or leaves out what the contract asks for,
+            or it has a ``forward`` of its own.
     """
     if any(flat_levels) and not kind.takes_flat_levels:
         raise ValueError(f"--flat_levels {' '.join(map(str, flat_levels))}: {kind.__name__} has none; pass 0 0 0")
-    network = kind(in_channels, num_classes, **({"flat_levels": flat_levels} if any(flat_levels) else {}))
+    options = {"flat_levels": flat_levels} if any(flat_levels) else {}
+    try:
+        inspect.signature(kind).bind(in_channels, num_classes, **options)
+    except TypeError as error:
+        asked = ", ".join(("in_channels", "num_classes", *options))
+        raise ValueError(
+            f"{kind.__name__} is built as {kind.__name__}({asked}): {error}; give every other argument a default"
+        ) from error
+    network = kind(in_channels, num_classes, **options)
+    if type(network).forward is not SegmentationNetwork.forward:
+        raise ValueError(
+            f"{type(network).__name__} has a forward of its own, which methods with several decoders go past; "
+            "write encode and set branch"
+        )
     absent = [name for name in ("feature_dim", "stride", "branch") if not hasattr(network, name)]
     if absent:
         raise ValueError(f"{type(network).__name__} sets no {', '.join(absent)}; its constructor has to")

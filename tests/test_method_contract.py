@@ -120,6 +120,29 @@ def test_a_network_that_is_not_whole_is_refused(monkeypatch: pytest.MonkeyPatch)
         make_network(without_stride, 1, 2)  # type: ignore[arg-type]
 
 
+def test_a_network_that_cannot_be_built_or_run_by_every_method_is_refused() -> None:
+    kind = NETWORKS.get("unet_3d")
+
+    class Asking(kind):  # type: ignore[misc, valid-type]
+        def __init__(self, in_channels: int, num_classes: int, depth: int) -> None:
+            super().__init__(in_channels, num_classes)
+
+    class Narrow(kind):  # type: ignore[misc, valid-type]
+        def __init__(self, in_channels: int, num_classes: int) -> None:
+            super().__init__(in_channels, num_classes)
+
+    class Forwarding(kind):  # type: ignore[misc, valid-type]
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images).logits
+
+    with pytest.raises(ValueError, match=r"Asking\(in_channels, num_classes\): missing .*'depth'; give every other"):
+        make_network(Asking, 1, 2)
+    with pytest.raises(ValueError, match=r"Narrow\(in_channels, num_classes, flat_levels\): got an unexpected"):
+        make_network(Narrow, 1, 2, (0, 0, 1))
+    with pytest.raises(ValueError, match=r"Forwarding has a forward of its own.* write encode and set branch"):
+        make_network(Forwarding, 1, 2)
+
+
 def test_batch_normalisation_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     config, facts = small_config(BallSource()), DataFacts.of(BallSource())
     build_network(config, facts)
