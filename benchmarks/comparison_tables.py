@@ -45,15 +45,27 @@ class Row:
     folders: tuple[Path, ...]
 
     @cached_property
+    def _lines(self) -> list[list[dict[str, str]]]:
+        """The lines of each seed's ``cases.csv``."""
+        found = []
+        for folder in self.folders:
+            with (folder / "test" / "cases.csv").open(encoding="utf-8") as file:
+                found.append(list(csv.DictReader(file)))
+        return found
+
+    @cached_property
     def scores(self) -> list[Scores]:
         """The scores of each seed, of the classes that any test case shows, as in ``summary.json``."""
         found: list[Scores] = []
-        for folder in self.folders:
-            with (folder / "test" / "cases.csv").open(encoding="utf-8") as file:
-                lines = list(csv.DictReader(file))
+        for lines in self._lines:
             shown = {line["class"] for line in lines if float(line["truth_ml"]) > 0}
             found.append(dict(read_score(line) for line in lines if line["class"] in shown or not shown))
         return found
+
+    @cached_property
+    def patients(self) -> dict[str, str]:
+        """Whom each case shows, as far as the files say so: those of before do not."""
+        return {line["case"]: line["patient"] for lines in self._lines for line in lines if "patient" in line}
 
     def case_values(self, metric: str) -> np.ndarray:
         """Mean over the classes (seeds, cases); infinite distances (a missed structure) are left out of it.
@@ -104,17 +116,29 @@ def _mean(values: np.ndarray) -> float:
 def paired_difference(ours: Row, base: Row) -> tuple[float, float, float, float]:
     """Dice difference in points, paired over cases (each the mean of its seeds).
 
+    Cases of one patient, such as the two frames of ACDC, are alike: patients are drawn with all their cases, and tested
+    by the mean of these.
+
     Returns:
-        Mean, both ends of its 95 % bootstrap interval over cases, and the p value of Wilcoxon's signed-rank test.
+        Mean over cases, both ends of its 95 % bootstrap interval, and the p value of Wilcoxon's signed-rank test.
     """
     mine, theirs = ours.case_values("dice").mean(0), base.case_values("dice").mean(0)
     if ours.scores[0].keys() != base.scores[0].keys():
         raise ValueError(f"{ours.name} and {base.name} were scored on different cases or classes; score them alike")
     difference = 100 * (mine - theirs)
     rng = np.random.default_rng(0)
-    low, high = np.percentile(rng.choice(difference, (_BOOTSTRAPS, len(difference))).mean(1), [2.5, 97.5])
-    p_value = stats.wilcoxon(difference).pvalue if difference.any() else 1.0
+    places = np.unique(_patients(ours, base), return_inverse=True)[1]
+    sums, counts = np.bincount(places, difference), np.bincount(places)
+    drawn = rng.integers(len(counts), size=(_BOOTSTRAPS, len(counts)))
+    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
+    p_value = stats.wilcoxon(sums / counts).pvalue if sums.any() else 1.0
     return float(difference.mean()), float(low), float(high), float(p_value)
+
+
+def _patients(*rows: Row) -> list[str]:
+    """Whom each of the rows' common cases shows, by what any of them says; by default the case itself."""
+    known = {case: patient for row in rows for case, patient in row.patients.items()}
+    return [known.get(case, case) for case in rows[0].cases()]
 
 
 def gap_share(row: Row, supervised: Row | None, full: Row | None) -> float | None:
@@ -133,7 +157,9 @@ def format_rows(rows: Sequence[Row], base: Row, full: Row | None) -> str:
     """
     supervised = next((row for row in rows if row.name == SUPERVISED), None)
     titles = ["row", *(title for title, _ in METRICS.values()), "missed", "Dice per seed", "sd over cases"]
-    titles += [f"against {base.name}, paired over {len(base.cases())} cases", "gap closed"]
+    patients, cases = len(set(_patients(base, *rows))), len(base.cases())
+    pairs = f"{cases} cases" if patients == cases else f"{patients} patients with {cases} cases"
+    titles += [f"against {base.name}, paired over {pairs}", "gap closed"]
     costs = [row.cost() for row in rows]
     titles += ["minutes", "s per step", "peak MB"] if any(costs) else []
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]

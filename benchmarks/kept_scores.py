@@ -5,8 +5,9 @@
 Prints the table of ``benchmarks.compare``, without its costs, over the rows of all files, each paired with the row of
 ``--baseline``. So a method of your own, or of another project, can be tested against rows that somebody else trained,
 if it was scored on the same cases. ``benchmarks.compare`` writes such a file beside each table. Its columns are
-``COLUMNS``: a line per row, seed, case and class, scores from 0 to 1 and distances in mm, ``inf`` to an empty mask. A
-row may have some of its seeds in one file and the rest in another.
+``COLUMNS``: a line per row, seed, case and class, scores from 0 to 1 and distances in mm, ``inf`` to an empty mask; and
+``patient``, which may be missing where each case is another's. A row may have some of its seeds in one file and the
+rest in another.
 """
 
 from __future__ import annotations
@@ -31,14 +32,21 @@ class KeptRow(Row):
 
     Attributes:
         by_seed: The scores of each seed.
+        stated: Whom each case shows, where the file says so.
     """
 
     by_seed: Mapping[int, Scores]
+    stated: Mapping[str, str]
 
     @cached_property
     def scores(self) -> list[Scores]:
         """See the base class."""
         return [self.by_seed[seed] for seed in sorted(self.by_seed)]
+
+    @cached_property
+    def patients(self) -> dict[str, str]:
+        """See the base class."""
+        return dict(self.stated)
 
     def cost(self) -> None:
         """Not kept: it is the machine's as much as the method's."""
@@ -72,11 +80,12 @@ def write_rows(path: Path, rows: Iterable[Row], seeds: Sequence[int]) -> None:
     """Write the scores of rows, each of them with these seeds."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
+        writer.writerow([*COLUMNS, "patient"])
         for row in rows:
             for seed, scores in zip(seeds, row.scores, strict=True):
                 for (case, class_id), figures in scores.items():
-                    writer.writerow([row.name, seed, case, class_id, *(f"{figure:.6g}" for figure in figures)])
+                    cells = [f"{figure:.6g}" for figure in figures]
+                    writer.writerow([row.name, seed, case, class_id, *cells, row.patients.get(case, case)])
 
 
 def read_rows(paths: Sequence[Path]) -> list[KeptRow]:
@@ -87,6 +96,7 @@ def read_rows(paths: Sequence[Path]) -> list[KeptRow]:
     """
     found: dict[str, dict[int, dict[tuple[str, int], CaseMetrics]]] = {}
     origins: dict[tuple[str, int], Path] = {}
+    patients: dict[str, dict[str, str]] = {}
     for path in paths:
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
             lines = csv.DictReader(file)
@@ -107,9 +117,11 @@ def read_rows(paths: Sequence[Path]) -> list[KeptRow]:
                 if known.setdefault(place, figures) is not figures:
                     case, class_id = place
                     raise ValueError(f"{path}, line {lines.line_num}: {case}, class {class_id} twice; keep one")
+                if line.get("patient"):
+                    patients.setdefault(name, {})[line["case"]] = line["patient"]
     if not found:
         raise ValueError(f"{', '.join(map(str, paths))}: no score")
-    return [KeptRow(name, (), by_seed) for name, by_seed in found.items()]
+    return [KeptRow(name, (), by_seed, patients.get(name, {})) for name, by_seed in found.items()]
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ def score_network(trainer: nnUNetTrainer, bundle: InferenceBundle, source: CaseS
     predictor.manual_initialization(*parts, [trainer.network.state_dict()], trainer.dataset_json, "", None)
     for case_id in make_test_ids(source, bundle.config.split_request(), bundle.split):
         case = source.load(case_id, with_label=True)
-        yield score_case(case, predict(predictor, case), bundle.num_classes)
+        yield score_case(case, predict(predictor, case), bundle.num_classes, source.patient(case.case_id))
 
 
 def predict(predictor: Any, case: Volume) -> np.ndarray:

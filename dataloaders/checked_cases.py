@@ -83,6 +83,10 @@ class KeptCases:
         self._source, self._free = source, limit_bytes
         self._kept: dict[str, Volume] = {}
 
+    def patient(self, case_id: str) -> str:
+        """As the source's."""
+        return self._source.patient(case_id)
+
     def load(self, case_id: str) -> Volume:
         """As ``load_case``, with the label."""
         if case_id in self._kept:

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 LARGEST_SHEAR = 1.0  # degrees off right angles that distances may ignore
 METRICS = CaseMetrics._fields
-CSV_COLUMNS = ("case", "class", *METRICS, "truth_ml", "prediction_ml", "class_name")
+CSV_COLUMNS = ("case", "class", *METRICS, "truth_ml", "prediction_ml", "class_name", "patient")
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,14 @@ class CaseResult:
         metrics: Overlap and distances per class.
         truth_ml: Reference volume per class in millilitres.
         prediction_ml: Predicted volume per class in millilitres.
+        patient: Whom the case shows; its own id where no other case shows the same.
     """
 
     case_id: str
     metrics: dict[int, CaseMetrics]
     truth_ml: dict[int, float]
     prediction_ml: dict[int, float]
+    patient: str
 
 
 class DamagedCasesError(ValueError):
@@ -109,7 +111,7 @@ def evaluate_cases(
             volume = cases.load(case_id)
             label_map = predict_label_map(network, volume, preprocess, inference, device)
             label_map = largest_component(label_map, keep_largest)
-            outcomes.append(score_case(volume, label_map, network.num_classes))
+            outcomes.append(score_case(volume, label_map, network.num_classes, cases.patient(case_id)))
         except SCAN_ERRORS as error:
             outcomes.append(reason_of(error))
             continue
@@ -123,7 +125,7 @@ def evaluate_cases(
     return results
 
 
-def score_case(volume: Volume, label_map: np.ndarray, num_classes: int) -> CaseResult:
+def score_case(volume: Volume, label_map: np.ndarray, num_classes: int, patient: str) -> CaseResult:
     """Compare a label map (X, Y, Z) with the label of ``volume``, spacing and voxel volume from the volume itself.
 
     Note:
@@ -147,6 +149,7 @@ def score_case(volume: Volume, label_map: np.ndarray, num_classes: int) -> CaseR
         metrics=metrics,
         truth_ml={class_id: float(truth[class_id] * voxel_ml) for class_id in metrics},
         prediction_ml={class_id: float(prediction[class_id] * voxel_ml) for class_id in metrics},
+        patient=patient,
     )
 
 
@@ -182,7 +185,7 @@ def write_cases_csv(path: Path, results: Iterable[CaseResult], class_names: Sequ
             for class_id, metrics in result.metrics.items():
                 figures = (*metrics, result.truth_ml[class_id], result.prediction_ml[class_id])
                 cells = [f"{figure:.6g}" for figure in figures]
-                writer.writerow([result.case_id, class_id, *cells, class_names[class_id]])
+                writer.writerow([result.case_id, class_id, *cells, class_names[class_id], result.patient])
 
 
 def summarise(results: Sequence[CaseResult], class_names: Sequence[str]) -> dict[str, Any]:

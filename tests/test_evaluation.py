@@ -53,7 +53,10 @@ def threshold_network(low: float, high: float) -> PointwiseNetwork:
 
 
 class CleanSource(BallSource):
-    """Images that are their labels."""
+    """Images that are their labels, all of one patient."""
+
+    def patient(self, case_id: str) -> str:
+        return "somebody"
 
     def load(self, case_id: str, *, with_label: bool) -> Volume:
         volume = super().load(case_id, with_label=True)
@@ -69,7 +72,7 @@ def network_for(source: BallSource) -> PointwiseNetwork:
 
 
 def result(case_id: str, first: CaseMetrics, second: CaseMetrics) -> CaseResult:
-    return CaseResult(case_id, {1: first, 2: second}, {1: 1.0, 2: 2.0}, {1: 1.5, 2: 0.0})
+    return CaseResult(case_id, {1: first, 2: second}, {1: 1.0, 2: 2.0}, {1: 1.5, 2: 0.0}, case_id)
 
 
 def two_results() -> list[CaseResult]:
@@ -88,7 +91,7 @@ def test_exact_network_scores_one_and_saves_its_label_maps(tmp_path: Path) -> No
     volume = source.load("ball00", with_label=True)
     label = np.asarray(volume.label)
     assert results[0].truth_ml[2] == pytest.approx((label == 2).sum() * 2.0 / 1000)  # 1 x 2 x 1 mm voxels
-    assert results[0].prediction_ml == results[0].truth_ml
+    assert results[0].prediction_ml == results[0].truth_ml and results[0].patient == "somebody"
     saved = nib.load(tmp_path / "ball00.nii.gz")
     np.testing.assert_array_equal(np.asarray(saved.dataobj), label)
     np.testing.assert_array_equal(saved.affine, volume.affine)
@@ -105,7 +108,7 @@ def test_distances_are_in_mm_of_the_original_grid_with_resampling() -> None:
     )
     volume = source.load("ball01", with_label=True)
     everything = np.ones(volume.image.shape[1:], np.uint8)  # the network calls every voxel class 1
-    assert scored == score_case(volume, everything, 3)
+    assert scored == score_case(volume, everything, 3, "ball01")
     assert scored.metrics[2] == MISSED and scored.prediction_ml[1] == pytest.approx(everything.size * 2.0 / 1000)
 
 
@@ -117,11 +120,11 @@ def test_volumes_of_sheared_voxels_are_right_and_their_distances_named(caplog: p
     sheared[1:3, 2] = 5 * math.sin(tilt), 5 * math.cos(tilt)  # slices that follow a tilted gantry
     turned[1:3, 1:3] = [[0.5 * math.cos(tilt), -5 * math.sin(tilt)], [0.5 * math.sin(tilt), 5 * math.cos(tilt)]]
     for affine in (square, turned, np.eye(4)):  # the last says nothing about the voxels' size
-        scored = score_case(Volume("straight", image, label, affine, spacing), label, 2)
+        scored = score_case(Volume("straight", image, label, affine, spacing), label, 2, "one")
         assert scored.truth_ml[1] == pytest.approx(8 * 0.5 * 0.5 * 5 / 1000)
     assert not caplog.text
     for _ in range(2):
-        scored = score_case(Volume("tilted", image, label, sheared, spacing), label, 2)
+        scored = score_case(Volume("tilted", image, label, sheared, spacing), label, 2, "one")
     assert scored.truth_ml[1] == scored.prediction_ml[1] == pytest.approx(8 * abs(np.linalg.det(sheared)) / 1000)
     assert caplog.text.count("case tilted: its axes are 25 degrees off right angles") == 1
 
@@ -136,7 +139,7 @@ def test_training_mode_survives_and_bad_requests_are_named() -> None:
     with pytest.raises(ValueError, match="case ball00: image has shape"):
         evaluate_cases(network, two_channels, ["ball00"], Preprocess("mr"), OPTIONS, CPU, progress=False)
     with pytest.raises(ValueError, match="case ball00 has no label"):
-        score_case(BallSource().load("ball00", with_label=False), np.zeros((20, 18, 16), np.uint8), 3)
+        score_case(BallSource().load("ball00", with_label=False), np.zeros((20, 18, 16), np.uint8), 3, "ball00")
 
 
 @pytest.mark.parametrize("error", [MemoryError("9.3 GiB"), RuntimeError("can't allocate 9.3 GiB")])
@@ -161,9 +164,9 @@ def test_csv_has_a_row_per_case_and_class_and_keeps_inf(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "cases.csv"
     write_cases_csv(path, two_results(), NAMES)
     lines = path.read_text().splitlines()
-    assert lines[0] == "case,class,dice,jaccard,hd95_mm,assd_mm,truth_ml,prediction_ml,class_name"
+    assert lines[0] == "case,class,dice,jaccard,hd95_mm,assd_mm,truth_ml,prediction_ml,class_name,patient"
     assert tuple(lines[0].split(",")) == CSV_COLUMNS
-    assert lines[4] == "b,2,0,0,inf,inf,2,0,core"
+    assert lines[4] == "b,2,0,0,inf,inf,2,0,core,b"
     rows = list(csv.DictReader(lines))
     assert [(row["case"], row["class"]) for row in rows] == [("a", "1"), ("a", "2"), ("b", "1"), ("b", "2")]
     assert float(rows[0]["dice"]) == 0.9 and math.isinf(float(rows[3]["hd95_mm"]))
@@ -184,7 +187,7 @@ def test_summary_has_values_by_hand() -> None:
 def test_a_class_that_no_case_shows_is_not_in_the_mean() -> None:
     """It would count as 100 % where nothing is predicted, and as 0 % for one wrong voxel."""
     results = [
-        CaseResult(name, {1: CaseMetrics(0.5, 0.4, 3.0, 1.0), 2: second}, {1: 1.0, 2: 0.0}, {1: 1.0, 2: 0.0})
+        CaseResult(name, {1: CaseMetrics(0.5, 0.4, 3.0, 1.0), 2: second}, {1: 1.0, 2: 0.0}, {1: 1.0, 2: 0.0}, name)
         for name, second in (("a", CaseMetrics(1.0, 1.0, 0.0, 0.0)), ("b", MISSED))
     ]
     summary = summarise(results, NAMES)
@@ -192,9 +195,9 @@ def test_a_class_that_no_case_shows_is_not_in_the_mean() -> None:
     assert summary["mean"]["dice"]["mean"] == 0.5 and summary["mean"]["hd95_mm"]["mean"] == 3.0
     assert summary["mean"]["hd95_mm"]["n_missed"] == 0
     assert format_table(summary).splitlines()[-1] == "no case shows 2 core: not in the mean"
-    one = [CaseResult("a", results[0].metrics, {1: 1.0, 2: 1.0}, {1: 1.0, 2: 0.0}), results[1]]
+    one = [CaseResult("a", results[0].metrics, {1: 1.0, 2: 1.0}, {1: 1.0, 2: 0.0}, "a"), results[1]]
     assert summarise(one, NAMES)["absent"] == [] and summarise(one, NAMES)["mean"]["dice"]["mean"] == 0.5
-    nothing = [CaseResult("a", {1: MISSED, 2: MISSED}, {1: 0.0, 2: 0.0}, {1: 1.0, 2: 0.0})]
+    nothing = [CaseResult("a", {1: MISSED, 2: MISSED}, {1: 0.0, 2: 0.0}, {1: 1.0, 2: 0.0}, "a")]
     assert summarise(nothing, NAMES)["mean"]["dice"]["mean"] == 0.0  # all of them count, for there is no other
 
 

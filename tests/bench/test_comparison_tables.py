@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -59,6 +60,22 @@ def test_paired_difference_is_that_of_the_case_means(rows: tuple[Row, Row, Row])
     assert mean == pytest.approx(by_hand.mean())
     assert by_hand.min() <= low < mean < high <= by_hand.max()
     assert p_value == pytest.approx(stats.wilcoxon(by_hand).pvalue)
+
+
+def test_cases_of_a_patient_count_as_one(tmp_path: Path) -> None:
+    gains = {"a1": 4, "a2": 6, "b1": 3, "c1": -1, "c2": 0, "d1": 2}  # per patient 5, 3, -0.5, 2
+    base = Row("base", (write_run(tmp_path / "base", {case: [0.5] for case in gains}),))
+    ours = Row("ours", (write_run(tmp_path / "ours", {case: [0.5 + gain / 100] for case, gain in gains.items()}),))
+    assert "paired over 6 cases" in format_rows([ours], base, None)
+    base.__dict__["patients"] = {case: case[0] for case in gains}  # one that says so is enough
+    mean, low, high, p_value = paired_difference(ours, base)
+    assert "paired over 4 patients with 6 cases" in format_rows([ours], base, None)
+    assert mean == pytest.approx(14 / 6)
+    assert p_value == pytest.approx(stats.wilcoxon([5, 3, -0.5, 2]).pvalue)
+    whole = {patient: [gain for case, gain in gains.items() if case[0] == patient] for patient in "abcd"}
+    drawn = itertools.product(whole.values(), repeat=4)
+    means = [np.mean(np.concatenate(four)) for four in drawn]
+    assert (low, high) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=0.15)
 
 
 def test_a_row_against_itself_shows_nothing(rows: tuple[Row, Row, Row]) -> None:

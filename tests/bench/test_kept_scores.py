@@ -65,6 +65,13 @@ def test_a_row_of_fewer_seeds_is_named(
     assert "Rows of different numbers of seeds (1: supervised; 2: ours)" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_the_patients_of_cases_are_kept(rows: list[Row], tmp_path: Path) -> None:
+    rows[0].__dict__["patients"] = {"a": "one", "b": "one"}
+    write_rows(tmp_path / "scores.csv", rows, [0, 1])
+    supervised, ours = read_rows([tmp_path / "scores.csv"])
+    assert supervised.patients == {"a": "one", "b": "one"} and ours.patients == {"a": "a", "b": "b"}
+
+
 def test_figures_keep_six_digits(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", {"a": [0.8123456, 0.5]}, hd95=12.34567)
     write_rows(tmp_path / "scores.csv", [Row("ours", (run,))], [0])
@@ -77,8 +84,12 @@ def test_the_scores_in_the_documents_can_be_compared() -> None:
     rows = read_rows([Path(__file__).resolve().parents[2] / "docs" / "scores" / "hippocampus_8.csv"])
     base, full = (next(row for row in rows if row.name == name) for name in ("supervised", "supervised, all labels"))
     assert len(base.cases()) == 40
-    base, full = (KeptRow(row.name, (), {0: row.by_seed[0]}) for row in (base, full))
-    assert paired_difference(full, base)[0] == pytest.approx(2.26, abs=0.01)  # as in docs/results.md
+    one, of_full = (KeptRow(row.name, (), {0: row.by_seed[0]}, {}) for row in (base, full))
+    assert paired_difference(of_full, one)[0] == pytest.approx(2.26, abs=0.01)  # as in docs/results.md
+    best = next(row for row in rows if row.name == "best")
+    mean, low, high, p_value = paired_difference(best, base)
+    assert (round(mean, 2), round(low, 2), round(high, 2)) == (1.38, 0.99, 1.81)  # as there
+    assert p_value == pytest.approx(1.2e-9, rel=0.05)
 
 
 @pytest.mark.parametrize(
