@@ -35,8 +35,8 @@ class DecathlonFolder(FileSource):
     """Cases of ``training`` (MSD) or of ``imagesTr/`` and ``labelsTr/`` (nnU-Net raw v2, ``<id>_0000.nii.gz``).
 
     A case without a label file is unlabelled, with a warning where one is listed. The images of ``test`` or
-    ``imagesTs/`` come with no labels: they are unlabelled cases too, after the training ones. 4D images and files per
-    channel are multi-channel.
+    ``imagesTs/`` come after the training ones: those with a label in ``labelsTs/`` are the data's own test cases, the
+    others unlabelled cases too. 4D images and files per channel are multi-channel.
 
     Args:
         root: Folder of ``dataset.json``.
@@ -58,13 +58,22 @@ class DecathlonFolder(FileSource):
         if not cases:
             raise FileNotFoundError(f"{root}: neither 'training' in dataset.json nor imagesTr/ names a NIfTI image")
         training = {case_id: images for case_id, (images, _) in cases.items()}
-        self.images = training | {k: v for k, v in unlabeled_images(root, content).items() if k not in training}
+        others = {k: v for k, v in further_images(root, content).items() if k not in training}
+        self.images = training | others
         self.labels = {case_id: label for case_id, (_, label) in cases.items() if label is not None}
+        of_others = list_nifti(root / "labelsTs")
+        warn_of_orphans(root / "labelsTs", of_others, others)
+        self._test = tuple(case_id for case_id in others if case_id in of_others)
+        self.labels |= {case_id: of_others[case_id] for case_id in self._test}
         self.in_channels = self.header_channels(next(iter(self.images)))
 
     def read_image(self, case_id: str) -> tuple[np.ndarray, np.ndarray, Spacing]:
         """Read one image, or the files of its channels, which must share a grid."""
         return read_nifti_channels(self.images[case_id], case_id)
+
+    def official_test(self) -> tuple[str, ...] | None:
+        """The cases with a label in ``labelsTs/``; None without."""
+        return self._test or None
 
     def header_channels(self, case_id: str) -> int:
         """From the headers of its files."""
@@ -93,6 +102,14 @@ def training_cases(root: Path, content: dict[str, Any]) -> CaseTable:
         if name in cases:
             raise ValueError(f"{root / 'dataset.json'} lists case {name!r} twice; remove one entry")
         cases[name] = (files, root / label if label else None)
+    known = {path for files, _ in cases.values() for path in files}
+    unlisted = [name for name, path in list_nifti(root / "imagesTr").items() if path not in known]
+    if unlisted:
+        warn_once(
+            logger,
+            f"images of {root / 'imagesTr'} that dataset.json does not list are left out ({len(unlisted)}): "
+            f"{some(unlisted)}; list them under 'training', without a label they are unlabelled cases",
+        )
     listed = [label for _, label in cases.values() if label]
     refuse_broken_links(listed)
     missing = [label for label in listed if not label.is_file()]
@@ -106,11 +123,13 @@ def training_cases(root: Path, content: dict[str, Any]) -> CaseTable:
     return {name: (files, None if label in absent else label) for name, (files, label) in cases.items()}
 
 
-def unlabeled_images(root: Path, content: dict[str, Any]) -> dict[str, tuple[Path, ...]]:
-    """Images without labels by id: those of ``test``, else of ``imagesTs/``."""
+def further_images(root: Path, content: dict[str, Any]) -> dict[str, tuple[Path, ...]]:
+    """Images beside the training cases by id: those of ``test``, else of ``imagesTs/``."""
     listed = content.get("test")
     if not listed:
         return group_channels(root / "imagesTs", content)
+    if not isinstance(listed, list):
+        raise ValueError(f"{root / 'dataset.json'}: 'test' is {listed!r}; write a list of file names")
     names: list[Any] = [item.get("image") if isinstance(item, dict) else item for item in listed]
     _require_paths(names, "test")
     return {strip_nifti_suffix(Path(name).name): _image_files(root, [name]) for name in names}
@@ -123,7 +142,8 @@ def group_channels(folder: Path, content: dict[str, Any]) -> dict[str, tuple[Pat
     else each file is a case.
 
     Raises:
-        ValueError: If ``file_ending`` is no NIfTI suffix.
+        ValueError: If ``file_ending`` is no NIfTI suffix, a case lacks a channel between others, or the first has other
+            channels than ``channel_names``.
     """
     ending = content.get("file_ending", ".nii.gz")
     if str(ending).lower() not in NIFTI_SUFFIXES:
@@ -140,12 +160,26 @@ def group_channels(folder: Path, content: dict[str, Any]) -> dict[str, tuple[Pat
                 logger, f"{folder}: each file is a case, as some have no channel number from 0000 on: {some(odd)}"
             )
         return {name: (path,) for name, path in files.items()}
+    for case_id, names in grouped.items():
+        if names != [f"{case_id}_{number:04d}" for number in range(len(names))]:
+            raise ValueError(
+                f"{folder}: case {case_id!r} has {some(names)}; number its channels from 0000 on, each once"
+            )
+    stated, first = content.get("channel_names"), next(iter(grouped.items()), None)
+    if isinstance(stated, dict) and first and len(first[1]) != len(stated):
+        channels = ", ".join(map(str, stated.values()))
+        raise ValueError(
+            f"{folder}: case {first[0]!r} has {some(first[1])}, but dataset.json names the channels {channels}; give "
+            "each case a file for each"
+        )
     return {case_id: tuple(files[name] for name in names) for case_id, names in grouped.items()}
 
 
 def _entries(content: dict[str, Any]) -> list[tuple[str | None, list[str], str | None]]:
     """(id or None, image paths, label path or None) of ``training`` (MSD) or ``dataset`` (nnU-Net v2)."""
     listed = content.get("training") or content["dataset"]
+    if not isinstance(listed, list | dict):
+        raise ValueError(f"dataset.json: 'training' is {listed!r}; write a list of {{'image': ..., 'label': ...}}")
     named = listed.items() if isinstance(listed, dict) else ((None, item) for item in listed)
     entries: list[tuple[str | None, list[str], str | None]] = []
     for case_id, item in named:

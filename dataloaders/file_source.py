@@ -17,7 +17,9 @@ from dataloaders.geometry import Spacing, nifti_channels, nifti_grid, read_label
 
 logger = logging.getLogger(__name__)
 
-BIDS_SUBJECT = re.compile(r"sub-[A-Za-z0-9]+(?=_)")  # Gorgolewski et al. 2016, doi:10.1038/sdata.2016.44
+PATIENT = re.compile(  # BIDS, Gorgolewski et al. 2016, doi:10.1038/sdata.2016.44; the frames of ACDC
+    r"sub-[A-Za-z0-9]+(?=_)|patient\d+(?=_frame\d+)"
+)
 
 
 def warn_of_orphans(root: Path, labels: Iterable[str], images: Container[str]) -> None:
@@ -62,9 +64,9 @@ class FileSource(CaseSource):
         return [case_id for case_id in self.images if case_id in self.labels]
 
     def patient(self, case_id: str) -> str:
-        """The subject of an id after the naming of BIDS (``sub-01_ses-02_T1w``: ``sub-01``); else the id."""
-        subject = BIDS_SUBJECT.match(case_id)
-        return subject[0] if subject else case_id
+        """The subject of an id named as in BIDS (``sub-01_ses-02_T1w``: ``sub-01``) or ACDC; else the id."""
+        found = PATIENT.match(case_id)
+        return found[0] if found else case_id
 
     def case_files(self, case_id: str, *, with_label: bool) -> tuple[Path, ...]:
         """The image file, those of all channels, or those of the series; and the label file."""

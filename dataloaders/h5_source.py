@@ -118,9 +118,13 @@ class H5Source(CaseSource):
         """The ids of ``test.list``; None without the file."""
         return self._list("test.list")
 
+    def list_folders(self) -> tuple[Path, ...]:
+        """Where lists are looked for, the first first."""
+        return (self.root,)
+
     def _list(self, name: str) -> tuple[str, ...] | None:
-        path = self.root / name
-        return tuple(line.removesuffix(".h5") for line in read_case_list(path)) if path.is_file() else None
+        path = next((path for folder in self.list_folders() if (path := folder / name).is_file()), None)
+        return None if path is None else tuple(line.removesuffix(".h5") for line in read_case_list(path))
 
     def _read(self, dataset: h5py.Dataset) -> np.ndarray:
         """The voxels (X, Y, Z); a label of other axes than three as it is stored, for the check to name."""

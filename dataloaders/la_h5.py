@@ -29,6 +29,10 @@ class LeftAtriumH5(H5Source):
     flip_axes = (0, 1)  # the field's augmentation on LA turns and flips in the axial plane
     defaults = TrainingDefaults(patch_size=(112, 112, 80), max_iteration=6000, labelnum=8)
 
+    def list_folders(self) -> tuple[Path, ...]:
+        """The root; for the release's folder of cases, which its own loaders take for the root, also the one around."""
+        return (self.root, self.root.resolve().parent) if self.root.resolve().name == CASE_FOLDER else (self.root,)
+
     @staticmethod
     def find_files(root: Path) -> dict[str, Path]:
         """The files of the case folders, which may lie in the root itself."""

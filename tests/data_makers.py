@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import h5py
 import nibabel as nib
@@ -133,3 +135,20 @@ def blob_template() -> Template:
         labels[grid[0] ** 2 + (grid[1] - y) ** 2 + (grid[2] - z) ** 2 < radius**2] = class_id
     tones = np.linspace(0, 0.9, len(CLASS_NAMES), dtype=np.float32)
     return Template(tones[labels], labels, 8.0)
+
+
+def describe(root: Path, **content: Any) -> None:
+    """The ``dataset.json`` of a decathlon folder with three classes."""
+    labels = {"0": "background", "1": "organ", "2": "tumour"}
+    (root / "dataset.json").write_text(json.dumps({"labels": labels} | content))
+
+
+def entry(name: str) -> dict[str, str]:
+    """A case of ``dataset.json``."""
+    return {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
+
+
+def write_case(root: Path, name: str, label: np.ndarray | None = None) -> None:
+    """Image and label of a case of a decathlon folder."""
+    write_nifti(root / f"imagesTr/{name}.nii.gz", counting_image())
+    write_nifti(root / f"labelsTr/{name}.nii.gz", corner_label() if label is None else label)

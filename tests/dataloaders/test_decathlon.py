@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import data_makers as make
 import numpy as np
 import pytest
+from data_makers import describe, entry, write_case
 
 from dataloaders.decathlon import DecathlonFolder
-
-LABELS = {"0": "background", "1": "organ", "2": "tumour"}
-
-
-def describe(root: Path, **content: Any) -> None:
-    (root / "dataset.json").write_text(json.dumps({"labels": LABELS} | content))
-
-
-def entry(name: str) -> dict[str, str]:
-    return {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
-
-
-def write_case(root: Path, name: str, label: np.ndarray | None = None) -> None:
-    make.write_nifti(root / f"imagesTr/{name}.nii.gz", make.counting_image())
-    make.write_nifti(root / f"labelsTr/{name}.nii.gz", make.corner_label() if label is None else label)
 
 
 def test_msd_cases_keep_the_order_of_dataset_json(tmp_path: Path) -> None:
@@ -77,63 +62,12 @@ def test_four_axes_are_channels(tmp_path: Path) -> None:
     assert image[1, 0, 0, 1] == 3 and image[0, 0, 0, 1] == 2  # channels run fastest in the file
 
 
-def test_nnunet_channel_files_are_stacked(tmp_path: Path) -> None:
-    for case in ("p1", "p2"):
-        for channel in (0, 1):
-            make.write_nifti(tmp_path / f"imagesTr/{case}_{channel:04d}.nii.gz", make.counting_image() + 1000 * channel)
-    make.write_nifti(tmp_path / "labelsTr/p1.nii.gz", make.corner_label())
-    for channel in (0, 1):
-        make.write_nifti(tmp_path / f"imagesTs/p9_{channel:04d}.nii.gz", make.counting_image())
-    describe(
-        tmp_path,
-        labels={"background": 0, "organ": 1},
-        channel_names={"0": "CT", "1": "CT"},
-        file_ending=".nii.gz",
-        numTraining=2,
-    )
-    source = DecathlonFolder(tmp_path)
-    assert source.case_ids() == ["p1", "p2", "p9"] and source.labeled_ids() == ["p1"]
-    assert source.in_channels == 2 and source.modality == "ct" and source.num_classes == 2
-    volume = source.load("p1", with_label=True)
-    assert volume.image.shape == (2, 6, 5, 4) and volume.image[1, 0, 0, 0] == 1000
-
-
-def test_nnunet_v1_names_stand_for_their_channel_files(tmp_path: Path) -> None:
-    make.write_nifti(tmp_path / "imagesTr/a_0000.nii.gz", make.counting_image())
-    make.write_nifti(tmp_path / "imagesTr/a_0001.nii.gz", make.counting_image())
-    describe(tmp_path, training=[entry("a")])
-    source = DecathlonFolder(tmp_path)
-    assert source.case_ids() == ["a"] and source.in_channels == 2
-
-
-def test_nnunet_v2_dataset_table_names_its_cases(tmp_path: Path) -> None:
-    write_case(tmp_path, "file")
-    item = {"images": ["imagesTr/file.nii.gz"], "label": "labelsTr/file.nii.gz"}
-    describe(tmp_path, dataset={"case7": item})
-    source = DecathlonFolder(tmp_path)
-    assert source.case_ids() == ["case7"] == source.labeled_ids()
-
-
-def test_folders_without_channel_suffix_hold_a_case_per_file(tmp_path: Path) -> None:
-    write_case(tmp_path, "scan_2020")  # four digits that are no channel
-    write_case(tmp_path, "other")
-    (tmp_path / "imagesTr/._other.nii.gz").write_bytes(b"macOS")
-    describe(tmp_path)
-    assert DecathlonFolder(tmp_path).labeled_ids() == ["other", "scan_2020"]
-
-
-def test_labels_and_channels_that_fit_no_case_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("a_0000", "b_0000"):
-        make.write_nifti(tmp_path / f"imagesTr/{name}.nii.gz", make.counting_image())
-    for name in ("a", "B"):
-        make.write_nifti(tmp_path / f"labelsTr/{name}.nii.gz", make.corner_label())
-    describe(tmp_path)
-    assert DecathlonFolder(tmp_path).labeled_ids() == ["a"]
-    assert "labels without an image of the same name are left out: 'B'" in caplog.text
-    assert "each file is a case" not in caplog.text
-    make.write_nifti(tmp_path / "imagesTr/stray.nii.gz", make.counting_image())
-    assert DecathlonFolder(tmp_path).case_ids() == ["a_0000", "b_0000", "stray"]
-    assert "each file is a case, as some have no channel number from 0000 on: 'stray'" in caplog.text
+def test_images_that_are_not_listed_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a", "b", "c"):
+        write_case(tmp_path, name)
+    describe(tmp_path, training=[entry("b")])
+    assert DecathlonFolder(tmp_path).case_ids() == ["b"]
+    assert "dataset.json does not list are left out (2): 'a', 'c'; list them under 'training'" in caplog.text
 
 
 def test_channel_on_another_grid_is_refused(tmp_path: Path) -> None:

@@ -40,6 +40,21 @@ def test_case_folders_may_lie_in_the_root_itself(tmp_path: Path) -> None:
     assert source.case_ids() == ["a"]
 
 
+def test_lists_are_found_from_the_folder_of_cases_too(tmp_path: Path) -> None:
+    """A split by chance would train on the release's test cases."""
+    write_cases(tmp_path, "a", "b", "c")
+    (tmp_path / "train.list").write_text("b\n")
+    (tmp_path / "test.list").write_text("c\n")
+    cases = tmp_path / "2018LA_Seg_Training Set"
+    source = LeftAtriumH5(cases, voxel_size=VOXEL)
+    assert source.case_ids() == ["b", "a", "c"] and source.official_test() == ("c",)
+    (cases / "test.list").write_text("a\n")
+    assert source.official_test() == ("a",)
+    elsewhere = cases.rename(tmp_path / "mine")
+    (elsewhere / "test.list").unlink()
+    assert LeftAtriumH5(elsewhere, voxel_size=VOXEL).official_test() is None
+
+
 @pytest.mark.parametrize("name", ["b", "b/mri_norm2.h5"])
 def test_links_to_nothing_are_refused(tmp_path: Path, name: str) -> None:
     write_cases(tmp_path, "a")

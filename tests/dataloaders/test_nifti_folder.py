@@ -189,10 +189,16 @@ def test_real_left_atrium_at_full_resolution_loads(shared_data: Path) -> None:
 
 
 def test_sessions_of_a_bids_subject_are_one_patient(tmp_path: Path) -> None:
-    for name in ("sub-01_ses-1_T1w", "sub-01_ses-2_T1w", "sub-02", "subject_3"):
+    for name in ("patient7_frame01", "sub-01_ses-1_T1w", "sub-01_ses-2_T1w", "sub-02", "subject_3"):
         make.write_nifti(tmp_path / f"images/{name}.nii.gz", make.counting_image())
     source = NiftiFolder(tmp_path, num_classes=2)
-    assert [source.patient(case_id) for case_id in source.case_ids()] == ["sub-01", "sub-01", "sub-02", "subject_3"]
+    assert [source.patient(case_id) for case_id in source.case_ids()] == [
+        "patient7",
+        "sub-01",
+        "sub-01",
+        "sub-02",
+        "subject_3",
+    ]
 
 
 def test_scans_in_folders_of_images_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
