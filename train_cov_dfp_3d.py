@@ -35,12 +35,12 @@ import torch
 from dataloaders.orientation import warn_of_unstated
 from dataloaders.splits import make_test_ids, make_training_split
 from myutils.announce import describe, how_to_go_on, list_files, short_message
-from myutils.build import DataFacts, build_source, resolve_config
+from myutils.build import DataFacts, build_preprocess, build_source, resolve_config
 from myutils.checkpoint import RunState, read_checkpoint
 from myutils.config import RunConfig
 from myutils.distributed import RankInfo, any_rank, barrier, broadcast_object, start_process_group, stop_process_group
 from myutils.finite_watch import NonFiniteLossError
-from myutils.fitting import fit_to_cases, require_headers
+from myutils.fitting import fit_to_cases, require_headers, require_sizes
 from myutils.flags import SuggestingParser, add_flags, given_flags
 from myutils.methods.base import METHODS
 from myutils.registry import closest_hint
@@ -148,6 +148,7 @@ def start_run(config: RunConfig, ranks: RankInfo, device: torch.device) -> Train
     case_ids = (*split.labeled, *split.val, *split.unlabeled)
     require_headers(source, case_ids)
     resolved = fit_to_cases(resolved, source, split.labeled)
+    require_sizes(source, case_ids, build_preprocess(resolved))
     if ranks.is_main:
         warn_of_unstated(source, case_ids, str(resolved.orientation))
     state = RunState(resolved, DataFacts.of(source), split)

@@ -183,6 +183,8 @@ class CaseStore:
             fresh = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.folder))
             self._fill(fresh, case)
             self._make_room(sum(path.stat().st_size for path in fresh.iterdir()))
+            if not (self.folder / name / "about.json").exists():  # half removed by a process that was killed
+                shutil.rmtree(self.folder / name, ignore_errors=True)
             if not (self.folder / name).exists():
                 fresh.rename(self.folder / name)
         except OSError as error:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dataloaders.base import MAX_CLASSES
+from dataloaders.say_once import warn_once
+
+logger = logging.getLogger(__name__)
 
 MODALITIES = ("mr", "ct")
+_SIDE = re.compile(r"(?<![a-z])(left|right|l|r)(?![a-z])")
 
 
 def read_dataset_json(path: Path) -> dict[str, Any]:
@@ -53,6 +60,21 @@ def names_from_labels(labels: object, where: str) -> tuple[str, ...]:
         by_id[int(class_id)] = str(name)
     by_id.setdefault(0, "background")
     return tuple(by_id.get(k, f"class {k}") for k in range(max(by_id) + 1))
+
+
+def plausible_flips(names: Sequence[str]) -> tuple[int, ...]:
+    """Axes along which a case may be mirrored: left-right, but where the names of two classes differ by that alone."""
+    known: dict[str, str] = {}
+    for name in names:
+        other = known.setdefault(_SIDE.sub("*", name.lower()), name)
+        if other.lower() != name.lower():
+            warn_once(
+                logger,
+                f"classes {other!r} and {name!r} differ by their side, so that no case is mirrored from left to right; "
+                "--flip_axes 0 does so all the same",
+            )
+            return ()
+    return (0,)
 
 
 def fit_class_names(names: tuple[str, ...] | None, num_classes: int | None, where: str) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from dataloaders.class_names import (
     choose_modality,
     fit_class_names,
     names_from_labels,
+    plausible_flips,
     read_dataset_json,
     stated_modality,
 )
@@ -53,6 +54,7 @@ class DecathlonFolder(FileSource):
         stated = names_from_labels(content["labels"], str(description)) if "labels" in content else None
         self.class_names = fit_class_names(stated, num_classes, str(description))
         self.num_classes = len(self.class_names)
+        self.flip_axes = plausible_flips(self.class_names)
         self.modality = choose_modality(modality, stated_modality(content))
         cases = training_cases(root, content)
         if not cases:

@@ -12,7 +12,7 @@ import SimpleITK as sitk  # noqa: N813 - its usual name
 
 from dataloaders.base import SOURCES
 from dataloaders.case_lists import refuse_broken_links, some
-from dataloaders.class_names import choose_modality, fit_class_names, stated_class_names
+from dataloaders.class_names import choose_modality, fit_class_names, plausible_flips, stated_class_names
 from dataloaders.dicom_series import read_dicom_series
 from dataloaders.file_source import FileSource
 from dataloaders.geometry import Spacing
@@ -66,6 +66,7 @@ class DicomFolders(FileSource):
         self.warn_of_orphans()
         self.class_names = fit_class_names(stated_class_names(root), num_classes, str(root))
         self.num_classes = len(self.class_names)
+        self.flip_axes = plausible_flips(self.class_names)
         self._headers = {case_id: read_tags(folder) for case_id, folder in self.images.items()}
         self.modality = self._fit_modality(modality)
         self._patients: dict[str, str] | None = None

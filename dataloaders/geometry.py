@@ -7,6 +7,7 @@ import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import nibabel as nib
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 Spacing = tuple[float, float, float]
 MILLIMETRES = {1: 1000.0, 3: 0.001}  # by NIfTI's code of the unit: metres, micrometres
 GRID_TOLERANCE = 1e-3
-_CONTRADICTION = 0.05  # of a voxel's edge, that qform and sform may differ by
+_CONTRADICTION = 0.5  # of a voxel's edge, by which qform and sform may place a corner apart: a qform is rounded
 READ_ERRORS = (OSError, EOFError, ValueError, OverflowError, zlib.error, ImageFileError, HeaderDataError)
 
 
@@ -119,17 +120,26 @@ def states_orientation(header: nib.Nifti1Header) -> bool:
 def _affine_mm(image: nib.Nifti1Image) -> np.ndarray:
     """Affine (4, 4) to RAS+ mm; a header that contradicts itself is named."""
     header = image.header
-    if header["qform_code"] and header["sform_code"]:
-        gap = float(np.abs(header.get_qform() - header.get_sform()).max())
-        if gap > _CONTRADICTION * float(voxel_sizes(header.get_sform()).min()):
-            warn_once(
-                logger,
-                f"{image.get_filename()}: its qform and sform differ by up to {gap:.3g}; the sform is taken, other "
-                "programs may take the qform",
-            )
+    unit = MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)  # nibabel fails for unknown units of time
+    if header["qform_code"] and header["sform_code"] and (fault := _contradiction(header, image.shape[:3], unit)):
+        warn_once(logger, f"{image.get_filename()}: {fault}; the sform is taken, other programs may take the qform")
     affine = np.asarray(image.affine, dtype=np.float64).copy()
-    affine[:3] *= MILLIMETRES.get(int(image.header["xyzt_units"]) & 7, 1.0)  # nibabel fails for unknown units of time
+    affine[:3] *= unit
     return affine
+
+
+def _contradiction(header: nib.Nifti1Header, shape: Sequence[int], unit: float) -> str | None:
+    """How a header's qform contradicts its sform, by where they place the corner voxels; None where it does not."""
+    sform = header.get_sform()
+    try:
+        qform = header.get_qform()
+    except (ValueError, HeaderDataError) as error:  # of rounding alone, perhaps
+        return f"its qform cannot be read ({reason_of(error)})"
+    corners = np.array(list(product(*((0, size - 1) for size in shape))))
+    gap = float(np.linalg.norm(corners @ (qform - sform)[:3, :3].T + (qform - sform)[:3, 3], axis=1).max())
+    if gap <= _CONTRADICTION * float(voxel_sizes(sform).min()):
+        return None
+    return f"its qform and sform place a corner of the image {unit * gap:.3g} mm apart"
 
 
 def _open_nifti(path: Path) -> nib.Nifti1Image:

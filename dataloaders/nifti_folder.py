@@ -12,6 +12,7 @@ from dataloaders.case_lists import is_nifti, refuse_broken_links, some, strip_ni
 from dataloaders.class_names import (
     choose_modality,
     fit_class_names,
+    plausible_flips,
     read_dataset_json,
     stated_class_names,
     stated_modality,
@@ -87,6 +88,7 @@ class NiftiFolder(NiftiFiles):
         self.warn_of_orphans()
         self.class_names = fit_class_names(stated_class_names(root), num_classes, str(root))
         self.num_classes = len(self.class_names)
+        self.flip_axes = plausible_flips(self.class_names)
         description = root / "dataset.json"
         stated = stated_modality(read_dataset_json(description)) if description.is_file() else "mr"
         self.modality = choose_modality(modality, stated)

@@ -77,6 +77,15 @@ class Turn:
         return affine @ index
 
 
+def in_order(array: np.ndarray) -> np.ndarray:
+    """The array laid out in memory as torch takes it, copied where it is not.
+
+    NumPy calls one contiguous whose mirrored axis holds a single voxel, and keeps a negative stride there.
+    """
+    ordered = np.ascontiguousarray(array)
+    return ordered if min(ordered.strides, default=1) >= 0 else ordered.copy()
+
+
 def turned(volume: Volume, turn: Turn) -> Volume:
     """A case with other axes, its image a view; the case itself where nothing is turned."""
     if turn == Turn():

@@ -92,7 +92,7 @@ class PatchDataset(Dataset[dict[str, object]]):
         corner = choose_center(volume.image.shape[1:], options.patch_size, rng, target)
         fill = case.outside[:, None, None, None]
         if rng.random() < options.affine_share:
-            matrix = random_affine(rng, options, volume.spacing)
+            matrix = random_affine(rng, options, volume.spacing, volume.image.shape[1:])
             image = affine_crop(volume.image, matrix, corner, options.patch_size, order=1, fill=fill)
             label = volume.label
             if label is not None:

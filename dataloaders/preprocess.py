@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from dataloaders.base import Volume
 from dataloaders.class_names import MODALITIES
-from dataloaders.orientation import ORIENTATIONS, Turn, turned, warn_if_oblique
+from dataloaders.orientation import ORIENTATIONS, Turn, in_order, turned, warn_if_oblique
 from dataloaders.say_once import warn_once
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,9 @@ class Preprocess:
         """
         bad = volume.image.size - int(np.isfinite(volume.image).sum())
         if bad:
-            raise ValueError(f"case {volume.case_id}: {bad} voxels are NaN or infinite; repair or leave out this case")
+            raise ValueError(
+                f"case {volume.case_id}: {bad} voxels are NaN or infinite; repair it, or start a new --exp without it"
+            )
         for number, channel in enumerate(volume.image):
             low = channel.min(initial=np.inf)
             if self.modality == "mr" and low <= AIR:
@@ -128,7 +130,7 @@ class Preprocess:
         probabilities = probabilities.astype(np.float32, copy=False)
         probabilities, rows = turn.back(probabilities), rows or slice(0, shape[0])
         if self.spacing is None:
-            return np.ascontiguousarray(probabilities[:, rows])
+            return in_order(probabilities[:, rows])
         inverse = turn.values_back([1 / step for step in ratio])
         return np.stack([resample(p, shape, inverse, order=1, rows=rows) for p in probabilities])  # (K, X, Y, Z)
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
+from dataloaders.orientation import in_order
+
 _ALIKE = 0.1  # logarithm of the ratio of two sides of a voxel
 
 
@@ -85,13 +87,18 @@ def crop(array: np.ndarray, corner: np.ndarray, patch_size: tuple[int, ...], fil
 
 
 def random_affine(
-    rng: np.random.Generator, options: AugmentOptions, spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    rng: np.random.Generator,
+    options: AugmentOptions,
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    shape: Sequence[int] = (2, 2, 2),
 ) -> np.ndarray:
     """Matrix (3, 3), from voxels to voxels, of a random rotation in space and an isotropic scale.
 
-    A rotation of voxel indices would tear thick slices apart: 12 degrees over 64 voxels are 13 slices.
+    A rotation of voxel indices would tear thick slices apart: 12 degrees over 64 voxels are 13 slices. A volume of a
+    single slice (``shape`` X, Y, Z) turns within it: any other rotation takes all of it out of the patch.
     """
     angles = np.deg2rad(rng.uniform(-options.max_angle, options.max_angle, 3))
+    angles *= [all(size > 1 or other == axis for other, size in enumerate(shape)) for axis in range(3)]
     matrix = np.eye(3)
     for axis, angle in enumerate(angles):
         turn = np.eye(3)
@@ -138,7 +145,7 @@ def mirror_and_turn(
     for array in arrays:
         changed = np.flip(array, axes) if axes else array
         changed = np.rot90(changed, turns, axes=(-3, -2)) if turns else changed
-        result.append(np.ascontiguousarray(changed))
+        result.append(in_order(changed))
     return result
 
 

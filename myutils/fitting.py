@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from nibabel.affines import voxel_sizes
@@ -35,8 +35,7 @@ def fit_to_cases(config: RunConfig, source: CaseSource, labeled: Sequence[str]) 
     orientation = config.orientation or _fitting_orientation(grids, labeled)
     preprocess = Preprocess(str(config.modality), config.spacing, orientation=orientation)
     for case_id, grid in zip(labeled, grids, strict=True):
-        turn, steps = Turn.of(grid.affine, orientation), voxel_sizes(grid.affine)
-        preprocess.working_shape(case_id, turn.values_forth(grid.shape), turn.values_forth(steps))
+        _require_size(grid, case_id, preprocess)
     survey = survey_grids(grids, orientation)
     takes_flat_levels = NETWORKS.get(config.model).takes_flat_levels
     fitting = fitting_flat_levels(config.spacing or survey.spacing) if takes_flat_levels else (0, 0, 0)
@@ -67,15 +66,44 @@ def require_headers(source: CaseSource, case_ids: Sequence[str]) -> None:
     Raises:
         ValueError: Naming up to three of them.
     """
+
+    def look(case_id: str) -> None:
+        found = source.header_channels(case_id)
+        if found != source.in_channels:
+            raise ValueError(f"case {case_id}: {found} channels, where the first case has {source.in_channels}")
+        if _grids_by_header(source):
+            source.grid(case_id)
+
+    _refuse_unusable(case_ids, look)
+
+
+def require_sizes(source: CaseSource, case_ids: Sequence[str], preprocess: Preprocess) -> None:
+    """As ``require_headers``, of cases that ``--spacing`` would leave far too few or too many voxels of.
+
+    Formats whose headers do not tell are left to the step that draws the case.
+    """
+    if preprocess.spacing is not None and _grids_by_header(source):
+        _refuse_unusable(case_ids, lambda case_id: _require_size(source.grid(case_id), case_id, preprocess))
+
+
+def _grids_by_header(source: CaseSource) -> bool:
+    """Whether ``grid`` is of the format, and reads no voxel."""
+    return type(source).grid is not CaseSource.grid
+
+
+def _require_size(grid: Grid, case_id: str, preprocess: Preprocess) -> None:
+    turn, steps = Turn.of(grid.affine, preprocess.orientation), voxel_sizes(grid.affine)
+    preprocess.working_shape(case_id, turn.values_forth(grid.shape), turn.values_forth(steps))
+
+
+def _refuse_unusable(case_ids: Sequence[str], look: Callable[[str], None]) -> None:
+    """Raise a ValueError that names up to three of the cases for which ``look`` raises."""
     wrong = []
     for case_id in case_ids:
         try:
-            found = source.header_channels(case_id)
+            look(case_id)
         except (ValueError, OSError) as error:
             wrong.append(str(error))
-            continue
-        if found != source.in_channels:
-            wrong.append(f"case {case_id}: {found} channels, where the first case has {source.in_channels}")
     if wrong:
         shown = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import data_makers as make
+import numpy as np
 import pytest
 from train_job import assert_refused, job, nifti_job, one_thread, resume, set_label, write_list  # noqa: F401
 
@@ -85,6 +86,14 @@ def test_unlabelled_scans_that_cannot_be_used_are_refused_at_the_start(folder: P
         "ball07: 2 channels",
     )
     assert_refused(job(folder), capsys, *told)
+    assert not (folder / "runs").exists()
+
+
+def test_unlabelled_scans_that_a_spacing_flattens_are_refused_at_the_start(folder: Path, capsys: Capture) -> None:
+    slab = np.diag([4.0, 4.0, 0.25, 1.0])
+    make.write_nifti(folder / "data" / "images" / "ball07.nii.gz", make.counting_image((20, 18, 8)), slab)
+    told = ("1 of ", "case ball07: --spacing of 1 x 1 x 1 mm makes 80 x 72 x 2 voxels out of 20 x 18 x 8")
+    assert_refused(job(folder, "--spacing", "1", "1", "1"), capsys, *told)
     assert not (folder / "runs").exists()
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import BallSource
-from data_makers import corner_label, counting_image, write_nifti
+from data_makers import corner_label, counting_image, write_la_case, write_nifti
 
 from dataloaders import case_cache
 from dataloaders.base import Volume
 from dataloaders.case_cache import CaseCache, CaseStore, entry_name
+from dataloaders.la_h5 import LeftAtriumH5
 from dataloaders.nifti_folder import NiftiFolder
 from dataloaders.preprocess import Preprocess
 
@@ -102,11 +103,38 @@ def test_changed_file_is_read_again(tmp_path: Path, changed: str) -> None:
     assert source.reads == ["c0"]
 
 
-def test_other_preprocessing_has_an_entry_of_its_own(tmp_path: Path) -> None:
-    CaseCache(make_source(tmp_path), MR, store=store_at(tmp_path)).get("c1", with_label=False)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (MR, Preprocess("ct")),
+        (MR, Preprocess("mr", spacing=(1.0, 1.0, 1.0))),
+        (Preprocess("mr", spacing=(1.0, 1.0, 1.0)), Preprocess("mr", spacing=(1.0, 1.0, 1.0), interpolation="cubic")),
+        (Preprocess("ct"), Preprocess("ct", ct_range=(-100.0, 200.0))),
+        (MR, Preprocess("mr", orientation="ras")),
+    ],
+)
+def test_other_preprocessing_has_an_entry_of_its_own(before: Preprocess, after: Preprocess, tmp_path: Path) -> None:
+    CaseCache(make_source(tmp_path), before, store=store_at(tmp_path)).get("c1", with_label=False)
     source = open_source(tmp_path)
-    CaseCache(source, Preprocess("ct"), store=store_at(tmp_path)).get("c1", with_label=False)
+    CaseCache(source, after, store=store_at(tmp_path)).get("c1", with_label=False)
     assert source.reads == ["c1"]
+
+
+def test_one_file_with_image_and_label_has_an_entry_for_each_role(tmp_path: Path) -> None:
+    file = write_la_case(tmp_path, "a", counting_image(), corner_label())
+    source = LeftAtriumH5(tmp_path, voxel_size=(1.0, 1.0, 1.0))
+    names = {entry_name((file,), source, MR, with_label) for with_label in (True, False)}
+    assert len(names) == 2
+
+
+def test_an_entry_that_is_half_removed_is_made_anew(tmp_path: Path) -> None:
+    CaseCache(make_source(tmp_path), MR, store=store_at(tmp_path)).get("c1", with_label=False)
+    (entry,) = (tmp_path / "store").iterdir()
+    (entry / "about.json").unlink()
+    for expected in (["c1"], []):  # read once more, then from the store
+        source = open_source(tmp_path)
+        assert CaseCache(source, MR, store=store_at(tmp_path)).get("c1", with_label=False).mapped_files
+        assert source.reads == expected
 
 
 def test_store_drops_the_least_recently_used_beyond_its_limit(tmp_path: Path) -> None:

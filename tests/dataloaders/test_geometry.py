@@ -13,6 +13,7 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from dataloaders.geometry import (
     affine_spacing,
     nifti_channels,
+    nifti_grid,
     read_label,
     read_nifti,
     read_nifti_channels,
@@ -124,7 +125,30 @@ def test_a_header_that_contradicts_itself_is_named(tmp_path: Path, caplog: pytes
     for name in ("same", "mirrored", "mirrored"):
         assert np.array_equal(read_nifti(tmp_path / f"{name}.nii.gz")[1], make.AFFINE)
     (warning,) = caplog.messages
-    assert "mirrored.nii.gz: its qform and sform differ by up to" in warning and "the sform is taken" in warning
+    assert "mirrored.nii.gz: its qform and sform place a corner of the image 6 mm apart" in warning  # -3 or 3
+    assert "the sform is taken" in warning
+
+
+def test_a_qform_that_is_turned_is_told_by_the_corners(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A degree changes no entry of the matrix by more than 0.02, and moves a corner of a large image by voxels."""
+    angle = np.deg2rad(1)
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    image = nib.Nifti1Image(np.zeros((256, 256, 2), np.uint8), np.eye(4))
+    image.set_qform(turn, code=1)
+    nib.save(image, tmp_path / "a.nii.gz")
+    read_nifti(tmp_path / "a.nii.gz")
+    assert "place a corner of the image 6.29 mm apart" in caplog.text  # 2 sin(0.5 degrees) 255 sqrt(2)
+
+
+def test_a_qform_off_by_rounding_does_not_hide_the_sform(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    image = nib.Nifti1Image(make.counting_image(), make.AFFINE)
+    image.set_qform(make.AFFINE, code=1)
+    image.header["quatern_d"] = 1.0000003
+    nib.save(image, tmp_path / "a.nii.gz")
+    assert np.array_equal(read_nifti(tmp_path / "a.nii.gz")[1], make.AFFINE)
+    assert np.array_equal(nifti_grid(tmp_path / "a.nii.gz").affine, make.AFFINE)
+    assert "a.nii.gz: its qform cannot be read (w2 should be positive" in caplog.text
 
 
 @pytest.mark.parametrize("sform", [False, True])

@@ -209,3 +209,22 @@ def test_scans_in_folders_of_images_are_named(tmp_path: Path, caplog: pytest.Log
         path.touch()
     assert NiftiFolder(tmp_path, num_classes=2).case_ids() == ["a"]
     assert caplog.messages == [f"{tmp_path}/images: the scans in its folders 'p1', 'p2' are left out; move them up"]
+
+
+@pytest.mark.parametrize(
+    ("names", "axes"),
+    [
+        ("left kidney|right kidney", ()),
+        ("Kidney_L|spleen|Kidney_R", ()),
+        ("left atrium", (0,)),
+        ("rib|lung", (0,)),
+        ("anterior|posterior", (0,)),
+    ],
+)
+def test_classes_that_differ_by_their_side_are_not_mirrored(
+    names: str, axes: tuple[int, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make.write_nifti(tmp_path / "images" / "a.nii.gz", make.counting_image())
+    (tmp_path / "classes.txt").write_text("\n".join(["background", *names.split("|")]))
+    assert NiftiFolder(tmp_path).flip_axes == axes
+    assert ("differ by their side" in caplog.text) == (not axes)

@@ -62,3 +62,14 @@ def test_a_labelled_patch_is_centred_on_its_own_structure_not_a_guides() -> None
         voxel = patches._target(case, np.random.default_rng(seed))
         assert voxel is not None and case.volume.label is not None and case.volume.label[tuple(voxel)] > 0
     assert source.label_reads == ["ball03"]
+
+
+def test_a_rare_class_is_a_centre_as_often_as_another() -> None:
+    patches = PatchDataset(CaseCache(BallSource(), Preprocess("mr")), AugmentOptions((8, 8, 8)))
+    case = patches._cache.get("ball03", with_label=True)
+    label = np.asarray(case.volume.label)
+    sizes = np.bincount(label.ravel())[1:]
+    assert sizes.max() > 3 * sizes.min()
+    centres = [patches._target(case, np.random.default_rng(seed)) for seed in range(200)]
+    counts = np.bincount([label[tuple(centre)] for centre in centres if centre is not None], minlength=3)
+    assert counts[0] == 0 and counts[1:].min() > 70  # of 200, where by size it were at most 50

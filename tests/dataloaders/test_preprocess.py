@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from dataloaders.base import Volume
 from dataloaders.preprocess import Preprocess, foreground_mask, resample, resampled_affine, z_score
@@ -274,3 +275,11 @@ def test_nearest_sampling_by_a_naive_loop() -> None:
         ]
         nearest = tuple(min(max(int(np.floor(p + 0.5)), 0), n - 1) for p, n in zip(at, (4, 3, 2), strict=True))
         assert sampled[index] == array[nearest]
+
+
+def test_probabilities_of_a_single_slice_that_is_turned_can_be_handed_to_torch() -> None:
+    affine = np.diag([1.0, 1.0, -3.0, 1.0])
+    volume = Volume("slice", np.ones((1, 6, 5, 1), np.float32), None, affine, (1.0, 1.0, 3.0))
+    preprocess = Preprocess("mr", orientation="ras")
+    restored = preprocess.restore(np.ones((2, 6, 5, 1), np.float32), volume)
+    assert torch.from_numpy(restored).shape == (2, 6, 5, 1)

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from dataloaders import transforms
-from dataloaders.transforms import AugmentOptions, apply_gamma, change_intensity, crop, mirror_and_turn
+from dataloaders.transforms import (
+    AugmentOptions,
+    affine_crop,
+    apply_gamma,
+    change_intensity,
+    crop,
+    mirror_and_turn,
+    random_affine,
+)
 
 CONTRAST, BRIGHTNESS, GAMMA, BLUR, NOISE = range(5)
 
@@ -73,3 +82,30 @@ def test_a_crop_can_be_changed_without_its_volume(corner: tuple[int, int, int]) 
     volume = np.zeros((1, 3, 2, 2))
     crop(volume, np.array(corner), (2, 2, 2), fill=0)[...] = 7.0
     assert not volume.any()
+
+
+def test_random_affine_turns_and_scales_both_ways() -> None:
+    options = AugmentOptions((8, 8, 8), max_angle=10.0, max_scale=0.1)
+    drawn = [random_affine(np.random.default_rng(seed), options) for seed in range(40)]
+    scales = [np.cbrt(np.linalg.det(matrix)) for matrix in drawn]
+    assert min(scales) < 0.95 and max(scales) > 1.05
+    for row, column in ((2, 1), (2, 0), (1, 0)):  # the angle about each axis, by the sign of its sine
+        assert {np.sign(matrix[row, column]) for matrix in drawn} == {-1.0, 1.0}
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_a_single_slice_turns_within_itself(axis: int) -> None:
+    shape = [16, 16, 16]
+    shape[axis] = 1
+    image = np.ones((1, *shape), np.float32)
+    matrix = random_affine(np.random.default_rng(3), AugmentOptions((8, 8, 8), max_scale=0.0), shape=shape)
+    assert matrix[axis, axis] == 1.0 and not np.allclose(matrix, np.eye(3))
+    turned = affine_crop(image, matrix, np.zeros(3, dtype=int), tuple(shape), order=1, fill=0)
+    assert turned.mean() > 0.8  # the corners alone leave it
+
+
+def test_a_mirrored_slice_can_be_handed_to_torch() -> None:
+    options = AugmentOptions((1, 8, 8), flip_axes=(0,))
+    for seed in range(8):
+        (patch,) = mirror_and_turn([np.zeros((1, 1, 8, 8), np.float32)], np.random.default_rng(seed), options)
+        assert torch.from_numpy(patch).shape == (1, 1, 8, 8)
