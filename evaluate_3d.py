@@ -19,9 +19,9 @@ Several processes share the cases out, on one machine or many::
 
     torchrun --nproc_per_node=2 evaluate_3d.py --checkpoint runs/la8/best.pt
 
-It writes ``cases.csv``, ``summary.json`` and ``predictions/`` into ``--output_dir`` and prints the table. Damaged cases
-are named at the end; ``cases.csv`` then holds the others, and there is no summary. Exit code 0 done, 1 failed on the
-way, 2 refused at the start, 130 stopped. ``--help`` lists all flags.
+It writes ``evaluation.json``, ``cases.csv``, ``summary.json`` and ``predictions/`` into ``--output_dir`` and prints the
+table. Damaged cases are named at the end; ``cases.csv`` then holds the others, and there is no summary. Exit code 0
+done, 1 failed on the way, 2 refused at the start, 130 stopped. ``--help`` lists all flags.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,12 +43,13 @@ from myutils.build import build_source, kept_parts
 from myutils.checkpoint import InferenceBundle
 from myutils.components import name_kept_parts
 from myutils.config import RunConfig
-from myutils.distributed import is_main_rank, start_process_group, stop_process_group
+from myutils.distributed import barrier, is_main_rank, start_process_group, stop_process_group
 from myutils.ensemble import load_together
 from myutils.evaluation import (
     CaseResult,
     DamagedCasesError,
     evaluate_cases,
+    keep_the_others,
     summarise,
     write_scores,
     write_summary_json,
@@ -70,6 +72,7 @@ from myutils.stop_signals import sigterm_as_ctrl_c
 
 logger = logging.getLogger("evaluate")
 
+ABOUT = "evaluation.json"  # whose results a folder holds, written before the first of them
 DATA = "data"
 DATA_SETTINGS = ("dataset_name", "dataset_path", "num_classes", "voxel_size", "cache_dir")
 
@@ -196,7 +199,7 @@ def refuse_other_results(folder: Path, checkpoints: Sequence[Path], data: str, *
 
     Runs of one name are told apart by the ``digest`` of what they trained on.
     """
-    path = folder / "summary.json"
+    path = next((path for name in (ABOUT, "summary.json") if (path := folder / name).is_file()), folder / ABOUT)
     try:
         about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         scored, scored_on = about.get("checkpoint", ""), about.get("dataset_path", "")
@@ -230,6 +233,11 @@ def run(job: Job) -> None:
     if is_main_rank():
         warn_of_unstated(job.source, job.case_ids, bundle.preprocess.orientation)
         warn_of_stored_axes(job.source, job.case_ids, bundle)
+    about = folder / ABOUT
+    is_new = not about.exists()
+    barrier()
+    if is_main_rank():
+        write_summary_json(about, about_job(job))
     try:
         results = evaluate_cases(
             bundle.network,
@@ -242,13 +250,10 @@ def run(job: Job) -> None:
             save_dir=folder / "predictions",
         )
     except DamagedCasesError as error:
-        if not error.results:
-            raise ValueError(f"{error}; nothing was scored, and nothing in {folder} was changed") from error
-        if is_main_rank():
-            write_scores(folder, error.results, bundle.class_names)
-            (folder / "summary.json").unlink(missing_ok=True)  # that of an evaluation before
+        if is_new and not error.results and is_main_rank():
+            about.unlink(missing_ok=True)
         advice = "mend them, or leave them out with --test_list or --val_list"
-        raise ValueError(f"{error}; {folder / 'cases.csv'} holds the others, there is no summary: {advice}") from error
+        raise keep_the_others(folder, error, bundle.class_names, advice) from error
     if is_main_rank():
         write_results(job, results)
 
@@ -258,7 +263,14 @@ def write_results(job: Job, results: Sequence[CaseResult]) -> None:
     names = job.bundle.class_names
     summary = summarise(results, names)
     write_scores(job.folder, results, names)
-    about = {
+    write_summary_json(job.folder / "summary.json", summary | about_job(job))
+    files = "".join(f"{job.folder / name}\n" for name in ("cases.csv", "summary.json", "predictions"))
+    sys.stdout.write(f"\n{len(results)} cases, {job.flags.split}\n{format_table(summary)}\n\n{files}")
+
+
+def about_job(job: Job) -> dict[str, Any]:
+    """What is scored, and how."""
+    return {
         "checkpoint": job.checkpoints,
         "step": job.bundle.step,
         "split": job.flags.split,
@@ -267,9 +279,6 @@ def write_results(job: Job, results: Sequence[CaseResult]) -> None:
         "dataset_path": job.data,
         "inference": dataclasses.asdict(job.options) | {"largest_component": kept_parts(job.config, job.bundle.facts)},
     }
-    write_summary_json(job.folder / "summary.json", summary | about)
-    files = "".join(f"{job.folder / name}\n" for name in ("cases.csv", "summary.json", "predictions"))
-    sys.stdout.write(f"\n{len(results)} cases, {job.flags.split}\n{format_table(summary)}\n\n{files}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from nibabel import Nifti1Header
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -42,7 +43,15 @@ from myutils.ensemble import load_together
 from myutils.flags import option
 from myutils.inference import SCAN_ERRORS, InferenceOptions, label_map_from, predict_label_map, predict_probabilities
 from myutils.inference_flags import InferenceFlags, inference_options, start
-from myutils.label_files import OutputFolderError, is_of_others, origin_of, save_in_geometry_of, save_volume
+from myutils.label_files import (
+    OutputFolderError,
+    is_of_others,
+    is_prediction,
+    lies_elsewhere,
+    origin_of,
+    save_in_geometry_of,
+    save_volume,
+)
 from myutils.run_folder import make_folder
 from myutils.scan_inputs import Scan, find_scans, join_channels, require_free_outputs, warn_of_modality
 from myutils.stop_signals import sigterm_as_ctrl_c
@@ -162,6 +171,14 @@ def without_done(job: Job) -> Job:
             f"{others[0]}, and {len(others) - 1} more, come from another checkpoint, as their headers say; pass that "
             "one, another --output, or --existing replace"
         )
+    for scan, paths in outputs.items():
+        header = _header_of(scan) if job.keeps_files else None
+        strangers = [] if header is None else [path for path in paths if path.exists() and lies_elsewhere(path, header)]
+        if strangers:
+            raise ValueError(
+                f"{strangers[0]} has another shape or place than {scan.path}: it is of another scan of this name; pass "
+                "another --output, or --existing replace"
+            )
     done = set(there)
     left = [scan for scan, paths in outputs.items() if not done.issuperset(paths)]
     if there:
@@ -169,6 +186,14 @@ def without_done(job: Job) -> Job:
         if some_files := sum(path in done for scan in left for path in outputs[scan]):
             logger.info("%d files of the others stay as they are; only what is missing is written", some_files)
     return dataclasses.replace(job, scans=left)
+
+
+def _header_of(scan: Scan) -> Nifti1Header | None:
+    """A scan's header; None of a DICOM series, and of a file that cannot be read, which is named in its turn."""
+    try:
+        return scan.header()
+    except SCAN_ERRORS:
+        return None
 
 
 def run(job: Job) -> list[str]:
@@ -201,7 +226,7 @@ def segment(scan: Scan, job: Job) -> None:
     warn_of_modality(scan, job.bundle.preprocess.modality)
     channels, expected = volume.image.shape[0], job.bundle.in_channels
     if channels != expected:
-        several = "store them in one 4D file, or in NAME_0000.nii.gz, NAME_0001.nii.gz ..."
+        several = "store them in one 4D file, or in NAME_0000.nii.gz, NAME_0001.nii.gz ... and pass their folder"
         how = several if expected > 1 else "store the one that the network was trained on in a 3D file"
         raise ValueError(f"the scan has {channels} channels, the network takes {expected}; {how}")
     arguments = (job.bundle.network, volume, job.bundle.preprocess, job.options, job.device)
@@ -224,6 +249,10 @@ def segment(scan: Scan, job: Job) -> None:
             save_volume(path, array, volume.affine, job.origin)
         else:
             save_in_geometry_of(path, array, header, job.origin)
+    left = job.folder / f"{scan.name}_prob.nii.gz"
+    if not (job.probabilities or job.keeps_files) and is_prediction(left):
+        left.unlink()
+        logger.info("%s: removed, the probabilities of the prediction that this one replaces", left)
 
 
 def largest_parts(label_map: np.ndarray, scan: Scan, job: Job) -> np.ndarray:

@@ -125,6 +125,16 @@ def evaluate_cases(
     return results
 
 
+def keep_the_others(folder: Path, error: DamagedCasesError, class_names: Sequence[str], advice: str) -> ValueError:
+    """Write the scores of the cases that could be scored, without a summary; returns the error that says so."""
+    if not error.results:
+        return ValueError(f"{error}; nothing was scored, and nothing in {folder} was changed")
+    if is_main_rank():
+        write_scores(folder, error.results, class_names)
+        (folder / "summary.json").unlink(missing_ok=True)  # that of an evaluation before
+    return ValueError(f"{error}; {folder / 'cases.csv'} holds the others, there is no summary: {advice}")
+
+
 def score_case(volume: Volume, label_map: np.ndarray, num_classes: int, patient: str) -> CaseResult:
     """Compare a label map (X, Y, Z) with the label of ``volume``, spacing and voxel volume from the volume itself.
 

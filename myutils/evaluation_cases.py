@@ -116,8 +116,12 @@ def choose_cases(
     if split == "all":
         return _all_cases(source, bundle)
     if is_training_data(source, bundle):
-        request = bundle.config.split_request()
-        return make_test_ids(source, _with_test_list(request, test_list), bundle.split)
+        request = _with_test_list(bundle.config.split_request(), test_list)
+        try:
+            return make_test_ids(source, request, bundle.split)
+        except FileNotFoundError as error:
+            hint = "" if test_list else "; the run was trained with it: put it back, or pass --test_list"
+            raise FileNotFoundError(f"{error}{hint}") from error
     return _foreign_test_cases(source, bundle, test_list)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,8 @@ class InferenceFlags:
         return dataclasses.replace(config, **{name: value for name, value in settings.items() if value is not None})
 
 
+logger = logging.getLogger(__name__)
+
 F = TypeVar("F", bound=InferenceFlags)
 J = TypeVar("J")
 
@@ -82,7 +85,9 @@ J = TypeVar("J")
 def start(
     flags_class: type[F], prepare: Callable[[F], J], argv: Sequence[str] | None, *, prog: str, usage: str, doc: str
 ) -> J:
-    """Parse the command line and prepare the job; a start that ``prepare`` refuses ends the process with code 2.
+    """Parse the command line and prepare the job.
+
+    A start that ``prepare`` refuses ends the process with code 2, one that is stopped with 130.
 
     Args:
         flags_class: All flags of the script.
@@ -101,6 +106,10 @@ def start(
     except (ValueError, OSError) as error:
         stop_process_group()
         parser.error(str(error))
+    except KeyboardInterrupt:
+        stop_process_group()
+        logger.info("stopped before the first case; nothing was written")
+        raise SystemExit(130) from None
     setup_logging(is_main=is_main_rank())
     return job
 

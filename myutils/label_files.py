@@ -10,7 +10,9 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 
+from dataloaders.geometry import GRID_TOLERANCE, READ_ERRORS
 from myutils.whole_files import whole_file
 
 SCANNER_CODE = 1
@@ -78,12 +80,34 @@ def origin_of(checkpoints: Sequence[Path]) -> str:
 
 def is_of_others(path: Path, origin: str) -> bool:
     """Whether a file was predicted by other checkpoints than ``origin`` tells of; False where it does not say."""
+    said = _said_origin(path)
+    return said is not None and said != origin.split()[:2]
+
+
+def is_prediction(path: Path) -> bool:
+    """Whether a file says that a prediction wrote it."""
+    return _said_origin(path) is not None
+
+
+def lies_elsewhere(path: Path, header: nib.Nifti1Header) -> bool:
+    """Whether a file's voxels lie elsewhere than those of the scan with this header; False where it cannot be read."""
+    try:
+        image: Any = nib.load(path)
+        shape, affine = image.shape[:3], image.affine
+    except READ_ERRORS:
+        return False
+    wanted, voxel = header.get_best_affine(), float(voxel_sizes(header.get_best_affine()).min())
+    return shape != header.get_data_shape()[:3] or not np.allclose(affine, wanted, rtol=0, atol=GRID_TOLERANCE * voxel)
+
+
+def _said_origin(path: Path) -> list[str] | None:
+    """The first two words by which a file's header names its checkpoints; None where it does not."""
     try:
         header: Any = nib.load(path).header
         said = header["descrip"].item().decode("ascii", "replace").split()
-    except (OSError, ValueError, KeyError, nib.filebasedimages.ImageFileError):
-        return False  # corrected by hand, say, in another program
-    return said[:1] == [_ORIGIN] and said[:2] != origin.split()[:2]
+    except (*READ_ERRORS, KeyError):
+        return None  # corrected by hand, say, in another program
+    return said[:2] if said[:1] == [_ORIGIN] else None
 
 
 def _save(image: nib.Nifti1Image, path: Path, origin: str) -> None:

@@ -88,7 +88,10 @@ class Muon(torch.optim.AdamW):
                         kernel.mul_(1 - lr * group["weight_decay"])
                         factor *= -lr * _RMS * max(move.shape) ** 0.5
                         pair = (factor, move) if len(factor) == len(move) else (move, factor)
-                        kernel.flatten(1).addmm_(*pair)  # the step, without a map of it
+                        if kernel.is_contiguous():
+                            kernel.view(len(kernel), -1).addmm_(*pair)  # the step, without a map of it
+                        else:  # laid out channels last, say
+                            kernel.add_((pair[0] @ pair[1]).view(kernel.shape))
         return super().step(closure)
 
     def _moves(self, kernels: list[nn.Parameter], counts: Tensor | float) -> list[tuple[nn.Parameter, Tensor]]:

@@ -17,7 +17,16 @@ from dataloaders.splits import ids_digest
 from myutils.build import build_inference, kept_parts
 from myutils.checkpoint import load_for_inference
 from myutils.distributed import is_main_rank, resolve_amp
-from myutils.evaluation import CaseResult, evaluate_cases, shown_classes, summarise, write_scores, write_summary_json
+from myutils.evaluation import (
+    CaseResult,
+    DamagedCasesError,
+    evaluate_cases,
+    keep_the_others,
+    shown_classes,
+    summarise,
+    write_scores,
+    write_summary_json,
+)
 from myutils.overlay import OverlayCase, save_overlay
 from myutils.run_log import read_metrics
 
@@ -39,21 +48,28 @@ def evaluate_run(
 
     Returns:
         Results per case and their summary.
+
+    Raises:
+        ValueError: If cases cannot be scored; ``cases.csv`` then holds the others, and there is no summary.
     """
     checkpoint = result_checkpoint(folder)
     bundle = load_for_inference(checkpoint, device)
     if is_main_rank():
         warn_of_unstated(source, case_ids, bundle.preprocess.orientation)
-    results = evaluate_cases(
-        bundle.network,
-        source,
-        case_ids,
-        bundle.preprocess,
-        build_inference(bundle.config, resolve_amp(bundle.config.amp, device)),
-        device,
-        keep_largest=kept_parts(bundle.config, bundle.facts),
-        save_dir=folder / "test" / "predictions",
-    )
+    try:
+        results = evaluate_cases(
+            bundle.network,
+            source,
+            case_ids,
+            bundle.preprocess,
+            build_inference(bundle.config, resolve_amp(bundle.config.amp, device)),
+            device,
+            keep_largest=kept_parts(bundle.config, bundle.facts),
+            save_dir=folder / "test" / "predictions",
+        )
+    except DamagedCasesError as error:
+        advice = "mend them, or leave them out with --test_list"
+        raise keep_the_others(folder / "test", error, bundle.class_names, advice) from error
     summary = summarise(results, bundle.class_names)
     summary |= {"checkpoint": checkpoint.name, "step": bundle.step, "split_digest": bundle.split.digest}
     summary |= {"test_ids": list(case_ids), "test_digest": ids_digest(case_ids)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -118,8 +118,11 @@ def join_channels(scans: Sequence[Scan], channels: int) -> list[Scan]:
     """nnU-Net's ``<name>_0000``, ``<name>_0001`` ... as one scan each; all other scans as they are.
 
     Files are joined where a network of several ``channels`` can take them in no other way: exactly so many files, of
-    one channel each, numbered from 0.
+    one channel each, numbered from 0. For one of a single channel they lose the number, as in a training on a
+    ``decathlon`` folder, where every file has it.
     """
+    if channels == 1 and all(scan.name.endswith("_0000") and not scan.is_dicom for scan in scans):
+        return [replace(scan, name=scan.name.removesuffix("_0000")) for scan in scans]
     groups: dict[str, list[Scan]] = {}
     for scan in scans:
         match = None if scan.is_dicom else CHANNEL_SUFFIX.match(scan.name)

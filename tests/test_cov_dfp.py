@@ -55,6 +55,15 @@ def test_cov_dfp_takes_patches_thinner_than_its_regions() -> None:
     assert all(torch.isfinite(term.value) for term in terms.values())
 
 
+def test_cov_dfp_regions_cover_every_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    thin, batch, seen = method(patch_size=(16, 16, 10)), random_batch(), []
+    nearest = thin.pool.nearest_pools
+    monkeypatch.setattr(thin.pool, "nearest_pools", lambda regions: seen.append(len(regions)) or nearest(regions))
+    parts = {name: getattr(batch, name)[..., :10] for name in ("image_l", "label_l", "image_u", "image_u_strong")}
+    thin(dataclasses.replace(batch, **parts), 3)
+    assert seen == [(len(batch.image_l) + len(batch.image_u_strong)) * 4 * 4 * 3]
+
+
 def test_cov_dfp_selector_learns_the_nearest_pool() -> None:
     built = method(model="unet_3d", selector_train_iter=100, dfp_reconstruct_interval=1000)
     optimizer = torch.optim.Adam(built.selector.parameters(), 0.01)

@@ -117,6 +117,18 @@ def test_runs_that_see_scans_otherwise_are_refused(
         load_together([checkpoints[0], other], CPU)
 
 
+def test_runs_of_other_classes_or_channels_are_refused(checkpoints: list[Path], tmp_path: Path) -> None:
+    for name, channels, classes, message in (
+        ("exchanged", 1, "background\ncore\nball", "classes background, core, ball, .* with background, ball, core"),
+        ("two", 2, "background\nball\ncore", "image channels 2, .* with 1"),
+    ):
+        root = write_cohort(tmp_path / name, channels=channels)
+        (root / "classes.txt").write_text(classes)
+        other = trained_run(root, tmp_path / f"run_{name}", method="supervised", patch_size=(24, 24, 24))
+        with pytest.raises(ValueError, match=f"last.pt was trained with {message}"):
+            load_together([checkpoints[0], other], CPU)
+
+
 def test_one_checkpoint_twice_is_refused_and_one_alone_is_itself(checkpoints: list[Path], tmp_path: Path) -> None:
     (tmp_path / "link.pt").symlink_to(checkpoints[0])
     with pytest.raises(ValueError, match=r"link\.pt twice"):

@@ -91,8 +91,9 @@ def test_the_first_layer_is_no_kernel_whatever_the_channels(model: str) -> None:
 
 
 @pytest.mark.parametrize("out", [4, 60])  # wide and tall matrices
-def test_a_step_worked_out_by_hand(out: int) -> None:
-    kernel = nn.Parameter(torch.randn(out, 2, 3, 3, 3))
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_a_step_worked_out_by_hand(out: int, layout: torch.memory_format) -> None:
+    kernel = nn.Parameter(torch.randn(out, 2, 3, 3, 3).to(memory_format=layout))
     before, gradient = kernel.detach().clone(), torch.randn_like(kernel)
     optimizer = Muon(split_kernels([{"params": [kernel], "lr": 0.01, "lr_scale": 1.0}]), weight_decay=0.5)
     for group in optimizer.param_groups:

@@ -109,6 +109,14 @@ def test_gated_cross_entropy_divides_by_all_voxels() -> None:
     assert gated_cross_entropy(logits, target, gate).item() == pytest.approx(by_hand.item())
 
 
+def test_fixmatch_trains_every_weight_under_autocast() -> None:
+    """Casts that autocast made without a graph must not be taken for those with one: torch 2.6 did."""
+    method = small_method("fixmatch")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        method(random_batch(), 3).total().backward()
+    assert [name for name, weight in method.student.named_parameters() if weight.grad is None] == []
+
+
 def test_fixmatch_feature_stream_changes_the_loss_and_keeps_the_mean_of_features() -> None:
     plain, perturbed = small_method("fixmatch"), small_method("fixmatch", feature_perturbation=True)
     assert term(plain, "consistency").item() != term(perturbed, "consistency").item()

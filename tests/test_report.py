@@ -17,6 +17,7 @@ from conftest import BallSource
 from helpers_runs import small_trainer
 from matplotlib import image as pictures
 
+from dataloaders.base import Volume
 from myutils.overlay import OverlayCase
 from myutils.report import draw_run, evaluate_run, result_checkpoint
 
@@ -72,6 +73,30 @@ def test_predictions_of_cases_no_longer_scored_are_removed(
     assert f"{predictions}: removed label maps of cases that are no longer scored: 'ball04.nii.gz'" in caplog.text
     (folder / "test" / "cases.csv").write_bytes(b"case,class\n\xff\x00")  # of a machine that crashed
     evaluate_run(folder, source, ["ball05"], CPU)
+
+
+def test_a_damaged_test_case_does_not_take_the_others_scores(
+    trained: tuple[Path, BallSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, source = trained
+    evaluate_run(folder, source, ["ball04", "ball05"], CPU)
+    load = source.load
+
+    def damaged(case_id: str, *, with_label: bool) -> Volume:
+        if case_id == "ball04":
+            raise ValueError("case ball04: damaged")
+        return load(case_id, with_label=with_label)
+
+    monkeypatch.setattr(source, "load", damaged)
+    with pytest.raises(ValueError, match=r"1 of 3 cases cannot be scored: .*cases\.csv holds the others"):
+        evaluate_run(folder, source, ["ball03", "ball04", "ball05"], CPU)
+    with (folder / "test" / "cases.csv").open(newline="") as file:
+        assert {row["case"] for row in csv.DictReader(file)} == {"ball03", "ball05"}
+    assert not (folder / "test" / "summary.json").exists()
+    found = {path.name for path in (folder / "test" / "predictions").glob("ball*")}
+    assert found == {"ball03.nii.gz", "ball05.nii.gz"}
+    monkeypatch.undo()
+    evaluate_run(folder, source, ["ball04", "ball05"], CPU)  # as the tests after this one expect
 
 
 def test_draw_run_shows_a_run_and_its_baseline(trained: tuple[Path, BallSource], tmp_path: Path) -> None:

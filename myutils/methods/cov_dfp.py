@@ -135,7 +135,7 @@ class CovarianceFeaturePools(MeanTeacher):
             correlation = correlation_consistency(features_l, features_u, known_l, known_u)
             features = parts.student.features.float()
             side = [min(_REGION, size) for size in features.shape[2:]]
-            regions = functional.avg_pool3d(features, side).movedim(1, -1).flatten(0, 3)
+            regions = functional.avg_pool3d(features, side, ceil_mode=True).movedim(1, -1).flatten(0, 3)
             target = self.pool.nearest_pools(regions)
             named = self.selector(self.pool.standardise(regions.detach()))  # (R, J)
             compact, separation = self.pool.pool_losses(all_rows(regions), all_rows(named.argmax(1)))

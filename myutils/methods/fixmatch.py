@@ -35,6 +35,7 @@ class FixMatch(Method):
         labeled = len(batch.image_l)
         with torch.no_grad():
             weak = self.student(batch.image_u)
+        torch.clear_autocast_cache()  # of casts without a graph: torch 2.6 takes them for the pass below too
         target = pseudo_labels(weak.logits)
         gate = (target.confidence > self.config.confidence_threshold).float()
         views = self.views_at(step)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import os
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,6 +96,70 @@ def test_a_label_map_tells_of_its_checkpoint_and_is_not_mixed_with_those_of_anot
     for name in ("ball00", "ball01"):
         said = f"sha256 {both} run1/last.pt run2/last.pt"
         assert nib.load(out / f"{name}.nii.gz").header["descrip"].item().decode() == said
+
+
+def test_what_lies_in_the_folder_is_not_taken_for_another_scans(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cohort, out = write_cohort(tmp_path / "balls", cases=2, labeled=2), tmp_path / "out"
+    run = trained_run(cohort, tmp_path / "run", method="supervised", labelnum=1)
+    command = ["--checkpoint", str(run), "--output", str(out), "--existing", "keep", "--input"]
+    assert predict_3d.main([*command, str(cohort / "images")]) == 0
+    image: Any = nib.load(cohort / "images" / "ball00.nii.gz")
+    (tmp_path / "other").mkdir()
+    for voxels, affine in ((np.asarray(image.dataobj)[:-2], image.affine), (image.dataobj, 2 * image.affine)):
+        nib.save(nib.Nifti1Image(voxels, affine), tmp_path / "other" / "ball00.nii.gz")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as refusal:
+            predict_3d.main([*command, str(tmp_path / "other")])
+        assert refusal.value.code == 2
+        assert "ball00.nii.gz has another shape or place than" in capsys.readouterr().err
+    damaged = bytearray((out / "ball00.nii.gz").read_bytes())
+    (out / "ball00.nii.gz").write_bytes(damaged[:20])  # says nothing, and stays
+    header = nib.load(out / "ball01.nii.gz").header.copy()
+    header["datatype"] = 9999
+    (out / "ball01.nii.gz").unlink()
+    (out / "ball01.nii.gz").write_bytes(gzip.compress(header.binaryblock + bytes(4)))
+    assert predict_3d.main([*command, str(cohort / "images")]) == 0
+    assert "2 of 2 scans are done already" in capsys.readouterr().err
+
+
+def test_probabilities_go_with_the_label_map_that_they_belong_to(tmp_path: Path) -> None:
+    cohort, out = write_cohort(tmp_path / "balls", cases=2, labeled=2), tmp_path / "out"
+    run = trained_run(cohort, tmp_path / "run", method="supervised", labelnum=1)
+    command = ["--checkpoint", str(run), "--input", str(cohort / "images"), "--output", str(out)]
+    assert predict_3d.main([*command, "--probabilities"]) == 0
+    (out / "ball01_prob.nii.gz").write_bytes(b"the user's own")
+    assert predict_3d.main([*command, "--existing", "replace"]) == 0
+    assert {path.name for path in out.iterdir()} == {"ball00.nii.gz", "ball01.nii.gz", "ball01_prob.nii.gz"}
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("place", ["load_together", "segment"])
+def test_a_stopped_prediction_ends_with_130(
+    stop: signal.Signals,
+    place: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cohort, out = write_cohort(tmp_path / "balls", cases=2, labeled=2), tmp_path / "out"
+    run = trained_run(cohort, tmp_path / "run", method="supervised", labelnum=1)
+
+    def killed(*_: object) -> None:
+        os.kill(os.getpid(), stop)
+        time.sleep(5)  # the signal is seen at once
+
+    monkeypatch.setattr(predict_3d, place, killed)
+    command = ["--checkpoint", str(run), "--input", str(cohort / "images"), "--output", str(out)]
+    try:
+        code = predict_3d.main(command)
+    except SystemExit as refusal:
+        code = refusal.code
+    assert code == 130
+    assert ("stopped before the first case" if place == "load_together" else "stopped; the label maps in") in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_part_that_is_left_out_is_named_unless_it_is_a_speck(caplog: pytest.LogCaptureFixture) -> None:
