@@ -50,7 +50,8 @@ def main() -> None:
         sys.stdout.write(f"{path}, {len(usual)} cases\n")
         for name, found in scores.items():
             gap = np.array(found) - usual
-            sys.stdout.write(f"  {name:16s}{np.mean(found):8.2f}{gap.mean():+8.2f} +- {gap.std():.2f}\n")
+            spread = gap.std(ddof=1) if len(gap) > 1 else 0.0
+            sys.stdout.write(f"  {name:16s}{np.mean(found):8.2f}{gap.mean():+8.2f} +- {spread:.2f}\n")
 
 
 def parse() -> argparse.Namespace:

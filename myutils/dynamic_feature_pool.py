@@ -20,6 +20,7 @@ from myutils.prototype_losses import class_membership, inter_class_loss, mean_ov
 from myutils.prototype_memory import unit_vectors
 
 _SMALLEST_DEVIATION = 1e-6
+_NOTHING = 1e-4  # of what lies along a class's first pattern, and is rounding
 
 
 class Moments(NamedTuple):
@@ -87,7 +88,8 @@ class DynamicFeaturePool(nn.Module):
         count: Features held per class (K,).
         cursor: Slot that the next feature of a class takes (K,).
         centres: Centre of each pool (J, E), of standardised features turned to its pattern's side.
-        anchors: Leading patterns per class (K, A, E), orthonormal, pointing to the class's side.
+        anchors: Leading patterns per class (K, A, E), orthonormal, pointing to the class's side; zero beyond as many as
+            its features span.
         class_mean: Mean of each class's features (K, E), averaged over rebuilds.
         class_second: Their second moments (K, E, E), averaged over rebuilds.
         sizes: Features that each pool got when it was built (J,).
@@ -201,8 +203,11 @@ class DynamicFeaturePool(nn.Module):
         self.class_mean[class_id], self.class_second[class_id] = mean, second
         crossed = mean[:, None] * self.mean
         moved = second - crossed - crossed.T + self.mean[:, None] * self.mean  # about the mean of all classes
-        anchors = leading_patterns(moved / (self.deviation[:, None] * self.deviation), self.anchors.shape[1])  # (A, E)
-        self.anchors[class_id] = anchors * side_of(anchors @ self.standardise(mean))[:, None]
+        standard = moved / (self.deviation[:, None] * self.deviation)
+        anchors = leading_patterns(standard, self.anchors.shape[1])  # (A, E)
+        along = ((anchors @ standard) * anchors).sum(1)  # (A,): none where fewer features span fewer directions
+        sides = side_of(anchors @ self.standardise(mean)) * (along > _NOTHING * along.amax())
+        self.anchors[class_id] = anchors * sides[:, None]
 
     def standardise(self, features: Tensor) -> Tensor:
         """Features (N, E) in the coordinates of patterns, centres and anchors."""
@@ -218,7 +223,8 @@ class DynamicFeaturePool(nn.Module):
         units = unit_vectors(self.standardise(features))
         member = class_membership(class_labels, self.num_classes)  # (K, N)
         known = class_labels.clamp(0, self.num_classes - 1)
-        nearest = torch.einsum("ne,nae->na", units, self.anchors[known]).amax(1)  # (N,)
+        cosines = torch.einsum("ne,nae->na", units, self.anchors[known])  # (N, A)
+        nearest = cosines.where(self.anchors.any(2)[known], -1.0).amax(1)  # (N,)
         counts = member.sum(1)
         means = member.to(nearest) @ (1.0 - nearest) / counts.clamp(min=1)  # (K,)
         return mean_over(means, (counts > 0) & self.anchors.any(2).any(1))

@@ -157,6 +157,19 @@ def test_anchor_loss_equals_the_naive_loop_and_moves_features() -> None:
     assert (features.grad[:5].abs().sum(1) > 0).all() and (features.grad[5] == 0).all()
 
 
+def test_two_features_span_two_anchors() -> None:
+    """Further eigenvectors are arbitrary, and rounding would choose what features are pulled toward."""
+    pool = make_pool(num_anchors=4)
+    torch.manual_seed(1)
+    pool.push(torch.cat([torch.randn(2, 5), 3 + torch.randn(40, 5)]), torch.tensor([0] * 2 + [1] * 40))
+    pool.rebuild()
+    assert pool.anchors.any(2).sum(1).tolist() == [2, 4]
+    standard = pool.standardise(pool.stored()[0][:2])
+    assert torch.allclose(standard @ pool.anchors[0].T @ pool.anchors[0], standard, atol=1e-4)
+    away = (-pool.anchors[0].sum(0) * pool.deviation + pool.mean)[None]  # behind both: no zero anchor is nearer
+    assert pool.anchor_loss(away, torch.tensor([0])).item() == pytest.approx(1 + 0.5**0.5, abs=1e-4)
+
+
 def test_pool_losses_by_hand() -> None:
     pool = make_pool(num_pools=2)
     pool.sizes.fill_(1)
