@@ -33,7 +33,7 @@ from nibabel import Nifti1Header
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dataloaders.geometry import reason_of, states_orientation
+from dataloaders.geometry import READ_ERRORS, reason_of, states_orientation
 from dataloaders.orientation import note_stored_axes, stated_axes
 from myutils.build import kept_parts
 from myutils.checkpoint import InferenceBundle
@@ -192,7 +192,7 @@ def _header_of(scan: Scan) -> Nifti1Header | None:
     """A scan's header; None of a DICOM series, and of a file that cannot be read, which is named in its turn."""
     try:
         return scan.header()
-    except SCAN_ERRORS:
+    except READ_ERRORS:
         return None
 
 

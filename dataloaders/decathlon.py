@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 
 from dataloaders.base import SOURCES, Grid, lookup_case
-from dataloaders.case_lists import CHANNEL_SUFFIX, NIFTI_SUFFIXES, refuse_broken_links, some, strip_nifti_suffix
+from dataloaders.case_lists import (
+    CHANNEL_SUFFIX,
+    NIFTI_SUFFIXES,
+    is_nifti,
+    refuse_broken_links,
+    some,
+    strip_nifti_suffix,
+)
 from dataloaders.class_names import (
     choose_modality,
     fit_class_names,
@@ -104,9 +111,9 @@ def training_cases(root: Path, content: dict[str, Any]) -> CaseTable:
         if name in cases:
             raise ValueError(f"{root / 'dataset.json'} lists case {name!r} twice; remove one entry")
         cases[name] = (files, root / label if label else None)
-    known = {path for files, _ in cases.values() for path in files}
-    unlisted = [name for name, path in list_nifti(root / "imagesTr").items() if path not in known]
-    if unlisted:
+    known = {strip_nifti_suffix(path.name) for files, _ in cases.values() for path in files}
+    found = (path.name for path in sorted((root / "imagesTr").glob("[!.]*")) if is_nifti(path.name))
+    if unlisted := [name for name in map(strip_nifti_suffix, found) if name not in known]:
         warn_once(
             logger,
             f"images of {root / 'imagesTr'} that dataset.json does not list are left out ({len(unlisted)}): "

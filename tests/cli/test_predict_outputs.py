@@ -122,6 +122,9 @@ def test_what_lies_in_the_folder_is_not_taken_for_another_scans(
     (out / "ball01.nii.gz").write_bytes(gzip.compress(header.binaryblock + bytes(4)))
     assert predict_3d.main([*command, str(cohort / "images")]) == 0
     assert "2 of 2 scans are done already" in capsys.readouterr().err
+    (tmp_path / "other" / "ball00.nii.gz").write_bytes(b"rubbish")  # a scan that cannot be read is named in its turn
+    assert predict_3d.main([*command[:-1], "--probabilities", "--input", str(tmp_path / "other")]) == 1
+    assert "ball00.nii.gz: skipped" in capsys.readouterr().err
 
 
 def test_probabilities_go_with_the_label_map_that_they_belong_to(tmp_path: Path) -> None:
