@@ -52,7 +52,8 @@ def describe(trainer: Trainer) -> None:
         steps = f"{state.step} to {trainer.max_iteration}, batch {config.batch_size} ({trainer.labeled_bs} labelled)"
         patch = "x".join(map(str, config.patch_size or ()))
         logger.info("steps: %s, patch %s, autocast %s", steps, patch, trainer.amp)
-        axes = "XYZ" if config.orientation == "ras" else ("the first", "the second", "the third stored axis")
+        stored = [f"the {number} stored axis" for number in ("first", "second", "third")]
+        axes = "XYZ" if config.orientation == "ras" else stored
         mirrored = " and ".join(axes[axis] for axis in config.flip_axes or ()) or "no axis"
         logger.info("patches are mirrored along %s (--flip_axes)", mirrored)
     logger.info("run: %s", trainer.folder)

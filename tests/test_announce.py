@@ -42,3 +42,19 @@ def test_settings_that_cannot_have_their_effect_are_named(
         describe(trainer)
     assert len(caplog.messages) == (words is not None)
     assert words is None or words in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"flip_axes": (0, 2), "orientation": "ras"}, "mirrored along X and Z (--flip_axes)"),
+        ({"flip_axes": (1,), "orientation": "stored"}, "mirrored along the second stored axis (--flip_axes)"),
+        ({"flip_axes": (), "orientation": "ras"}, "mirrored along no axis (--flip_axes)"),
+    ],
+)
+def test_the_axes_that_patches_are_mirrored_along_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], words: str
+) -> None:
+    with caplog.at_level(logging.INFO):
+        describe(small_trainer(BallSource(), tmp_path, **settings))
+    assert f"patches are {words}" in caplog.text

@@ -17,7 +17,13 @@ import evaluate_3d
 from dataloaders.base import Grid
 from dataloaders.orientation import note_stored_axes
 from dataloaders.splits import SplitRequest, TrainingSplit
-from myutils.evaluation_cases import choose_cases, is_training_data, warn_if_moved, warn_of_stored_axes
+from myutils.evaluation_cases import (
+    choose_cases,
+    is_training_data,
+    require_match,
+    warn_if_moved,
+    warn_of_stored_axes,
+)
 
 
 class Pairs(BallSource):
@@ -51,6 +57,19 @@ def test_data_that_lost_a_training_scan_keep_the_lists_of_the_checkpoint(
     assert choose_cases(source, bundle, "test") == ("ball05",)
     config.dataset_path = tmp_path / "elsewhere"
     assert not is_training_data(source, bundle)
+
+
+def test_other_names_of_the_classes_are_named_and_other_numbers_refused(caplog: pytest.LogCaptureFixture) -> None:
+    source = BallSource()
+    facts = {"in_channels": 1, "num_classes": 3, "class_names": ("background", "core", "ball")}
+    require_match(source, SimpleNamespace(**facts))
+    assert "class names differ: background, ball, core in the data, background, core, ball in" in caplog.text
+    for name, message in (
+        ("in_channels", "1 image channels, the checkpoint was trained on 2"),
+        ("num_classes", "3 cl"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            require_match(source, SimpleNamespace(**(facts | {name: facts[name] + 1})))
 
 
 def test_other_cases_of_training_patients_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
