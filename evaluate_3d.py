@@ -43,7 +43,7 @@ from myutils.build import build_source, kept_parts
 from myutils.checkpoint import InferenceBundle
 from myutils.components import name_kept_parts
 from myutils.config import RunConfig
-from myutils.distributed import barrier, is_main_rank, start_process_group, stop_process_group
+from myutils.distributed import is_main_rank, start_process_group, stop_process_group
 from myutils.ensemble import load_together
 from myutils.evaluation import (
     CaseResult,
@@ -235,7 +235,6 @@ def run(job: Job) -> None:
         warn_of_stored_axes(job.source, job.case_ids, bundle)
     about = folder / ABOUT
     is_new = not about.exists()
-    barrier()
     if is_main_rank():
         write_summary_json(about, about_job(job))
     try:

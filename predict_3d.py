@@ -171,15 +171,16 @@ def without_done(job: Job) -> Job:
             f"{others[0]}, and {len(others) - 1} more, come from another checkpoint, as their headers say; pass that "
             "one, another --output, or --existing replace"
         )
+    done = set(there)
     for scan, paths in outputs.items():
-        header = _header_of(scan) if job.keeps_files else None
-        strangers = [] if header is None else [path for path in paths if path.exists() and lies_elsewhere(path, header)]
+        kept = [path for path in paths if path in done]
+        header = _header_of(scan) if kept else None
+        strangers = [] if header is None else [path for path in kept if lies_elsewhere(path, header)]
         if strangers:
             raise ValueError(
                 f"{strangers[0]} has another shape or place than {scan.path}: it is of another scan of this name; pass "
                 "another --output, or --existing replace"
             )
-    done = set(there)
     left = [scan for scan, paths in outputs.items() if not done.issuperset(paths)]
     if there:
         logger.info("%d of %d scans are done already", len(job.scans) - len(left), len(job.scans))

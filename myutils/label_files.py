@@ -96,8 +96,9 @@ def lies_elsewhere(path: Path, header: nib.Nifti1Header) -> bool:
         shape, affine = image.shape[:3], image.affine
     except READ_ERRORS:
         return False
-    wanted, voxel = header.get_best_affine(), float(voxel_sizes(header.get_best_affine()).min())
-    return shape != header.get_data_shape()[:3] or not np.allclose(affine, wanted, rtol=0, atol=GRID_TOLERANCE * voxel)
+    wanted = header.get_best_affine()
+    tolerance = GRID_TOLERANCE * float(voxel_sizes(wanted).min())
+    return shape != header.get_data_shape()[:3] or not np.allclose(affine, wanted, rtol=0, atol=tolerance)
 
 
 def _said_origin(path: Path) -> list[str] | None:
