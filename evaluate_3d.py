@@ -74,7 +74,7 @@ logger = logging.getLogger("evaluate")
 
 ABOUT = "evaluation.json"  # whose results a folder holds, written before the first of them
 DATA = "data"
-DATA_SETTINGS = ("dataset_name", "dataset_path", "num_classes", "voxel_size", "cache_dir")
+DATA_SETTINGS = ("dataset_name", "dataset_path", "num_classes", "patient_pattern", "voxel_size", "cache_dir")
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,9 @@ class EvaluateFlags(InferenceFlags):
     )
     voxel_size: tuple[float, float, float] | None = option(
         None, help="voxel size in mm for formats that store none (LA); else the checkpoint's", group=DATA
+    )
+    patient_pattern: str | None = option(
+        None, help="regular expression: the patient in a case id, '' for none; else the checkpoint's", group=DATA
     )
     cache_dir: Path | None = option(None, help="folder for data made once (demo); else the checkpoint's", group=DATA)
 

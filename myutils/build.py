@@ -15,6 +15,7 @@ from dataloaders.base import SOURCES, CaseSource, Volume
 from dataloaders.case_cache import CaseCache, CaseStore
 from dataloaders.case_lists import read_case_list, some
 from dataloaders.checked_cases import require_sound
+from dataloaders.patients import name_patients
 from dataloaders.preprocess import Preprocess
 from dataloaders.transforms import AugmentOptions
 from myutils.components import survey_parts
@@ -79,9 +80,11 @@ class DataFacts:
 
 
 def build_source(config: RunConfig) -> CaseSource:
-    """The case source that ``--dataset_name`` and ``--dataset_path`` name."""
+    """The case source that ``--dataset_name`` and ``--dataset_path`` name; its patients are ``--patient_pattern``'s."""
     source = SOURCES.get(config.dataset_name).from_options(config.source_options())
     require_sound(source)
+    if config.patient_pattern:
+        name_patients(source, config.patient_pattern)
     return source
 
 

@@ -48,6 +48,9 @@ class RunConfig:
     ct_range: tuple[float, float] | None = option(
         None, "clip CT to these values, low and high (HU); else to those of the labelled structures", group=DATA
     )
+    patient_pattern: str | None = option(
+        None, "regular expression that finds the patient in a case id; else what the data say", group=DATA
+    )
     voxel_size: Spacing | None = option(None, "voxel size in mm if files store none; else usual ones", group=DATA)
     spacing: Spacing | None = option(None, "resample images to this voxel size in mm; else none", group=DATA)
     orientation: str | None = option(
@@ -79,10 +82,7 @@ class RunConfig:
     )
     uncertainty_passes: int = option(8, "noisy teacher passes of ua_mt", low=2, group=METHOD)
     feature_perturbation: bool | None = option(
-        None,
-        "drop each encoder channel by a coin: mean_teacher for the strong views, fixmatch in a stream of its own; "
-        "else on for best",
-        group=METHOD,
+        None, "drop encoder channels by a coin, in strong views or fixmatch's stream; else on for best", group=METHOD
     )
     decoders: int = option(2, "decoders of mc_net", low=2, group=METHOD)
     warmup_iteration: int | None = option(
@@ -221,11 +221,7 @@ class RunConfig:
         None, "average over all mirrored inputs (flip_axes); else on for best", group=EVALUATION
     )
     tta_views: int = option(
-        1,
-        "average over this many views of the input, all but one turned, scaled and mirrored",
-        low=1,
-        high=64,
-        group=EVALUATION,
+        1, "average over so many views, all but one turned, scaled and mirrored", low=1, high=64, group=EVALUATION
     )
     largest_component: bool | None = option(
         None, "keep the largest part of every class; else of those in one part in all labels", group=EVALUATION

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"--ct_range {ct_range[0]:g} {ct_range[1]:g}: the low value must be below the high one, both finite"
         )
+    try:
+        re.compile(settings["patient_pattern"] or "")
+    except re.error as error:
+        raise ValueError(f"--patient_pattern {settings['patient_pattern']!r}: no regular expression: {error}") from None
     axes = settings["flip_axes"] or ()
     if not set(axes) <= {0, 1, 2} or len(set(axes)) != len(axes):
         raise ValueError(f"--flip_axes {' '.join(map(str, axes))}: axes are 0, 1 and 2, each at most once")

@@ -9,7 +9,9 @@ import pytest
 from listed_cases import IDS, ListedCases, write_list
 
 from dataloaders.case_lists import order_key
+from dataloaders.patients import PatientsByName, name_patients
 from dataloaders.splits import SplitRequest, make_test_ids, make_training_split
+from myutils.config import RunConfig
 
 
 class PairsOfCases(ListedCases):
@@ -91,3 +93,31 @@ def test_the_seed_orders_patients_by_their_first_case(seed: int) -> None:
     labeled = next(case_id for case_id in firsts if case_id != "case08")  # case08 has no label
     assert split.labeled == (labeled, f"case{int(labeled[-2:]) + 1:02d}")
     assert list(split.unlabeled[::2]) == [case_id for case_id in firsts if case_id != labeled]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "patient"),
+    [("^[^_]+", "P012"), (r"P(\d+)_", "012"), (r"^(?:P\d+)", "P012"), ("_20..$", "_2019")],
+)
+def test_a_pattern_finds_the_patient_in_a_name(pattern: str, patient: str) -> None:
+    assert PatientsByName(pattern)("P012_2019") == patient
+
+
+def test_a_pattern_keeps_scans_of_a_patient_together() -> None:
+    source, together = ListedCases(), set(IDS[:5])
+    name_patients(source, "case0(?=[0-4])|case0[5-9]")  # the first five are of one patient
+    tested = set()
+    for seed in range(8):
+        request = SplitRequest(labelnum=1, seed=seed)
+        split = make_training_split(source, request)
+        trained, test = {*split.labeled, *split.unlabeled}, make_test_ids(source, request, split)
+        assert together <= trained or (together.isdisjoint(trained) and together == set(test))
+        tested.add(together == set(test))
+    assert tested == {True, False}
+
+
+def test_a_pattern_that_leaves_a_case_without_a_patient_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--patient_pattern 'case0\[0-8\]': finds no patient in 'case09'; pass one"):
+        name_patients(ListedCases(), "case0[0-8]")
+    with pytest.raises(ValueError, match=r"--patient_pattern '\(case': no regular expression: missing \)"):
+        RunConfig(patient_pattern="(case")
