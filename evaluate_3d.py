@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     job = start(EvaluateFlags, prepare, argv, prog="evaluate_3d.py", usage=usage, doc=__doc__)
     try:
         run(job)
-    except (ValueError, OSError, MemoryError, torch.cuda.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         logger.error("error: %s", error)
         return 1
     except KeyboardInterrupt:

@@ -78,7 +78,7 @@ def train(parser: SuggestingParser, given: dict[str, Any]) -> int:
     """The job that the flags describe; exit codes as in ``main``."""
     try:
         trainer = prepare(given)
-    except (ValueError, OSError, MemoryError, torch.cuda.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         stop_process_group()
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -90,7 +90,7 @@ def train(parser: SuggestingParser, given: dict[str, Any]) -> int:
     except NonFiniteLossError as error:
         logger.error("error: %s", error)
         return 1
-    except (ValueError, OSError, MemoryError, torch.cuda.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         logger.error("error: %s\n%s", short_message(error), how_to_go_on(trainer))
         return 1
     except (TrainingInterrupted, KeyboardInterrupt) as stop:

@@ -81,12 +81,12 @@ class TrainingDefaults:
     Attributes:
         patch_size: Size of a training patch in voxels, cut down to the cases; None for one that fits them.
         max_iteration: Number of training steps.
-        labelnum: Number of labelled cases.
+        labelnum: Number of labelled cases; None for all that have a label and are not for the test.
     """
 
     patch_size: tuple[int, int, int] | None = None
     max_iteration: int = 6000
-    labelnum: int = 8
+    labelnum: int | None = None
 
 
 class CaseSource(ABC):

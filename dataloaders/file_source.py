@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dataloaders.base import CaseSource, Grid, SourceOptions, TrainingDefaults, Volume, lookup_case, require_root
+from dataloaders.base import CaseSource, Grid, SourceOptions, Volume, lookup_case, require_root
 from dataloaders.case_lists import some
 from dataloaders.geometry import Spacing, nifti_channels, nifti_grid, read_label, read_nifti
 
@@ -39,7 +39,6 @@ class FileSource(CaseSource):
         labels: Label file per case id, for the cases that have one.
     """
 
-    defaults = TrainingDefaults(labelnum=4)
     format_name: str
     root: Path
     images: dict[str, Any]

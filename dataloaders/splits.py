@@ -27,7 +27,7 @@ class SplitRequest:
     """What the flags say about splits.
 
     Attributes:
-        labelnum: Number of labelled cases, validation included; not used with ``labeled_list``.
+        labelnum: Number of labelled cases, validation included; None for all, not used with ``labeled_list``.
         val_num: How many of them, the last ones, are for validation; not used with ``val_list``.
         seed: Orders the cases where the data bring no train list.
         train_list: File of training ids, labelled or not.
@@ -36,7 +36,7 @@ class SplitRequest:
         test_list: File of test ids.
     """
 
-    labelnum: int
+    labelnum: int | None
     val_num: int = 0
     seed: int = 0
     train_list: Path | None = None
@@ -211,8 +211,8 @@ def of_patients(source: CaseSource, ids: Iterable[str], others: Iterable[str]) -
     return [case_id for case_id in ids if source.patient(case_id) in patients]
 
 
-def _first_labeled(source: CaseSource, pool: Sequence[str], labelnum: int) -> list[str]:
-    """The first ``labelnum`` ids of the pool that have a label."""
+def _first_labeled(source: CaseSource, pool: Sequence[str], labelnum: int | None) -> list[str]:
+    """The first ``labelnum`` ids of the pool that have a label, or all."""
     known = set(source.labeled_ids())
     labeled = [case_id for case_id in pool if case_id in known]
     left = len(known) - len(labeled)
@@ -220,7 +220,7 @@ def _first_labeled(source: CaseSource, pool: Sequence[str], labelnum: int) -> li
     if not labeled:
         how = "add labels, or name those to train on in --labeled_list, then without a test" if left else "add labels"
         raise ValueError(f"{_name(source)} has no labelled training case{others}; {how}")
-    if not 1 <= labelnum <= len(labeled):
+    if labelnum is not None and not 1 <= labelnum <= len(labeled):
         raise ValueError(
             f"--labelnum {labelnum}: {_name(source)} has {len(labeled)} labelled training cases{others}; "
             f"pass a value in 1..{len(labeled)}"

@@ -17,6 +17,7 @@ from dataloaders.case_lists import read_case_list, some
 from dataloaders.checked_cases import require_sound
 from dataloaders.patients import name_patients
 from dataloaders.preprocess import Preprocess
+from dataloaders.splits import make_training_split
 from dataloaders.transforms import AugmentOptions
 from myutils.components import survey_parts
 from myutils.config import RunConfig, required
@@ -101,6 +102,9 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
     defaults = source.defaults
     base_lr, weight_decay = OPTIMIZER_DEFAULTS[config.optimizer]
     labelnum = config.labelnum if config.labelnum is not None else defaults.labelnum
+    if labelnum is None:
+        split = make_training_split(source, config.split_request())
+        labelnum = len(split.labeled) + len(split.val) * (config.val_list is None)
     listed = labelnum if config.labeled_list is None else len(read_case_list(config.labeled_list))
     method = METHODS.get(config.method)
     labeled_bs = config.labeled_bs or max(1, config.batch_size // 2)

@@ -29,7 +29,12 @@ class RunConfig:
     cache_gb: float = option(
         0.0, "GB in cache_dir for prepared images, shared by processes and runs; 0: memory only", low=0, group=DATA
     )
-    labelnum: int | None = option(None, "labelled training cases, validation cases included", low=1, group=DATA)
+    labelnum: int | None = option(
+        None,
+        "labelled training cases, validation cases included; else LA 8, ACDC 14, demo 4, others all",
+        low=1,
+        group=DATA,
+    )
     val_num: int = option(
         0, "labelled cases held out to choose best.pt; 0: the last checkpoint counts", low=0, group=DATA
     )
@@ -160,7 +165,7 @@ class RunConfig:
     separation_weight: float = option(0.01, "weight of separation between pools", low=0, group=DFP)
     consistency_o: float = option(0.05, "weight of the correlation consistency after ramp-up", low=0, group=DFP)
 
-    max_iteration: int | None = option(None, "training steps", low=1, group=OPTIMISATION)
+    max_iteration: int | None = option(None, "training steps; else 6000, demo 480", low=1, group=OPTIMISATION)
     batch_size: int = option(4, "patches per step, over all ranks", low=1, group=OPTIMISATION)
     labeled_bs: int | None = option(None, "of these labelled, below batch_size; else half", low=1, group=OPTIMISATION)
     optimizer: str = option(
@@ -244,7 +249,7 @@ class RunConfig:
     def split_request(self) -> SplitRequest:
         """What the splits need of this configuration."""
         return SplitRequest(
-            labelnum=required(self.labelnum, "labelnum"),
+            labelnum=self.labelnum,
             val_num=self.val_num,
             seed=self.seed,
             train_list=self.train_list,

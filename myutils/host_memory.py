@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 _LARGEST_KEPT = 1 << 30  # bytes; a larger block is mapped on its own and given back when it is freed
 
@@ -36,7 +38,7 @@ def keep_freed_blocks() -> bool:
 
 @contextmanager
 def named_shortages() -> Iterator[None]:
-    """Say what to do where memory ran out, in this process or in a loader's worker; torch notices that anywhere.
+    """Say what to do where memory ran out, a GPU's, this process's or a loader's worker's; torch notices that anywhere.
 
     Raises:
         ChildProcessError, MemoryError: In the place of torch's RuntimeErrors.
@@ -50,6 +52,9 @@ def named_shortages() -> Iterator[None]:
                 f"{reason} The memory, or the shared memory (/dev/shm; docker run --shm-size 8g), may be full: pass "
                 "fewer --num_workers, or --cache_gb for one copy of the cases in all of them"
             ) from error
-        if "DefaultCPUAllocator" in reason:
-            raise MemoryError(f"{reason}; a smaller --patch_size or --batch_size takes less memory") from error
+        if "DefaultCPUAllocator" in reason or isinstance(error, torch.OutOfMemoryError):
+            raise MemoryError(
+                f"{reason}; a resume needs as much: a smaller --patch_size or --batch_size in a new --exp takes less, "
+                "and so does --checkpoint_activations"
+            ) from error
         raise

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from conftest import BallSource
 from helpers_runs import small_config
+from listed_cases import IDS, ListedCases, write_list
 
+from dataloaders.splits import make_training_split
 from dataloaders.transforms import AugmentOptions
 from myutils.build import DataFacts, build_augmentation, build_inference, build_network, resolve_config
 from myutils.config import RunConfig
@@ -123,6 +125,17 @@ def test_resolved_config_takes_the_data_sets_defaults() -> None:
     assert config.use_contrastive_prototype is True and config.baseline is False
     assert config.exp == "decathlon_mean_teacher_2labels_seed0"
     assert resolve_config(RunConfig(method="supervised"), BallSource()).use_contrastive_prototype is False
+
+
+def test_by_default_no_label_of_own_data_is_left_unused(tmp_path: Path) -> None:
+    assert ListedCases.defaults.labelnum is None
+    assert resolve_config(RunConfig(), ListedCases()).labelnum == 7  # of 8, one for the test
+    assert resolve_config(RunConfig(val_num=2), ListedCases()).labelnum == 7  # as in the flag, with these
+    listed = write_list(tmp_path / "v.list", IDS[0])
+    config = resolve_config(RunConfig(val_list=listed), ListedCases(test=[IDS[7]]))
+    assert (config.labelnum, config.exp) == (6, "demo_mean_teacher_6labels_seed0")
+    split = make_training_split(ListedCases(test=[IDS[7]]), config.split_request())
+    assert (len(split.labeled), len(split.unlabeled), split.val) == (6, 2, (IDS[0],))
 
 
 def test_unknown_method_gets_a_hint() -> None:

@@ -72,5 +72,7 @@ def test_a_shortage_of_memory_is_named_with_what_to_do() -> None:
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
     with pytest.raises(MemoryError, match=r"allocate 4000.* bytes.*--patch_size"), named_shortages():
         torch.empty(10**15)
+    with pytest.raises(MemoryError, match=r"CUDA out of memory.*a new --exp"), named_shortages():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     with pytest.raises(RuntimeError, match=r"^another$"), named_shortages():
         raise RuntimeError("another")
