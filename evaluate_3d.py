@@ -13,7 +13,7 @@ The same data set in another folder, its validation cases, or another data set w
 Several checkpoints, with the settings of the first; their probabilities are averaged, a training case of any is no test
 case::
 
-    python evaluate_3d.py --checkpoint runs/seed*/last.pt
+    python evaluate_3d.py --checkpoint runs/LA_best_8labels_seed*/last.pt
 
 Several processes share the cases out, on one machine or many::
 

@@ -4,7 +4,7 @@ A NIfTI file, a folder of them, a DICOM series' folder, or a folder of such fold
 
     python predict_3d.py --checkpoint runs/la8/best.pt --input scan.nii.gz --output predicted
     python predict_3d.py --checkpoint runs/la8/best.pt --input scans --output predicted --probabilities
-    python predict_3d.py --checkpoint runs/seed*/last.pt --input scans --output predicted
+    python predict_3d.py --checkpoint runs/LA_best_8labels_seed*/last.pt --input scans --output predicted
 
 Several checkpoints, such as runs of several seeds, segment together: their probabilities are averaged, the settings are
 those of the first.
