@@ -100,7 +100,7 @@ def fitting_patch(
         x, y, z = (min(side, max(2 * part, limit)) for side, limit, part in zip(usual, held, parts, strict=True))
         return x, y, z
     patch = [max(2 * part, int(size) // part * part) for size, part in zip(sizes, parts, strict=True)]
-    while math.prod(patch) > _PATCH_VOXELS:
-        longest = max((i for i in range(3) if patch[i] > 2 * parts[i]), key=lambda i: patch[i] * steps[i])
+    while math.prod(patch) > _PATCH_VOXELS and (long := [i for i in range(3) if patch[i] > 2 * parts[i]]):
+        longest = max(long, key=lambda i: patch[i] * steps[i])
         patch[longest] -= parts[longest]
     return patch[0], patch[1], patch[2]

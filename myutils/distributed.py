@@ -50,8 +50,9 @@ def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss starts at what the parent process held
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1024
+    stated = status.read_text().partition("VmHWM:")[2].split() if status.exists() else []
+    if stated:  # ru_maxrss starts at what the parent process held
+        return int(stated[0]) / 1024
     if sys.platform == "win32":
         return float("nan")
     import resource  # not on Windows
@@ -88,7 +89,7 @@ def start_process_group(gpu: int | None = None) -> tuple[RankInfo, torch.device]
         This process's rank and its device; NCCL on CUDA, gloo on the CPU.
 
     Raises:
-        ValueError: If one GPU is named for several processes.
+        ValueError: If one GPU is named for several processes, or shared by them.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return RankInfo(), select_device(gpu)
@@ -102,7 +103,21 @@ def start_process_group(gpu: int | None = None) -> tuple[RankInfo, torch.device]
     info = RankInfo(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
     device = select_device(gpu, info.local_rank)
     join_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        _require_own_gpu()
     return info, device
+
+
+def _require_own_gpu() -> None:
+    """Raise a ValueError where the first message over NCCL fails: two processes share a GPU, most likely."""
+    try:
+        dist.barrier()
+    except dist.DistBackendError as error:
+        count = torch.cuda.device_count()
+        raise ValueError(
+            f"the processes cannot talk over NCCL: {str(error).strip().splitlines()[-1]}; each needs a GPU of its own: "
+            f"start at most {count} here (--nproc_per_node {count})"
+        ) from error
 
 
 def join_group(backend: str, **place: Any) -> None:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_LEAST_SCALE = 2.0**-20
+
 
 class NonFiniteLossError(RuntimeError):
     """A loss or the gradient became NaN or infinite; the last checkpoint is from before."""
@@ -52,6 +54,17 @@ class FiniteWatch:
         bad = next(record for record in records if not record.finite.all())
         names = [name for name, fine in zip(bad.names, bad.finite.tolist(), strict=True) if not fine]
         raise NonFiniteLossError(self.message(f"{', '.join(names)} not finite", bad.step, bad.cases))
+
+    def check_scale(self, scale: float, step: int, cases: tuple[str, ...]) -> None:
+        """Look at the scale of the loss in fp16, halved after each step whose gradient overflows.
+
+        Raises:
+            NonFiniteLossError: If it is so small that overflow is no matter of scale.
+        """
+        if scale < _LEAST_SCALE:
+            raise NonFiniteLossError(
+                self.message(f"the gradient not finite in fp16 at any scale, {scale:.1e}", step, cases)
+            )
 
     def message(self, reason: str, step: int, cases: tuple[str, ...]) -> str:
         """Where a step failed for ``reason``, and what to do."""

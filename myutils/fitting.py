@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from nibabel.affines import voxel_sizes
 
-from dataloaders.base import CaseSource, Grid
+from dataloaders.base import CaseSource, Grid, Triple
 from dataloaders.case_lists import some
 from dataloaders.orientation import LARGEST_TILT, Turn, axis_names, tilt
 from dataloaders.preprocess import Preprocess
@@ -42,9 +42,7 @@ def fit_to_cases(config: RunConfig, source: CaseSource, labeled: Sequence[str]) 
     flat_levels = config.flat_levels or fitting
     patch = config.patch_size
     if patch is None:
-        with torch.device("meta"):  # without weights
-            parts = make_network(NETWORKS.get(config.model), 1, 2, flat_levels).stride
-        patch = fitting_patch(survey, config.spacing, source.defaults.patch_size, parts)
+        patch = fitting_patch(survey, config.spacing, source.defaults.patch_size, _stride(config.model, flat_levels))
     ct_range = structure_range(source, labeled) if wants_range else config.ct_range
     if wants_range and ct_range is None:
         logger.warning(
@@ -58,6 +56,16 @@ def fit_to_cases(config: RunConfig, source: CaseSource, labeled: Sequence[str]) 
     return dataclasses.replace(
         config, orientation=orientation, flat_levels=flat_levels, patch_size=patch, ct_range=ct_range
     )
+
+
+def _stride(model: str, flat_levels: Triple) -> Triple:
+    """What the network divides the axes by, found without weights where its constructor can do without."""
+    kind = NETWORKS.get(model)
+    try:
+        with torch.device("meta"):
+            return make_network(kind, 1, 2, flat_levels).stride
+    except RuntimeError:  # one that computes with the values of tensors
+        return make_network(kind, 1, 2, flat_levels).stride
 
 
 def require_headers(source: CaseSource, case_ids: Sequence[str]) -> None:

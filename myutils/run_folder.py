@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import weakref
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -74,6 +76,7 @@ def hold(folder: Path) -> IO[str]:
     try:
         if fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _close_in_children(lock)
             for checkpoint in unfinished_files(folder, ".pt"):
                 checkpoint.unlink()
     except BlockingIOError:
@@ -82,6 +85,17 @@ def hold(folder: Path) -> IO[str]:
     except OSError:  # a file system without locks
         pass
     return lock
+
+
+def _close_in_children(file: IO[str]) -> None:
+    """A forked worker that outlives a killed trainer must not hold its lock."""
+    held = weakref.ref(file)
+
+    def close() -> None:
+        if (copy := held()) is not None:
+            copy.close()
+
+    os.register_at_fork(after_in_child=close)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from dataloaders.patches import Batch
 from myutils.methods.base import StepOutput
@@ -158,3 +161,10 @@ def setup_logging(*, is_main: bool) -> None:
     """Log to the terminal on rank 0, only warnings elsewhere."""
     level = logging.INFO if is_main else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", force=True)
+
+
+def progress_bar(name: str, first: int, last: int, *, disable: bool) -> tqdm[Any]:
+    """A bar of the steps from ``first`` to ``last``; where nobody watches it, a line now and then."""
+    seconds = (0.2, 10.0) if sys.stderr.isatty() else (10.0, 60.0)
+    limits: dict[str, Any] = dict(zip(("mininterval", "maxinterval"), seconds, strict=True))
+    return tqdm(total=last, initial=first, desc=name, unit="step", disable=disable, **limits)

@@ -68,14 +68,19 @@ class PartTimer:
 
 def check_length(trainer: Trainer, steps: int) -> None:
     """Raise a ValueError if the training is too short to time ``steps`` of it."""
-    longest = trainer.max_iteration - WARM_UP
+    first = trainer.method.warmup
+    longest = trainer.max_iteration - first - WARM_UP
     if steps > longest:
-        raise ValueError(f"--profile {steps}: at most {longest}, the training's steps less {WARM_UP} to warm up")
+        warmup = f" and the {first} on labelled patches alone" if first else ""
+        raise ValueError(
+            f"--profile {steps}: at most {longest}, the training's steps less {WARM_UP} to warm up{warmup}"
+        )
 
 
 def profile_training(trainer: Trainer, steps: int) -> dict[str, float]:
     """Train ``WARM_UP + steps`` steps of a new run; returns seconds per step of each part, over the last ``steps``.
 
+    Steps on labelled patches alone, with which a method may begin, are left out: its own steps are timed.
     The trainer is of no use afterwards. Parts that a method lacks (a teacher, prototypes) do not appear.
     """
     timer = PartTimer(trainer.device)
@@ -103,6 +108,7 @@ def profile_training(trainer: Trainer, steps: int) -> dict[str, float]:
                 batch = next(source)
             yield batch
 
+    trainer.state.step = method.warmup
     trainer.loader = batches  # type: ignore[method-assign]
     trainer.fit()
     timer.charge()

@@ -1,12 +1,19 @@
-"""Ctrl-C and SIGTERM: a request to stop after the step at hand in training, an exception elsewhere."""
+"""Ctrl-C, SIGTERM and SIGHUP: a request to stop after the step at hand in training, an exception elsewhere."""
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Protocol
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingInterrupted(Exception):  # noqa: N818 - not an error: the user asked for it
+    """Ctrl-C or a signal from outside; the state has been saved."""
 
 
 class Interruptible(Protocol):
@@ -17,22 +24,43 @@ class Interruptible(Protocol):
 
 @contextmanager
 def stop_signals(job: Interruptible) -> Iterator[None]:
-    """Turn Ctrl-C and SIGTERM into a request to stop after the step; a second Ctrl-C stops at once."""
+    """Turn Ctrl-C and signals from outside into a request to stop after the step; a second Ctrl-C stops at once."""
 
     def request(number: int, frame: FrameType | None) -> None:
-        if job.interrupted and number == signal.SIGINT:
+        if not job.interrupted:
+            logger.info(
+                "stopping as soon as the step is done and saved; another Ctrl-C loses the steps since the last save"
+            )
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
         job.interrupted = True
 
-    with _handled(request, signal.SIGINT, signal.SIGTERM):
+    with _handled(request, signal.SIGINT, *_from_outside()):
         yield
 
 
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Let what ends a job from outside (a scheduler, ``kill``) end it as Ctrl-C does: files closed, with a message."""
-    with _handled(signal.default_int_handler, signal.SIGTERM):
+    """Let what ends a job from outside end it as Ctrl-C does: files closed, with a message."""
+    with _handled(signal.default_int_handler, *_from_outside()):
         yield
+
+
+def leave_stops_to_parent(worker: int) -> None:
+    """For the start of a loader's worker: what reaches all processes of a job does not end it before the step is done.
+
+    The parent ends its workers itself, and they notice its death.
+    """
+    for number in (signal.SIGINT, *_from_outside()):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _from_outside() -> list[signal.Signals]:
+    """What a scheduler or ``kill`` sends, and a terminal that closes, unless it is ignored (``nohup``)."""
+    closed: signal.Signals | None = getattr(signal, "SIGHUP", None)  # not on Windows
+    if closed is None or signal.getsignal(closed) == signal.SIG_IGN:
+        return [signal.SIGTERM]
+    return [signal.SIGTERM, closed]
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -37,18 +36,14 @@ from myutils.host_memory import named_shortages
 from myutils.methods.base import batch_dice
 from myutils.methods.step_output import StepOutput, fingerprint, require_gradients, warn_if_still
 from myutils.prototype_checks import NonFiniteFeaturesError
-from myutils.run_log import RunLog, step_scalars
+from myutils.run_log import RunLog, progress_bar, step_scalars
 from myutils.schedules import poly_lr
 from myutils.seeding import derive_seed, seed_everything
-from myutils.stop_signals import stop_signals
+from myutils.stop_signals import TrainingInterrupted, leave_stops_to_parent, stop_signals
 from myutils.validation import Validation
 from networks.compiling import compile_networks
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingInterrupted(Exception):  # noqa: N818 - not an error: the user asked for it
-    """Ctrl-C or SIGTERM; the state has been saved."""
 
 
 class Trainer:
@@ -130,14 +125,17 @@ class Trainer:
         try:
             if first == 0:
                 self._save(("last.pt",))
-            with named_shortages(), stop_signals(self), self._progress_bar(first) as bar:
+            shown = progress_bar(self.state.config.method, first, self.max_iteration, disable=not self.ranks.is_main)
+            with named_shortages(), stop_signals(self), shown as bar:
                 if self.state.validates:
                     self._validate(log)
-                for step, batch in enumerate(self.loader(first), start=first):
+                for step, batch in self._batches(first):
                     output = self.train_step(network, batch.to(self.device), step)
                     self.state.step = step + 1
                     bar.update()
                     self.finish_step(log, bar, batch, output)
+                if self._stop_now(self.max_iteration):  # in the last validation, or the one that a resume began with
+                    raise TrainingInterrupted
             if first < self.max_iteration:
                 warn_if_still(self.method.inference_network(), before)
         finally:
@@ -190,18 +188,6 @@ class Trainer:
             return self.method
         return data_parallel(self.method, self.device, find_unused_parameters=bool(self.state.config.warmup_iteration))
 
-    def _progress_bar(self, first: int) -> tqdm[Any]:
-        interactive = sys.stderr.isatty()
-        return tqdm(
-            total=self.max_iteration,
-            initial=first,
-            desc=self.state.config.method,
-            unit="step",
-            disable=not self.ranks.is_main,
-            mininterval=0.2 if interactive else 10.0,
-            maxinterval=10.0 if interactive else 60.0,
-        )
-
     def finish_step(self, log: RunLog, bar: tqdm[Any], batch: Batch, output: StepOutput) -> None:
         """Log, validate and save where it is time to; stop where it was asked for."""
         config, done = self.state.config, self.state.step
@@ -218,7 +204,7 @@ class Trainer:
             log.pictures(done, batch, output)
         if stop or regular:
             self._save_and_validate(log, validate=regular)
-        if stop or (last and self._stop_now(done)):
+        if stop:
             raise TrainingInterrupted
 
     @property
@@ -246,8 +232,18 @@ class Trainer:
                 collate_fn=collate,
                 pin_memory=self.device.type == "cuda",
                 generator=torch.Generator().manual_seed(config.seed),
+                worker_init_fn=leave_stops_to_parent,
             )
         )
+
+    def _batches(self, first: int) -> Iterator[tuple[int, Batch]]:
+        """Steps from ``first`` on with their batches; if one cannot be had, the steps before it are saved."""
+        try:
+            yield from enumerate(self.loader(first), start=first)
+        except Exception:
+            self.watch.check()
+            self._write(("last.pt",))  # other ranks may be in a step: nobody waits for them
+            raise
 
     def _log_step(
         self, log: RunLog, batch: Batch, output: StepOutput, done: int, seconds_per_step: float
@@ -255,12 +251,14 @@ class Trainer:
         values = step_scalars(output, self.optimizer.param_groups[0]["lr"])
         if output.logits_l is not None:
             values["Train/dice"] = batch_dice(output.logits_l, output.truth(batch).to(self.device))
+        if self.scaler.is_enabled():
+            values["Train/loss_scale"] = self.scaler.get_scale()
+            self.watch.check_scale(self.scaler.get_scale(), done, batch.cases_l + batch.cases_u)
         values |= {"Train/seconds_per_step": seconds_per_step, "Train/peak_memory_mb": peak_memory_mb(self.device)}
         if self.method.prototypes is not None:
             values["Memory/fill"] = self.method.prototypes.memory_fill()
         tensors = torch.stack([torch.as_tensor(value, dtype=torch.float32).cpu() for value in values.values()])
-        numbers = mean_over_ranks(tensors.to(self.device)).tolist()
-        named = dict(zip(values, numbers, strict=True))
+        named = dict(zip(values, mean_over_ranks(tensors.to(self.device)).tolist(), strict=True))
         log.scalars(done, named)
         shown = {"loss": named["Loss/total"], "dice": named.get("Train/dice")}
         return {name: f"{value:.3f}" for name, value in shown.items() if value is not None}
@@ -280,11 +278,14 @@ class Trainer:
         log.scalars(self.state.step, {"Validation/dice": score})
 
     def _save(self, names: Sequence[str]) -> None:
+        self._write(names)
+        barrier()
+
+    def _write(self, names: Sequence[str]) -> None:
         if self.ranks.is_main:
             tensors = {name: getattr(self, name).state_dict() for name in ("method", "optimizer", "scaler")}
             for name in names:
                 write_checkpoint(self.folder / name, self.state, tensors)
-        barrier()
 
     def _advice(self) -> str:
         """What to do about a step that is not finite."""

@@ -8,18 +8,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
 class CheckpointedBlock(nn.Module):
     """Mixed into the class of a block: keeps the block's inputs alone for the backward pass."""
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *inputs: Any, **more: Any) -> Any:
         """The block's output; without gradients as ever."""
         if not torch.is_grad_enabled():
-            return super().forward(*inputs)
-        return checkpoint(super().forward, *inputs, use_reentrant=False)
+            return super().forward(*inputs, **more)
+        return checkpoint(super().forward, *inputs, use_reentrant=False, **more)
 
 
 def checkpoint_blocks(network: nn.Module) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
 from helpers_runs import batch_for, small_config
+from torch import Tensor, nn
 
 from myutils.build import DataFacts, build_method
 from networks.base import NETWORKS, SegmentationNetwork
@@ -29,3 +31,16 @@ def test_the_flag_reaches_every_network_of_a_method(method: str, ball_source: ob
     assert networks and all(is_checkpointed(network) for network in networks)
     built(batch_for(built), 3).total().backward()
     assert all(parameter.grad is not None for parameter in networks[0].parameters() if parameter.requires_grad)
+
+
+def test_blocks_may_be_called_with_keywords() -> None:
+    class Scaled(nn.Module):
+        def forward(self, image: Tensor, *, by: float) -> Tensor:
+            return by * image
+
+    network = nn.Module()
+    network.blocks = nn.ModuleList([Scaled()])
+    checkpoint_blocks(network)
+    image = torch.ones(3, requires_grad=True)
+    network.blocks[0](image, by=2.0).sum().backward()
+    assert image.grad is not None and image.grad.tolist() == [2.0, 2.0, 2.0]

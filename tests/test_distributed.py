@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,6 +128,21 @@ def test_start_process_group_refuses_one_gpu_for_several_processes(monkeypatch: 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="--gpu 0: with torchrun each process takes the GPU of its own rank"):
         start_process_group(gpu=0)
+
+
+def test_processes_that_share_a_gpu_are_told_how_many_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise torch.distributed.DistBackendError("NCCL error in: x.cpp:1\nDuplicate GPU detected : rank 1 and rank 0")
+
+    monkeypatch.setattr(distributed.dist, "barrier", fail)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"NCCL: Duplicate GPU detected.*at most 1 here \(--nproc_per_node 1\)"):
+        distributed._require_own_gpu()
+
+
+def test_peak_memory_where_the_system_does_not_state_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self: "Name: python\nVmRSS: 100 kB\n")  # as in a sandbox
+    assert peak_memory_mb(torch.device("cpu")) > 10
 
 
 def test_peak_memory_grows_with_what_is_held() -> None:

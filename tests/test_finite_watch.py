@@ -11,6 +11,7 @@ from helpers_runs import small_trainer, spoil_consistency
 
 from myutils.distributed import RankInfo
 from myutils.finite_watch import FiniteWatch, NonFiniteLossError
+from myutils.methods.step_output import StepOutput
 from myutils.trainer import Trainer
 
 NO_TERM = {"use_contrastive_prototype": False}  # on the CPU it looks at its features in every step
@@ -47,6 +48,23 @@ def test_deferred_watch_takes_terms_that_come_and_go() -> None:
     found.record(1, ("x",), values(1.0, float("-inf")))
     with pytest.raises(NonFiniteLossError, match="step 1: loss term b"):
         found.check()
+
+
+def test_a_loss_scale_that_vanished_stops_the_training(tmp_path: Path) -> None:
+    """Gradients in fp16 that overflow at every scale: no step would move the weights, and nobody would notice."""
+    trainer = small_trainer(BallSource(), tmp_path, log_every=2)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-19)
+    backward = trainer.backward
+
+    def overflow(output: StepOutput) -> None:
+        backward(output)
+        next(iter(trainer.method.student.parameters())).grad.fill_(float("inf"))  # type: ignore[union-attr]
+
+    trainer.backward = overflow  # type: ignore[method-assign]
+    with pytest.raises(
+        NonFiniteLossError, match=r"step 2: the gradient not finite in fp16 at any scale, 4\.8e-07; cases"
+    ):
+        trainer.fit()
 
 
 def test_trainer_with_a_deferred_look_saves_nothing_of_a_bad_step(tmp_path: Path) -> None:

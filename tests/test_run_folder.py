@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 
 import pytest
 
-from myutils.run_folder import claim_folder, hold
+from myutils.run_folder import claim_folder, fcntl, hold
 
 
 def test_of_two_runs_with_one_name_the_first_gets_the_folder(tmp_path: Path) -> None:
@@ -31,3 +33,24 @@ def test_checkpoints_that_a_killed_process_did_not_finish_go_with_the_next_train
         with pytest.raises(ValueError, match="another process trains in"):
             hold(tmp_path)
         assert (tmp_path / ".partial_7_last.pt").exists()
+
+
+@pytest.mark.skipif(fcntl is None, reason="nothing is locked without fcntl")
+def test_a_worker_that_outlives_its_trainer_does_not_hold_the_folder(tmp_path: Path) -> None:
+    lock = hold(tmp_path)
+    ours, theirs = socket.socketpair()
+    worker = os.fork()
+    if worker == 0:  # it waits for the end of the test, as one that is reading a case
+        ours.close()
+        theirs.send(b"x")
+        theirs.recv(1)
+        os._exit(0)
+    ours.recv(1)
+    lock.close()  # the trainer's death
+    try:
+        hold(tmp_path).close()
+    finally:
+        ours.send(b"x")
+        os.waitpid(worker, 0)
+        ours.close()
+        theirs.close()

@@ -39,6 +39,14 @@ def test_parts_of_each_method_add_up_to_the_whole(tmp_path: Path, method: str, o
     assert trainer.state.step == 6
 
 
+def test_a_profile_is_of_steps_after_the_warm_up(tmp_path: Path) -> None:
+    trainer = small_trainer(BallSource(), tmp_path, method="bcp", max_iteration=12, warmup_iteration=6)
+    with pytest.raises(ValueError, match=r"--profile 4: at most 3, .* less 3 to warm up and the 6 on labelled"):
+        check_length(trainer, 4)
+    assert "forward of the teacher" in profile_training(trainer, 3)
+    assert trainer.state.step == 12
+
+
 def test_profile_with_workers_sends_them_no_timer(tmp_path: Path) -> None:
     trainer = small_trainer(BallSource(), tmp_path, max_iteration=5, num_workers=1)
     get = trainer.cache.get

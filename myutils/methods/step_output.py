@@ -62,13 +62,15 @@ def require_terms(output: object, method: str) -> None:
     Raises:
         ValueError: Names the term, what it is and what to return.
     """
-    terms = output.terms if isinstance(output, StepOutput) else None
-    if not isinstance(terms, dict) or not terms:
+    if not isinstance(output, StepOutput) or not isinstance(output.terms, dict) or not output.terms:
         what = "no loss term" if isinstance(output, StepOutput) else f"a {type(output).__name__}"
         raise ValueError(f"--method {method}: a step gave {what}; return StepOutput({{name: LossTerm(value, weight)}})")
-    for name, term in terms.items():
+    for name, term in output.terms.items():
         if fault := _fault_of(term):
             raise ValueError(f"--method {method}: loss term {name!r} {fault}")
+    for name, scalar in output.scalars.items():
+        if shape := tuple(torch.as_tensor(scalar).shape):
+            raise ValueError(f"--method {method}: scalar {name!r} has shape {shape}; return one number, its mean say")
 
 
 def _fault_of(term: object) -> str | None:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from train_job import ROOT, different, job, nifti_job, one_thread, resume, weights  # noqa: F401
 
 import train_cov_dfp_3d as train
@@ -20,6 +21,7 @@ from myutils import checkpoint
 from myutils.finite_watch import NonFiniteLossError
 from myutils.run_log import RunLog, read_metrics
 from myutils.trainer import Trainer
+from myutils.validation import Validation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Capture = pytest.CaptureFixture[str]
@@ -82,10 +84,11 @@ def test_ctrl_c_saves_and_resume_ends_with_the_same_weights(folder: Path, monkey
 
 
 def start_in_background(argv: list[str], log: Path, steps: int) -> subprocess.Popen[bytes]:
-    """A training process that has logged at least ``steps`` steps to ``log``."""
+    """A training process, in a group of its own, that has logged at least ``steps`` steps to ``log``."""
     command = [sys.executable, str(ROOT / "train_cov_dfp_3d.py"), *argv]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    pipes: dict[str, int] = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
     end = time.monotonic() + 120
     while not log.exists() or len(log.read_text().splitlines()) < steps:
         assert process.poll() is None and time.monotonic() < end
@@ -94,13 +97,15 @@ def start_in_background(argv: list[str], log: Path, steps: int) -> subprocess.Po
 
 
 @pytest.mark.slow
-def test_killed_process_is_resumed_bit_identically(folder: Path) -> None:
-    settings = {"max_iteration": "20", "save_every": "5"}
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_killed_process_is_resumed_bit_identically(folder: Path, workers: str) -> None:
+    """The signal goes to the workers too, as from a terminal or ``torchrun``."""
+    settings = {"max_iteration": "20", "save_every": "5", "num_workers": workers}
     assert train.main(job(folder, "--no-evaluate", exp="whole", **settings)) == 0
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL):
         log = folder / "runs" / number.name / "metrics.jsonl"
         process = start_in_background(job(folder, "--no-evaluate", exp=number.name, **settings), log, steps=7)
-        process.send_signal(number)
+        os.killpg(process.pid, number)
         _, message = process.communicate(timeout=60)
         if number == signal.SIGKILL:
             assert process.returncode == -signal.SIGKILL
@@ -137,6 +142,25 @@ def test_ctrl_c_in_the_baseline_does_not_train_the_main_run_again(
 
     assert train.main(job(folder, "--baseline", exp="b")) == 0
     assert different(weights(folder, "a/baseline"), weights(folder, "b/baseline")) == []
+
+
+def test_ctrl_c_in_a_validation_with_no_step_left_starts_nothing_more(
+    folder: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    def press(self: Validation, network: object) -> float:
+        signal.raise_signal(signal.SIGINT)
+        return 0.5
+
+    def die(*args: object) -> float:
+        raise KeyboardInterrupt  # as at a second Ctrl-C: the validation is still to come
+
+    settings = {"exp": "a", "labelnum": "3", "val_num": "1"}
+    for dice in (die, press):
+        with monkeypatch.context() as patch:
+            patch.setattr(Validation, "dice", dice)
+            assert train.main(resume(folder, "a") if dice is press else job(folder, "--baseline", **settings)) == 130
+    assert "stopped mean_teacher at step 3 of 3, saved" in capsys.readouterr().err
+    assert not (folder / "runs" / "a" / "baseline").exists() and not (folder / "runs" / "a" / "test").exists()
 
 
 def test_ctrl_c_at_the_last_step_starts_nothing_more(folder: Path, monkeypatch: Patch, capsys: Capture) -> None:
@@ -270,5 +294,7 @@ def test_damaged_unlabelled_image_is_named_and_training_goes_on_after_its_repair
     assert train.main(job(folder, "--no-evaluate", **settings)) == 1
     message = capsys.readouterr().err
     assert "ball08.nii.gz" in message and "--exp a --resume" in message and "Traceback" not in message
+    done = torch.load(folder / "runs" / "a" / "last.pt", weights_only=True)["step"]
+    assert done == len(read_metrics(folder / "runs" / "a", "Loss/total")[0]) > 0  # none of its steps is lost
     image.write_bytes(whole)
     assert train.main(resume(folder, "a")) == 0

@@ -91,6 +91,11 @@ def test_a_range_keeps_its_digits_whatever_the_unit(scale: float, expected: tupl
     assert structure_range(source, ["ball00"]) == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_network_that_divides_by_more_gets_its_least_patch() -> None:
+    found = fitting_patch(survey_of((200, 200, 200), (1.0, 1.0, 1.0)), None, parts=(32, 32, 64))
+    assert found == (64, 64, 128)  # more than 64^3 voxels, but twice its parts
+
+
 def test_fitting_patch_of_resampled_cases() -> None:
     survey = survey_of((35, 50, 36), (1.0, 1.0, 1.0))
     assert fitting_patch(survey, (2.0, 1.0, 1.0)) == (16, 48, 32)
