@@ -1,7 +1,7 @@
 """Prepared cases: each is read and preprocessed once, then kept in memory and, where wanted, on the disk.
 
-Contract: an entry on the disk is a function of the files it came from (path, size, time of change), their reader and
-the preprocessing; entries appear whole or not at all, so that any number of processes may share a folder.
+Contract: an entry on the disk is a function of the files it came from (path, size, time of change), the code that reads
+and prepares them, and its settings; entries appear whole or not at all: any number of processes may share a folder.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import hashlib
 import inspect
 import json
 import logging
+import os
 import shutil
 import tempfile
 import time
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -120,16 +122,24 @@ def _targets(label: np.ndarray) -> tuple[np.ndarray, ...]:
 def entry_name(files: tuple[Path, ...], source: CaseSource, preprocess: Preprocess, with_label: bool) -> str:
     """Name of a case's entry: a hash of its files' paths, sizes and times of change, and of how they are read.
 
-    That is the class of the source and the file with its code, its public settings (numbers, words and tuples of
-    these), and the preprocessing.
+    That is the class of the source and the code of it and of this package, its public settings (numbers, words and
+    tuples of these), and the preprocessing.
     """
-    found = [(path, path.stat()) for path in (Path(inspect.getfile(type(source))), *files)]
+    found = [(path, path.stat()) for path in files]
     states = [(str(path.absolute()), state.st_size, state.st_mtime_ns) for path, state in found]
     public = ((name, value) for name, value in vars(source).items() if not name.startswith("_"))
     settings = {name: value for name, value in public if isinstance(value, (int, float, str, tuple))}
-    reading = [type(source).__name__, source.num_classes, settings, with_label]
+    reading = [type(source).__name__, code_digest(type(source)), source.num_classes, settings, with_label]
     content = json.dumps([_FORMAT, states, reading, dataclasses.asdict(preprocess)], default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+@cache
+def code_digest(kind: type[CaseSource]) -> str:
+    """SHA-256 of the files that read and prepare a case: those of the class and its bases, and this package's."""
+    own = {Path(inspect.getfile(base)) for base in kind.__mro__ if base.__module__ != "builtins"}
+    files = {*own, *Path(__file__).parent.glob("*.py")}
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
 
 
 class CaseStore:
@@ -159,7 +169,7 @@ class CaseStore:
             label = np.load(entry / "label.npy", mmap_mode="r") if about["labeled"] else None
             voxels = np.load(entry / "targets.npy")
             with suppress(OSError):  # a store that others own can be read all the same
-                (entry / "about.json").touch()  # its time says when the entry was last used
+                os.utime(entry / "about.json")  # says when the entry was last used, and makes no file that has gone
         except FileNotFoundError:
             return None
         except OSError as error:  # too many open files, a disk that does not answer: the entry may be whole

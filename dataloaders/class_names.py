@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from dataloaders.base import MAX_CLASSES
+from dataloaders.case_lists import some
 from dataloaders.say_once import warn_once
 
 logger = logging.getLogger(__name__)
 
 MODALITIES = ("mr", "ct")
-_SIDE = re.compile(r"(?<![a-z])(left|right|l|r)(?![a-z])")
+_SIDE = re.compile(r"(?<![a-z])(left|right|lh|rh|l|r)(?![a-z])")
 
 
 def read_dataset_json(path: Path) -> dict[str, Any]:
@@ -74,6 +75,13 @@ def plausible_flips(names: Sequence[str]) -> tuple[int, ...]:
                 "--flip_axes 0 does so all the same",
             )
             return ()
+    sided = [name for name in names if _SIDE.search(name.lower())]
+    if sided:
+        warn_once(
+            logger,
+            f"cases are mirrored from left to right, also of {some(sided)}: where scans show its counterpart too, as "
+            "background, pass --flip_axes without a value",
+        )
     return (0,)
 
 

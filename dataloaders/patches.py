@@ -77,14 +77,15 @@ class PatchDataset(Dataset[dict[str, object]]):
         image, label = self._cut(case, rng)
         if key.labeled:
             if self._options.intensity:
-                image = change_intensity(image, rng, chance=0.2, size=0.5)
+                image = change_intensity(image, rng, chance=0.2, size=0.5, spacing=case.volume.spacing)
             return {"case": key.case_id, "image": torch.from_numpy(image), "label": torch.from_numpy(label).long()}
-        strong = np.stack([self._strong(image, rng) for _ in range(self._options.strong_views)])  # (V, C, X, Y, Z)
+        views = [self._strong(image, rng, case.volume.spacing) for _ in range(self._options.strong_views)]
+        strong = np.stack(views)  # (V, C, X, Y, Z)
         return {"case": key.case_id, "image": torch.from_numpy(image), "strong": torch.from_numpy(strong)}
 
-    def _strong(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _strong(self, image: np.ndarray, rng: np.random.Generator, spacing: Sequence[float]) -> np.ndarray:
         size = self._options.strong_intensity if self._options.intensity else 0.0
-        return change_intensity(image, rng, chance=0.8, size=size) if size else image
+        return change_intensity(image, rng, chance=0.8, size=size, spacing=spacing) if size else image
 
     def _cut(self, case: PreparedCase, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         options, volume = self._options, case.volume

@@ -119,10 +119,18 @@ def affine_crop(
     order: int,
     fill: float | np.ndarray,
 ) -> np.ndarray:
-    """Sample a patch of array (..., X, Y, Z) through ``matrix`` about the patch's centre; ``fill`` as of ``crop``."""
+    """Sample a patch of array (..., X, Y, Z) through ``matrix`` about the patch's centre; ``fill`` as of ``crop``.
+
+    A voxel reaches half a step beyond its centre, where SciPy sees the outside already: a single slice would be lost to
+    any scale but 1. So it gets a block with a margin of ``fill``.
+    """
     half = (np.asarray(patch_size) - 1) / 2
-    offset = corner + half - matrix @ half
-    flat = array.reshape(-1, *array.shape[-3:])
+    reach = np.abs(matrix) @ half
+    first = np.floor(corner + half - reach).astype(int) - 1
+    sides = np.ceil(2 * reach).astype(int) + 4
+    block = crop(array, first, tuple(sides), fill)
+    offset = corner + half - matrix @ half - first
+    flat = block.reshape(-1, *block.shape[-3:])
     sampled = [
         ndimage.affine_transform(channel, matrix, offset, tuple(patch_size), order=order, mode="constant", cval=outside)
         for channel, outside in zip(flat, np.broadcast_to(np.ravel(fill), len(flat)), strict=True)
@@ -149,7 +157,14 @@ def mirror_and_turn(
     return result
 
 
-def change_intensity(image: np.ndarray, rng: np.random.Generator, *, chance: float, size: float) -> np.ndarray:
+def change_intensity(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    chance: float,
+    size: float,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+) -> np.ndarray:
     """Random contrast, brightness, gamma, blur and noise for a z-scored image (C, X, Y, Z).
 
     Args:
@@ -157,6 +172,8 @@ def change_intensity(image: np.ndarray, rng: np.random.Generator, *, chance: flo
         rng: Generator of this sample.
         chance: Of each change; blur has half of it.
         size: Of the changes; 1 leaves hardly more than the anatomy.
+        spacing: Of the voxels, along X, Y, Z: the blur is as wide in mm along all, for the next slice of thick ones
+            shows other anatomy.
     """
     image = image.astype(np.float32, copy=True)
     if rng.random() < chance:
@@ -167,7 +184,7 @@ def change_intensity(image: np.ndarray, rng: np.random.Generator, *, chance: flo
         gamma = float(np.exp(size * rng.uniform(-0.6, 0.6)))
         image = np.stack([apply_gamma(channel, gamma) for channel in image])
     if rng.random() < 0.5 * chance:
-        sigma = size * rng.uniform(0.3, 1.1)
+        sigma = size * rng.uniform(0.3, 1.1) * min(spacing) / np.asarray(spacing)
         image = np.stack([ndimage.gaussian_filter(channel, sigma, truncate=3.0) for channel in image])
     if rng.random() < chance:
         noise = rng.standard_normal(image.shape, dtype=np.float32)

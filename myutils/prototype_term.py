@@ -48,6 +48,16 @@ class _Drawn(NamedTuple):
     keys: Tensor
 
 
+def rows_in_use(groups: Tensor, count: int) -> Tensor:
+    """Positions (count,) of the rows with a group, then of others without; no more than ``count`` have one.
+
+    Args:
+        groups: Groups (N,) of the rows of all ranks, ``IGNORE`` where a slot is empty.
+        count: The most that all ranks together fill, up to N.
+    """
+    return (groups == IGNORE).int().argsort(stable=True)[:count]
+
+
 class PrototypeTerm(nn.Module):
     """Projection and prediction heads, the projection's moving average, and the memory.
 
@@ -146,7 +156,12 @@ class PrototypeTerm(nn.Module):
                     places = (positions[split:] - first).clamp(min=0)
                     drawn = _Drawn(places, classes, known[split:], drawn_keys[split:])
                     found.append(self._candidates(drawn, student, pseudo.teacher, from_labeled=False))
-            return manager.compare_and_store(all_rows(predicted), all_rows(groups), found, parts)
+            everyone, marks = all_rows(predicted), all_rows(groups)
+            most = parts * manager.num_classes * quota  # of all ranks together
+            if len(marks) > most:
+                used = rows_in_use(marks, most)  # what follows costs as much on any number of ranks
+                everyone, marks = everyone[used], marks[used]
+            return manager.compare_and_store(everyone, marks, found, parts)
 
     @torch.no_grad()
     def _candidates(

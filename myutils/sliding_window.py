@@ -31,7 +31,7 @@ def window_starts(size: int, window: int, overlap: float) -> list[int]:
     """
     if not 0 <= overlap < 1:
         raise ValueError(f"overlap {overlap}: must be at least 0 and below 1, a share of the window")
-    step = max(1, int(window * (1 - overlap)))
+    step = max(1, int(window * (1 - overlap) + 1e-6))  # 40 * (1 - 0.8) is a little less than 8
     count = -(-(size - window) // step) + 1
     return [round(start) for start in np.linspace(0, size - window, count)]
 

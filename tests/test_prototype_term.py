@@ -12,7 +12,7 @@ from helpers_runs import small_config
 from myutils import contrastive_prototype_manager
 from myutils.build import DataFacts, build_network
 from myutils.prototype_sampling import sample_per_class
-from myutils.prototype_term import IGNORE, PrototypeTerm, PseudoVoxels
+from myutils.prototype_term import IGNORE, PrototypeTerm, PseudoVoxels, rows_in_use
 from networks.base import SegmentationOutput
 
 SIZE, WIDTH = 8, 8
@@ -164,3 +164,8 @@ def test_both_kinds_share_the_quota_of_voxels(monkeypatch: pytest.MonkeyPatch) -
     term(student, labels, 1, pseudo=PseudoVoxels(confident, student.patches(slice(1, 2))))
     term(student.patches(slice(1)), labels, 1)
     assert compared[0].bincount().tolist() == [20] * 6 and compared[1].bincount().tolist() == [40] * 3
+
+
+def test_of_the_rows_of_all_ranks_those_in_use_are_kept_in_order() -> None:
+    groups = torch.tensor([IGNORE, 3, 0, IGNORE, IGNORE, 3, IGNORE, IGNORE])  # of two ranks with four slots each
+    assert rows_in_use(groups, 4).tolist() == [1, 2, 5, 0]

@@ -22,6 +22,7 @@ CPU = torch.device("cpu")
         (206, 112, 0.5, [0, 47, 94]),
         (20, 8, 0.0, [0, 6, 12]),
         (4, 2, 0.9, [0, 1, 2]),
+        (80, 40, 0.8, [0, 8, 16, 24, 32, 40]),
     ],
 )
 def test_windows_are_evenly_spaced_and_overlap_as_asked(

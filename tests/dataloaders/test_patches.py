@@ -182,12 +182,13 @@ def test_dataset_gives_the_same_patch_for_the_same_key() -> None:
 
 
 def test_intensities_of_labelled_patches_change_little_and_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, float]] = []
+    asked: list[dict[str, object]] = []
     monkeypatch.setattr(patches, "change_intensity", lambda image, rng, **how: asked.append(how) or image)
     for changes in ({"strong_intensity": 0.7}, {"strong_intensity": 0.7, "intensity": False}):
         made = dataset(BallSource(), **changes)
         assert made[SampleKey("ball00", True, 3)] and made[SampleKey("ball00", False, 3)]
-    assert asked == [{"chance": 0.2, "size": 0.5}, {"chance": 0.8, "size": 0.7}]
+    sizes = {"spacing": BallSource().load("ball00", with_label=False).spacing}
+    assert asked == [{"chance": 0.2, "size": 0.5} | sizes, {"chance": 0.8, "size": 0.7} | sizes]
 
 
 def test_dataset_views_share_their_geometry() -> None:

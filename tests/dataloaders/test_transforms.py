@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from dataloaders import transforms
 from dataloaders.transforms import (
@@ -102,6 +105,35 @@ def test_a_single_slice_turns_within_itself(axis: int) -> None:
     assert matrix[axis, axis] == 1.0 and not np.allclose(matrix, np.eye(3))
     turned = affine_crop(image, matrix, np.zeros(3, dtype=int), tuple(shape), order=1, fill=0)
     assert turned.mean() > 0.8  # the corners alone leave it
+
+
+@pytest.mark.parametrize(("shape", "spacing"), [((7, 9, 1), 8.0), ((20, 18, 9), 5.0)])
+def test_outer_slices_are_not_lost_to_a_change_of_size(shape: tuple[int, int, int], spacing: float) -> None:
+    """A voxel reaches half a step beyond its centre, as SciPy sees it too where it is told to."""
+    rng, patch = np.random.default_rng(0), (8, 8, 2 if shape[2] == 1 else 12)
+    image = rng.normal(size=shape).astype(np.float32)
+    label = (3 * rng.random(shape)).astype(np.uint8)
+    for _ in range(10):
+        matrix = random_affine(rng, AugmentOptions(patch), (1.0, 1.0, spacing), shape)
+        corner = rng.integers(-2, 3, 3) * (1, 1, 0)
+        offset = corner + (np.asarray(patch) - 1) / 2 - matrix @ ((np.asarray(patch) - 1) / 2)
+        for array, order, fill in ((image, 1, -5.0), (label, 0, 9)):
+            found = affine_crop(array, matrix, corner, patch, order=order, fill=fill)
+            whole: dict[str, Any] = {"output_shape": patch, "order": order, "mode": "grid-constant", "cval": fill}
+            np.testing.assert_allclose(found, ndimage.affine_transform(array, matrix, offset, **whole), atol=1e-4)
+            assert (found != fill).mean() > 0.2
+
+
+def test_the_blur_is_as_wide_in_mm_along_all_axes() -> None:
+    image = np.zeros((1, 15, 15, 15), np.float32)
+    image[0, 7, 7, 7] = 1
+
+    def blurred(spacing: tuple[float, float, float]) -> np.ndarray:
+        return change_intensity(image, Only(BLUR), chance=0.5, size=1.0, spacing=spacing)[0]  # type: ignore[arg-type]
+
+    thin, thick = blurred((0.7, 0.7, 0.7)), blurred((1.0, 1.0, 10.0))
+    np.testing.assert_array_equal(thin, changed(image.tolist(), BLUR)[0])
+    assert thin[7, 7, 8] > 0.02 and thick[..., 8:].max() < 1e-6 < thick[8, 7, 7]
 
 
 def test_a_mirrored_slice_can_be_handed_to_torch() -> None:
