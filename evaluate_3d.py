@@ -38,7 +38,9 @@ from typing import Any
 import torch
 
 from dataloaders.base import CaseSource
+from dataloaders.case_lists import some
 from dataloaders.orientation import warn_of_unstated
+from dataloaders.patients import nameless_cases
 from myutils.build import build_source, kept_parts
 from myutils.checkpoint import InferenceBundle
 from myutils.components import name_kept_parts
@@ -164,6 +166,8 @@ def prepare(flags: EvaluateFlags) -> Job:
     if flags.voxel_size and source.stores_voxel_size:
         logger.warning("without effect on files that store their voxel size: --voxel_size")
     require_match(source, bundle)
+    if nameless := nameless_cases(source):
+        logger.warning("each a patient of its own, for --patient_pattern finds none in them: %s", some(nameless))
     if flags.split == "test":
         warn_of_equal_ids(source, bundle, flags.dataset_path)
     case_ids = choose_cases(source, bundle, flags.split, test_list=flags.test_list, val_list=flags.val_list)

@@ -73,6 +73,8 @@ def merge(volume: Volume, factor: Triple, num_classes: int, *, ties: str = "lowe
 def blocks_of(array: np.ndarray, factor: Triple) -> np.ndarray:
     """(..., X, Y, Z) as (..., X / x, Y / y, Z / z, x, y, z)."""
     counts = [size // step for size, step in zip(array.shape[-3:], factor, strict=True)]
+    if not all(counts):
+        raise ValueError(f"--factor {' '.join(map(str, factor))}: more than a case of {array.shape[-3:]} voxels has")
     ends = [count * step for count, step in zip(counts, factor, strict=True)]
     whole = array[..., : ends[0], : ends[1], : ends[2]]
     parts = whole.reshape(*array.shape[:-3], *chain(*zip(counts, factor, strict=True)))

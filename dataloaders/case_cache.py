@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections import OrderedDict
@@ -136,10 +137,18 @@ def entry_name(files: tuple[Path, ...], source: CaseSource, preprocess: Preproce
 
 @cache
 def code_digest(kind: type[CaseSource]) -> str:
-    """SHA-256 of the files that read and prepare a case: those of the class and its bases, and this package's."""
-    own = {Path(inspect.getfile(base)) for base in kind.__mro__ if base.__module__ != "builtins"}
-    files = {*own, *Path(__file__).parent.glob("*.py")}
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
+    """SHA-256 of the files that read and prepare a case: those of the class and its bases, and this package's.
+
+    Raises:
+        ValueError: If a class has no file, as one of a notebook.
+    """
+    bases = [base for base in kind.__mro__ if base.__module__.partition(".")[0] not in sys.stdlib_module_names]
+    try:
+        files = {*(Path(inspect.getfile(base)) for base in bases), *Path(__file__).parent.glob("*.py")}
+        code = b"".join(path.read_bytes() for path in sorted(files))
+    except (OSError, TypeError) as error:
+        raise ValueError(f"--cache_gb: {kind.__name__} has no file ({error}); write it into a module") from error
+    return hashlib.sha256(code).hexdigest()
 
 
 class CaseStore:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from dataloaders.base import MAX_CLASSES
-from dataloaders.case_lists import some
 from dataloaders.say_once import warn_once
 
 logger = logging.getLogger(__name__)
 
 MODALITIES = ("mr", "ct")
-_SIDE = re.compile(r"(?<![a-z])(left|right|lh|rh|l|r)(?![a-z])")
+_SIDE = re.compile(r"(?<![a-z])(left|right|lh|rh|l|r)(?![a-z0-9])")
 
 
 def read_dataset_json(path: Path) -> dict[str, Any]:
@@ -75,14 +74,12 @@ def plausible_flips(names: Sequence[str]) -> tuple[int, ...]:
                 "--flip_axes 0 does so all the same",
             )
             return ()
-    sided = [name for name in names if _SIDE.search(name.lower())]
-    if sided:
-        warn_once(
-            logger,
-            f"cases are mirrored from left to right, also of {some(sided)}: where scans show its counterpart too, as "
-            "background, pass --flip_axes without a value",
-        )
     return (0,)
+
+
+def sided_names(names: Sequence[str]) -> list[str]:
+    """The names that hold a side."""
+    return [name for name in names if _SIDE.search(name.lower())]
 
 
 def fit_class_names(names: tuple[str, ...] | None, num_classes: int | None, where: str) -> tuple[str, ...]:

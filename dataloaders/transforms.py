@@ -75,7 +75,8 @@ def choose_center(
 def crop(array: np.ndarray, corner: np.ndarray, patch_size: tuple[int, ...], fill: float | np.ndarray) -> np.ndarray:
     """Cut a patch out of the last three axes; outside the volume is ``fill``, one number or (C, 1, 1, 1)."""
     shape = array.shape[-3:]
-    start, stop = np.maximum(corner, 0), np.minimum(corner + patch_size, shape)
+    start = np.maximum(corner, 0)
+    stop = np.maximum(start, np.minimum(corner + patch_size, shape))  # a patch may lie beside the volume
     x, y, z = (slice(a, b) for a, b in zip(start, stop, strict=True))
     inside = array[..., x, y, z]
     if inside.shape[-3:] == tuple(patch_size):

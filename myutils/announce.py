@@ -7,6 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from dataloaders.case_lists import some
+from dataloaders.class_names import sided_names
 from myutils.build import kept_parts
 from myutils.components import name_kept_parts
 from myutils.report import result_checkpoint
@@ -56,6 +58,10 @@ def describe(trainer: Trainer) -> None:
         axes = "XYZ" if config.orientation == "ras" else stored
         mirrored = " and ".join(axes[axis] for axis in config.flip_axes or ()) or "no axis"
         logger.info("patches are mirrored along %s (--flip_axes)", mirrored)
+        sided = sided_names(source.class_names)
+        if sided and config.orientation == "ras" and 0 in (config.flip_axes or ()):
+            text = "left and right are exchanged, of %s too: if scans show its counterpart, as background, leave X out"
+            logger.warning(text, some(sided))
     logger.info("run: %s", trainer.folder)
     _name_limits(trainer)
 

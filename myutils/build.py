@@ -15,7 +15,7 @@ from dataloaders.base import SOURCES, CaseSource, Volume
 from dataloaders.case_cache import CaseCache, CaseStore
 from dataloaders.case_lists import read_case_list, some
 from dataloaders.checked_cases import require_sound
-from dataloaders.patients import name_patients
+from dataloaders.patients import name_patients, nameless_cases
 from dataloaders.preprocess import Preprocess
 from dataloaders.splits import make_training_split
 from dataloaders.transforms import AugmentOptions
@@ -99,6 +99,11 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
     """
     for registry, name in ((NETWORKS, config.model), (METHODS, config.method)):
         registry.get(name)
+    if nameless := nameless_cases(source):
+        raise ValueError(
+            f"--patient_pattern {config.patient_pattern!r}: finds no patient in {some(nameless)}; pass one that "
+            "matches every case id, or leave it out to go by what the data say"
+        )
     defaults = source.defaults
     base_lr, weight_decay = OPTIMIZER_DEFAULTS[config.optimizer]
     labelnum = config.labelnum if config.labelnum is not None else defaults.labelnum

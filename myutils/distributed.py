@@ -109,15 +109,14 @@ def start_process_group(gpu: int | None = None) -> tuple[RankInfo, torch.device]
 
 
 def _require_own_gpu() -> None:
-    """Raise a ValueError where the first message over NCCL fails: two processes share a GPU, most likely."""
+    """Raise a ValueError where the first message over NCCL fails, as it does where two processes share a GPU."""
     try:
         dist.barrier()
     except dist.DistBackendError as error:
-        count = torch.cuda.device_count()
-        raise ValueError(
-            f"the processes cannot talk over NCCL: {str(error).strip().splitlines()[-1]}; each needs a GPU of its own: "
-            f"start at most {count} here (--nproc_per_node {count})"
-        ) from error
+        reason, count = f"the processes cannot talk over NCCL: {str(error).strip()}", torch.cuda.device_count()
+        if "Duplicate GPU" in reason:
+            reason += f"; each needs a GPU of its own: start at most {count} here (--nproc_per_node {count})"
+        raise ValueError(reason) from error
 
 
 def join_group(backend: str, **place: Any) -> None:

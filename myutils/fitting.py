@@ -64,7 +64,7 @@ def _stride(model: str, flat_levels: Triple) -> Triple:
     try:
         with torch.device("meta"):
             return make_network(kind, 1, 2, flat_levels).stride
-    except RuntimeError:  # one that computes with the values of tensors
+    except (RuntimeError, TypeError):  # one that computes with the values of tensors
         return make_network(kind, 1, 2, flat_levels).stride
 
 

@@ -49,11 +49,11 @@ class _Drawn(NamedTuple):
 
 
 def rows_in_use(groups: Tensor, count: int) -> Tensor:
-    """Positions (count,) of the rows with a group, then of others without; no more than ``count`` have one.
+    """Positions (count,) of the first rows with a group, then of others without.
 
     Args:
         groups: Groups (N,) of the rows of all ranks, ``IGNORE`` where a slot is empty.
-        count: The most that all ranks together fill, up to N.
+        count: The most that all ranks together fill (but for equal random keys), up to N.
     """
     return (groups == IGNORE).int().argsort(stable=True)[:count]
 

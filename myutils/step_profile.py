@@ -80,7 +80,7 @@ def check_length(trainer: Trainer, steps: int) -> None:
 def profile_training(trainer: Trainer, steps: int) -> dict[str, float]:
     """Train ``WARM_UP + steps`` steps of a new run; returns seconds per step of each part, over the last ``steps``.
 
-    Steps on labelled patches alone, with which a method may begin, are left out: its own steps are timed.
+    Steps on labelled patches alone, with which a method may begin, are left out. (The pools of ``cov_dfp`` come later.)
     The trainer is of no use afterwards. Parts that a method lacks (a teacher, prototypes) do not appear.
     """
     timer = PartTimer(trainer.device)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Thread
 from types import FrameType
 from typing import Protocol
 
@@ -29,7 +31,7 @@ def stop_signals(job: Interruptible) -> Iterator[None]:
     def request(number: int, frame: FrameType | None) -> None:
         if not job.interrupted:
             logger.info(
-                "stopping as soon as the step is done and saved; another Ctrl-C loses the steps since the last save"
+                "stopping after the step or validation at hand; another Ctrl-C loses the steps since the last save"
             )
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -49,10 +51,20 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
 def leave_stops_to_parent(worker: int) -> None:
     """For the start of a loader's worker: what reaches all processes of a job does not end it before the step is done.
 
-    The parent ends its workers itself, and they notice its death.
+    It ends when its parent says so (by SIGTERM; on Linux others' are told from that), or has died.
     """
-    for number in (signal.SIGINT, *_from_outside()):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_at_word_of, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_at_word_of(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _from_outside() -> list[signal.Signals]:

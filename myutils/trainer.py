@@ -71,7 +71,7 @@ class Trainer:
         if self.method.uses_unlabeled and not state.split.unlabeled:
             raise ValueError(
                 f"--labelnum {config.labelnum}: no unlabelled case is left for {config.method}; "
-                "lower --labelnum or use --method supervised"
+                "pass a lower --labelnum (some data have all labels by default) or use --method supervised"
             )
         self._sampler(state.step)  # refuses a batch that the ranks cannot share, before anything is written
         self.optimizer = build.build_optimizer(config, self.method)

@@ -136,7 +136,7 @@ def test_processes_that_share_a_gpu_are_told_how_many_there_may_be(monkeypatch: 
 
     monkeypatch.setattr(distributed.dist, "barrier", fail)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match=r"NCCL: Duplicate GPU detected.*at most 1 here \(--nproc_per_node 1\)"):
+    with pytest.raises(ValueError, match=r"(?s)NCCL: .*Duplicate GPU detected.*at most 1 here \(--nproc_per_node 1\)"):
         distributed._require_own_gpu()
 
 

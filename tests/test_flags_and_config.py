@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import BallSource
 from helpers_runs import small_config
 from listed_cases import IDS, ListedCases, write_list
 
-from dataloaders.base import TrainingDefaults
+from dataloaders.base import SOURCES
 from dataloaders.splits import make_training_split
 from dataloaders.transforms import AugmentOptions
 from myutils.build import DataFacts, build_augmentation, build_inference, build_network, resolve_config
@@ -21,7 +20,6 @@ from myutils.config import RunConfig
 from myutils.fitting import fit_to_cases
 from myutils.flags import SuggestingParser, add_flags, check_limits, given_flags, option
 from myutils.inference_flags import InferenceFlags
-from networks.base import NETWORKS
 
 PROMISED = """dataset_name dataset_path exp model method max_iteration batch_size labeled_bs base_lr labelnum seed gpu
 deterministic patch_size embedding_dim consistency consistency_rampup ema_decay confidence_threshold
@@ -130,20 +128,14 @@ def test_resolved_config_takes_the_data_sets_defaults() -> None:
     assert resolve_config(RunConfig(method="supervised"), BallSource()).use_contrastive_prototype is False
 
 
-def test_a_network_that_computes_with_values_in_its_constructor_gets_a_patch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Swin's do, of which MONAI has one: it cannot be built without weights, to ask for its stride."""
-
-    class Dropping(NETWORKS.get("unet_3d")):  # type: ignore[misc]
-        def __init__(self, *sizes: int, **more: Any) -> None:
-            super().__init__(*sizes, **more)
-            self.rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]
-
-    monkeypatch.setattr(NETWORKS, "get", lambda name: Dropping)
-    source = BallSource()
-    monkeypatch.setattr(source, "defaults", TrainingDefaults())
-    assert fit_to_cases(small_config(source, patch_size=None), source, ["ball00"]).patch_size == (16, 16, 16)
-    with pytest.raises(RuntimeError, match="meta"), torch.device("meta"):
-        Dropping(1, 2)
+def test_help_states_the_defaults_of_the_data_sets() -> None:
+    stated = " ".join(parser().format_help().split())
+    known = ("demo", "LA", "ACDC", "decathlon", "nifti", "dicom")
+    found = {name: SOURCES.get(name).defaults for name in known}
+    labels = [f"{name} {of.labelnum}" for name, of in found.items() if of.labelnum is not None]
+    assert len(labels) == 3 and all(words in stated for words in labels)
+    assert f"6000, demo {found['demo'].max_iteration}" in stated
+    assert {of.max_iteration for name, of in found.items() if name != "demo"} == {6000}
 
 
 def test_by_default_no_label_of_own_data_is_left_unused(tmp_path: Path) -> None:

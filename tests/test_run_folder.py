@@ -41,16 +41,17 @@ def test_a_worker_that_outlives_its_trainer_does_not_hold_the_folder(tmp_path: P
     ours, theirs = socket.socketpair()
     worker = os.fork()
     if worker == 0:  # it waits for the end of the test, as one that is reading a case
-        ours.close()
-        theirs.send(b"x")
-        theirs.recv(1)
-        os._exit(0)
+        try:
+            ours.close()
+            theirs.send(b"x")
+            theirs.recv(1)
+        finally:
+            os._exit(0)
+    theirs.close()
     ours.recv(1)
     lock.close()  # the trainer's death
     try:
         hold(tmp_path).close()
     finally:
-        ours.send(b"x")
-        os.waitpid(worker, 0)
         ours.close()
-        theirs.close()
+        os.waitpid(worker, 0)

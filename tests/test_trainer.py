@@ -255,5 +255,5 @@ def test_trainer_refuses_a_batch_that_its_ranks_cannot_share_before_it_writes(tm
 
 
 def test_trainer_refuses_a_mean_teacher_without_unlabelled_cases(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no unlabelled case is left for mean_teacher; lower --labelnum"):
+    with pytest.raises(ValueError, match="no unlabelled case is left for mean_teacher; pass a lower --labelnum"):
         small_trainer(BallSource(cases=4, labeled=4), tmp_path, labelnum=3)  # the fourth is held out

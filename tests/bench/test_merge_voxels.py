@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pytest
 from conftest import BallSource
 
 from benchmarks import merge_voxels
@@ -41,6 +42,11 @@ def test_merged_voxels_are_blocks_of_small_ones() -> None:
             )
             counts = np.bincount(label[block].ravel(), minlength=3)
             assert merged.label[place] == (np.flatnonzero(counts == counts.max())[0 if ties == "lower" else -1])
+
+
+def test_a_block_larger_than_a_case_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--factor 1 1 17: more than a case of \(20, 18, 16\) voxels has"):
+        merge_voxels.merge(BallSource().load("ball00", with_label=True), (1, 1, 17), 3)
 
 
 def test_the_left_atrium_of_the_results_is_merged_from_full_size(shared_data: Path) -> None:

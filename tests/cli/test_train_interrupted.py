@@ -1,8 +1,7 @@
-"""Stops on the way: Ctrl-C, SIGTERM, full disks, damaged files; each says how to go on, and --resume does."""
+"""Stops on the way: Ctrl-C, SIGTERM, SIGHUP, a loss that is not finite; each says how to go on, and --resume does."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -13,13 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from train_job import ROOT, different, job, nifti_job, one_thread, resume, weights  # noqa: F401
 
 import train_cov_dfp_3d as train
-from myutils import checkpoint
 from myutils.finite_watch import NonFiniteLossError
-from myutils.run_log import RunLog, read_metrics
+from myutils.run_log import read_metrics
 from myutils.trainer import Trainer
 from myutils.validation import Validation
 
@@ -116,6 +113,35 @@ def test_killed_process_is_resumed_bit_identically(folder: Path, workers: str) -
         assert train.main(resume(folder, number.name)) == 0
         assert different(weights(folder, "whole"), weights(folder, number.name)) == []
         assert read_metrics(log.parent, "Loss/total")[0] == list(range(1, 21))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="workers cannot tell who sends a signal")
+def test_a_worker_ends_with_its_parent_and_not_before(tmp_path: Path) -> None:
+    """A fetch that never ends, a signal to all processes, and a parent that gives up."""
+    script = tmp_path / "endless.py"
+    script.write_text("""
+import os, signal, time
+from torch.utils.data import DataLoader
+from myutils.stop_signals import leave_stops_to_parent
+
+class Endless:
+    def __len__(self):
+        return 2
+    def __getitem__(self, index):
+        time.sleep(1000 * index)
+        return index
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    batches = iter(DataLoader(Endless(), num_workers=1, worker_init_fn=leave_stops_to_parent))
+    next(batches)
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(1)
+    assert all(worker.is_alive() for worker in batches._workers)
+""")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, str(script)], env=environment, start_new_session=True, check=True, timeout=60)
 
 
 @pytest.mark.slow
@@ -226,75 +252,3 @@ def test_resume_takes_its_flags_to_the_baseline_and_misses_a_test_list_at_once(f
     assert (baseline.state.config.num_workers, baseline.state.config.dataset_path) == (2, folder / "moved")
     with pytest.raises(FileNotFoundError, match=r"--test_list .*nosuch.txt"):
         train.prepare(given | {"test_list": folder / "nosuch.txt", "evaluate": True})
-
-
-def test_full_disk_keeps_the_last_checkpoint_and_says_how_to_go_on(
-    folder: Path, monkeypatch: Patch, capsys: Capture
-) -> None:
-    def full(*args: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    original = checkpoint.write_checkpoint
-
-    def write(path: Path, state: checkpoint.RunState, tensors: dict[str, object]) -> None:
-        with monkeypatch.context() as patch:
-            if state.step == 2:
-                patch.setattr(checkpoint.torch, "save", full)
-            original(path, state, tensors)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("myutils.trainer.write_checkpoint", write)
-        assert train.main(job(folder, "--no-evaluate", exp="a", save_every="1")) == 1
-    message = capsys.readouterr().err
-    assert "No space left on device" in message and "the checkpoint of before is still at" in message
-    assert "--exp a --resume" in message and "Traceback" not in message
-    assert train.main(resume(folder, "a")) == 0
-    assert train.main(job(folder, "--no-evaluate", exp="b", save_every="1")) == 0
-    assert different(weights(folder, "a"), weights(folder, "b")) == []
-
-
-def test_full_disk_at_the_first_checkpoint_says_to_start_again(
-    folder: Path, monkeypatch: Patch, capsys: Capture
-) -> None:
-    def full(*args: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.torch, "save", full)
-        assert train.main(job(folder, "--no-evaluate", exp="a")) == 1
-    message = capsys.readouterr().err
-    assert f"delete {folder / 'runs' / 'a'} and start again" in message and "--resume" not in message
-
-
-def test_full_disk_in_the_log_is_no_traceback(folder: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    original = Path.open
-
-    def full(self: Path, *args: object, **settings: object) -> object:
-        if self.name == "metrics.jsonl":
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return original(self, *args, **settings)  # type: ignore[call-overload]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", full)
-        assert train.main(job(folder, "--no-evaluate", exp="a")) == 1
-    message = capsys.readouterr().err
-    assert "cannot write the log in" in message and "free space there" in message and "--resume" in message
-    assert train.main(resume(folder, "a")) == 0
-    assert isinstance(RunLog(folder / "runs" / "a", first_step=3), RunLog)
-
-
-@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
-def test_damaged_unlabelled_image_is_named_and_training_goes_on_after_its_repair(
-    folder: Path, workers: str, capsys: Capture
-) -> None:
-    image = folder / "data" / "images" / "ball08.nii.gz"
-    whole = image.read_bytes()
-    image.write_bytes(whole[: len(whole) // 2])  # its header is whole
-    settings = {"exp": "a", "num_workers": workers, "max_iteration": "12"}
-    assert train.main(job(folder, "--no-evaluate", **settings)) == 1
-    message = capsys.readouterr().err
-    assert "ball08.nii.gz" in message and "--exp a --resume" in message and "Traceback" not in message
-    done = torch.load(folder / "runs" / "a" / "last.pt", weights_only=True)["step"]
-    assert done == len(read_metrics(folder / "runs" / "a", "Loss/total")[0]) > 0  # none of its steps is lost
-    image.write_bytes(whole)
-    assert train.main(resume(folder, "a")) == 0

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from data_makers import corner_label, counting_image, write_la_case, write_nifti
 
+from dataloaders import case_cache
 from dataloaders.case_cache import code_digest, entry_name
 from dataloaders.la_h5 import LeftAtriumH5
 from dataloaders.nifti_folder import NiftiFolder
@@ -50,3 +51,18 @@ def test_an_entry_is_of_the_file_of_ones_own_reader(monkeypatch: pytest.MonkeyPa
     read, before = Path.read_bytes, code_digest.__wrapped__(OtherFolder)
     monkeypatch.setattr(Path, "read_bytes", lambda self: read(self) + b"# mended" * (self == Path(__file__)))
     assert code_digest.__wrapped__(OtherFolder) != before != code_digest.__wrapped__(NiftiFolder)
+
+
+def test_the_name_of_an_entry_has_the_code_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_nifti(tmp_path / "images" / "c0.nii.gz", counting_image())
+    source, names = NiftiFolder(tmp_path, num_classes=2), set()
+    for code in ("before", "after"):
+        monkeypatch.setattr(case_cache, "code_digest", lambda kind, code=code: code)
+        names.add(entry_name(source.case_files("c0", with_label=False), source, MR, False))
+    assert len(names) == 2
+
+
+def test_a_reader_without_a_file_is_named() -> None:
+    made = type("Typed", (NiftiFolder,), {"__module__": "__nowhere__"})
+    with pytest.raises(ValueError, match=r"--cache_gb: Typed has no file .*; write it into a module"):
+        code_digest.__wrapped__(made)

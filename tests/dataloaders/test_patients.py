@@ -9,8 +9,9 @@ import pytest
 from listed_cases import IDS, ListedCases, write_list
 
 from dataloaders.case_lists import order_key
-from dataloaders.patients import PatientsByName, name_patients
+from dataloaders.patients import PatientsByName, name_patients, nameless_cases
 from dataloaders.splits import SplitRequest, make_test_ids, make_training_split
+from myutils.build import resolve_config
 from myutils.config import RunConfig
 
 
@@ -97,7 +98,7 @@ def test_the_seed_orders_patients_by_their_first_case(seed: int) -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "patient"),
-    [("^[^_]+", "P012"), (r"P(\d+)_", "012"), (r"^(?:P\d+)", "P012"), ("_20..$", "_2019")],
+    [("^[^_]+", "P012"), (r"P(\d+)_", "012"), (r"^(?:P\d+)", "P012"), ("_20..$", "_2019"), (r"A(\d+)|P(\d+)", "012")],
 )
 def test_a_pattern_finds_the_patient_in_a_name(pattern: str, patient: str) -> None:
     assert PatientsByName(pattern)("P012_2019") == patient
@@ -117,7 +118,12 @@ def test_a_pattern_keeps_scans_of_a_patient_together() -> None:
 
 
 def test_a_pattern_that_leaves_a_case_without_a_patient_is_refused() -> None:
+    source = ListedCases()
+    assert nameless_cases(source) == []
+    name_patients(source, "case0[0-8]")
+    assert nameless_cases(source) == ["case09"] and source.patient("case09") == "case09"
+    config = RunConfig(patient_pattern="case0[0-8]")
     with pytest.raises(ValueError, match=r"--patient_pattern 'case0\[0-8\]': finds no patient in 'case09'; pass one"):
-        name_patients(ListedCases(), "case0[0-8]")
+        resolve_config(config, source)
     with pytest.raises(ValueError, match=r"--patient_pattern '\(case': no regular expression: missing \)"):
         RunConfig(patient_pattern="(case")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import BallSource
 from helpers_runs import small_config
 
@@ -147,3 +149,19 @@ def test_a_ct_without_any_structure_keeps_percentiles_of_its_own(caplog: pytest.
 def test_a_range_for_mr_is_refused() -> None:
     with pytest.raises(ValueError, match="--ct_range: these data are mr; add --modality ct"):
         resolve_config(RunConfig(ct_range=(0.0, 1.0)), BallSource.from_options(SourceOptions()))
+
+
+def test_a_network_that_computes_with_values_in_its_constructor_gets_a_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Swin's do, of which MONAI has one: it cannot be built without weights, to ask for its stride."""
+
+    class Dropping(NETWORKS.get("unet_3d")):  # type: ignore[misc]
+        def __init__(self, *sizes: int, **more: Any) -> None:
+            super().__init__(*sizes, **more)
+            self.rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]
+
+    monkeypatch.setattr(NETWORKS, "get", lambda name: Dropping)
+    source = BallSource()
+    monkeypatch.setattr(source, "defaults", TrainingDefaults())
+    assert fit_to_cases(small_config(source, patch_size=None), source, ["ball00"]).patch_size == (16, 16, 16)
+    with pytest.raises(RuntimeError, match="meta"), torch.device("meta"):
+        Dropping(1, 2)

@@ -124,6 +124,12 @@ def test_outer_slices_are_not_lost_to_a_change_of_size(shape: tuple[int, int, in
             assert (found != fill).mean() > 0.2
 
 
+def test_a_patch_beside_the_volume_is_all_fill() -> None:
+    array = np.ones((1, 4, 4, 4), np.float32)
+    for place in (-9, 9):
+        assert (crop(array, np.array([0, place, 0]), (4, 4, 4), 7.0) == 7).all()
+
+
 def test_the_blur_is_as_wide_in_mm_along_all_axes() -> None:
     image = np.zeros((1, 15, 15, 15), np.float32)
     image[0, 7, 7, 7] = 1
