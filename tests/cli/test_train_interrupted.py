@@ -121,7 +121,7 @@ def test_a_worker_ends_with_its_parent_and_not_before(tmp_path: Path) -> None:
     """A fetch that never ends, a signal to all processes, and a parent that gives up."""
     script = tmp_path / "endless.py"
     script.write_text("""
-import os, signal, time
+import os, signal, subprocess, sys, time
 from torch.utils.data import DataLoader
 from myutils.stop_signals import leave_stops_to_parent
 
@@ -136,7 +136,9 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     batches = iter(DataLoader(Endless(), num_workers=1, worker_init_fn=leave_stops_to_parent))
     next(batches)
-    os.killpg(0, signal.SIGTERM)
+    assert os.getpgrp() == os.getpid()
+    other = f"import os; os.killpg({os.getpid()}, {int(signal.SIGTERM)})"
+    subprocess.run([sys.executable, "-c", other], check=True)
     time.sleep(1)
     assert all(worker.is_alive() for worker in batches._workers)
 """)
