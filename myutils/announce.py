@@ -60,7 +60,7 @@ def describe(trainer: Trainer) -> None:
         logger.info("patches are mirrored along %s (--flip_axes)", mirrored)
         sided = sided_names(source.class_names)
         if sided and config.orientation == "ras" and 0 in (config.flip_axes or ()):
-            text = "left and right are exchanged, of %s too: if scans show its counterpart, as background, leave X out"
+            text = "mirrored, %s is on the other side: if scans show the one of there too, pass --flip_axes without 0"
             logger.warning(text, some(sided))
     logger.info("run: %s", trainer.folder)
     _name_limits(trainer)

@@ -58,3 +58,21 @@ def test_the_axes_that_patches_are_mirrored_along_are_said(
     with caplog.at_level(logging.INFO):
         describe(small_trainer(BallSource(), tmp_path, **settings))
     assert f"patches are {words}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"flip_axes": (0,), "orientation": "ras"}, True),
+        ({"flip_axes": (0,), "orientation": "stored"}, False),  # nobody knows which axis is left-right
+        ({"flip_axes": (1,), "orientation": "ras"}, False),
+    ],
+)
+def test_a_class_of_one_side_that_is_mirrored_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], said: bool
+) -> None:
+    source = BallSource()
+    source.class_names = ("background", "spleen", "adrenal_L")
+    with caplog.at_level(logging.WARNING):
+        describe(small_trainer(source, tmp_path, **settings))
+    assert ("mirrored, 'adrenal_L' is on the other side" in caplog.text) == said
