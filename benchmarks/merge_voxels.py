@@ -39,8 +39,11 @@ def main() -> None:
     if min(settings.factor) < 1:
         parser.error(f"--factor {' '.join(map(str, settings.factor))}: each at least 1")
     options = SourceOptions(settings.dataset_path, settings.num_classes, settings.voxel_size)
-    source = SOURCES.get(settings.dataset_name).from_options(options)
-    write_folder(source, tuple(settings.factor), settings.output_dir, ties=settings.ties)
+    try:
+        source = SOURCES.get(settings.dataset_name).from_options(options)
+        write_folder(source, tuple(settings.factor), settings.output_dir, ties=settings.ties)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 def write_folder(source: CaseSource, factor: Triple, folder: Path, *, ties: str = "lower") -> None:
