@@ -256,7 +256,7 @@ def evaluate(trained: dict[str, Path], trainer: Trainer) -> None:
         test_ids = make_test_ids(source, config.split_request(), trainer.state.split)
     except (ValueError, FileNotFoundError) as error:
         if config.test_list is not None:  # the user's own list is wrong: no run may end as if it were scored
-            raise ValueError(f"trained, but not scored: {error}; --resume takes another --test_list") from error
+            raise ValueError(f"trained, but not scored: {error} (--resume takes a --test_list)") from error
         logger.warning("training is done; no evaluation: %s", error)
         return
     outcome = {name: evaluate_run(path, source, test_ids, trainer.device) for name, path in trained.items()}

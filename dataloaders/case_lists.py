@@ -45,7 +45,8 @@ def read_case_list(path: Path) -> tuple[str, ...]:
         ValueError: If it is not text, holds no id, or holds one twice.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"list file {path} does not exist; give a text file with one case id per line")
+        fault = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"list file {path} {fault}; give a text file with one case id per line")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

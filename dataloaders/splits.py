@@ -219,6 +219,8 @@ def _first_labeled(source: CaseSource, pool: Sequence[str], labelnum: int | None
     others = f", besides {left} for the test or outside the train list" if left else ""
     if not labeled:
         how = "add labels, or name those to train on in --labeled_list, then without a test" if left else "add labels"
+        if left > 1 and len({source.patient(case_id) for case_id in known}) == 1:
+            how = "they all count as cases of one patient, who is in the test: see --patient_pattern, or pass lists"
         raise ValueError(f"{_name(source)} has no labelled training case{others}; {how}")
     if labelnum is not None and not 1 <= labelnum <= len(labeled):
         raise ValueError(

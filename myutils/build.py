@@ -84,6 +84,10 @@ def build_source(config: RunConfig) -> CaseSource:
     """The case source that ``--dataset_name`` and ``--dataset_path`` name; its patients are ``--patient_pattern``'s."""
     source = SOURCES.get(config.dataset_name).from_options(config.source_options())
     require_sound(source)
+    if config.num_classes not in (None, source.num_classes):
+        raise ValueError(
+            f"--num_classes {config.num_classes}: {config.dataset_name} has {source.num_classes}; leave it out"
+        )
     if config.patient_pattern:
         name_patients(source, config.patient_pattern)
     return source
@@ -176,6 +180,8 @@ def _with_method_defaults(
     """What the user left open and the method decides; mirroring only where the data have an axis for it."""
     if unknown := sorted(set(method.defaults) - set(COMMON_DEFAULTS)):
         raise ValueError(f"{method.__name__}.defaults has {some(unknown)}; known: {', '.join(COMMON_DEFAULTS)}")
+    if unknown := sorted(method.reads - {field.name for field in dataclasses.fields(config)}):
+        raise ValueError(f"{method.__name__}.reads has {some(unknown)}; name flags of the trainer")
     wanted = {**COMMON_DEFAULTS, **method.defaults}
     wanted["warmup_iteration"] = round(wanted.pop("warmup_share") * max_iteration)
     wanted["tta_flips"] = wanted["tta_flips"] and bool(flip_axes) and config.tta_views == 1

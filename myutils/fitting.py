@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from nibabel.affines import voxel_sizes
 
@@ -19,6 +20,8 @@ from myutils.config import RunConfig
 from networks.base import NETWORKS, make_network
 
 logger = logging.getLogger(__name__)
+
+_ODD_VOXEL = 100
 
 
 def fit_to_cases(config: RunConfig, source: CaseSource, labeled: Sequence[str]) -> RunConfig:
@@ -75,14 +78,35 @@ def require_headers(source: CaseSource, case_ids: Sequence[str]) -> None:
         ValueError: Naming up to three of them.
     """
 
+    edges: dict[str, np.ndarray] = {}
+
     def look(case_id: str) -> None:
         found = source.header_channels(case_id)
         if found != source.in_channels:
             raise ValueError(f"case {case_id}: {found} channels, where the first case has {source.in_channels}")
         if _grids_by_header(source):
-            source.grid(case_id)
+            edges[case_id] = voxel_sizes(source.grid(case_id).affine)
 
     _refuse_unusable(case_ids, look)
+    _name_odd_voxels(edges)
+
+
+def _name_odd_voxels(edges: dict[str, np.ndarray]) -> None:
+    """Warn of cases whose voxels are far smaller or larger than the others', as where a header states another unit."""
+    if not edges:
+        return
+    volumes = {case_id: float(np.prod(sizes)) for case_id, sizes in edges.items()}
+    usual = float(np.median(list(volumes.values())))
+    odd = [case_id for case_id, volume in volumes.items() if not usual / _ODD_VOXEL < volume < usual * _ODD_VOXEL]
+    if odd:
+        sizes = " x ".join(f"{size:.3g}" for size in edges[odd[0]])
+        logger.warning(
+            "voxels %d times as large as the others' or as small, %s mm in %s: mend the voxel size, or its unit, if "
+            "the header is wrong",
+            _ODD_VOXEL,
+            sizes,
+            some(odd),
+        )
 
 
 def require_sizes(source: CaseSource, case_ids: Sequence[str], preprocess: Preprocess) -> None:

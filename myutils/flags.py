@@ -54,8 +54,19 @@ def _limits(field: dataclasses.Field[Any]) -> str:
     return f"at least {low}" if high == math.inf else f"in {low}..{high}"
 
 
+_MEANT = {  # what other programs call some flags
+    **dict.fromkeys(("epochs", "max_epoch", "steps", "num_steps", "iterations", "max_iterations"), "max_iteration"),
+    **dict.fromkeys(("lr", "learning_rate"), "base_lr"),
+    **dict.fromkeys(("device", "cuda"), "gpu"),
+    "dataset": "dataset_name",
+    "data": "dataset_path",
+    "root_path": "dataset_path",
+    "weights": "checkpoint",
+}
+
+
 class SuggestingParser(argparse.ArgumentParser):
-    """Argument parser that answers an unknown flag with the closest known one."""
+    """Argument parser that answers an unknown flag with the one that is meant, or the closest one."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=FlagHelp, **settings)
@@ -69,7 +80,9 @@ class SuggestingParser(argparse.ArgumentParser):
 
     def _describe_unknown(self, word: str) -> str:
         known = list(self._option_string_actions)
-        close = difflib.get_close_matches(word.split("=")[0].replace("-", "_").replace("__", "--", 1), known, n=1)
+        asked = word.split("=")[0].replace("-", "_").replace("__", "--", 1)
+        meant = f"--{_MEANT.get(asked.removeprefix('--'))}"
+        close = [meant] if meant in known else difflib.get_close_matches(asked, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else "; --help lists the flags"
         return f"unrecognized argument {word}{hint}"
 

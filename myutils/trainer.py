@@ -200,10 +200,10 @@ class Trainer:
             now, (before, logged) = time.perf_counter(), self._clock
             seconds, self._clock = (now - before) / max(1, done - logged), (now, done)
             bar.set_postfix(self._log_step(log, batch, output, done, seconds), refresh=False)
-        if picture:
-            log.pictures(done, batch, output)
         if stop or regular:
             self._save_and_validate(log, validate=regular)
+        if picture:  # last: what a new method gives it to draw may not fit
+            log.pictures(done, batch, output)
         if stop:
             raise TrainingInterrupted
 

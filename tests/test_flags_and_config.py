@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 from conftest import BallSource
 from helpers_runs import small_config
-from listed_cases import IDS, ListedCases, write_list
 
 from dataloaders.base import SOURCES
-from dataloaders.splits import make_training_split
 from dataloaders.transforms import AugmentOptions
 from myutils.build import DataFacts, build_augmentation, build_inference, build_network, resolve_config
 from myutils.config import RunConfig
@@ -128,6 +126,18 @@ def test_resolved_config_takes_the_data_sets_defaults() -> None:
     assert resolve_config(RunConfig(method="supervised"), BallSource()).use_contrastive_prototype is False
 
 
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [("--epochs", "max_iteration"), ("--learning-rate=1", "base_lr"), ("--dataset", "dataset_name"), ("--lrr", None)],
+)
+def test_what_other_programs_call_a_flag_is_known(
+    flag: str, meant: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parser().parse_args([flag])
+    assert (f"did you mean --{meant}?" in capsys.readouterr().err) == (meant is not None)
+
+
 def test_help_states_the_defaults_of_the_data_sets() -> None:
     stated = " ".join(parser().format_help().split())
     known = ("demo", "LA", "ACDC", "decathlon", "nifti", "dicom")
@@ -136,17 +146,6 @@ def test_help_states_the_defaults_of_the_data_sets() -> None:
     assert len(labels) == 3 and all(words in stated for words in labels)
     assert f"6000, demo {found['demo'].max_iteration}" in stated
     assert {of.max_iteration for name, of in found.items() if name != "demo"} == {6000}
-
-
-def test_by_default_no_label_of_own_data_is_left_unused(tmp_path: Path) -> None:
-    assert ListedCases.defaults.labelnum is None
-    assert resolve_config(RunConfig(), ListedCases()).labelnum == 7  # of 8, one for the test
-    assert resolve_config(RunConfig(val_num=2), ListedCases()).labelnum == 7  # as in the flag, with these
-    listed = write_list(tmp_path / "v.list", IDS[0])
-    config = resolve_config(RunConfig(val_list=listed), ListedCases(test=[IDS[7]]))
-    assert (config.labelnum, config.exp) == (6, "demo_mean_teacher_6labels_seed0")
-    split = make_training_split(ListedCases(test=[IDS[7]]), config.split_request())
-    assert (len(split.labeled), len(split.unlabeled), split.val) == (6, 2, (IDS[0],))
 
 
 def test_unknown_method_gets_a_hint() -> None:

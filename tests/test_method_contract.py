@@ -30,6 +30,7 @@ LOSS = torch.ones(2, 3, requires_grad=True)
         (StepOutput({"a": LOSS.mean()}), "loss term 'a' is a Tensor; return LossTerm"),  # type: ignore[dict-item]
         (StepOutput({"a": LossTerm(0.5, 1.0)}), "loss term 'a' is a float; return LossTerm"),  # type: ignore[arg-type]
         (StepOutput({"a": LossTerm(LOSS, 1.0)}), r"loss term 'a' has shape \(2, 3\); return a scalar"),
+        (StepOutput({"total": LossTerm(LOSS.mean(), 1.0)}, {"lr": LOSS.mean()}), "'total', 'lr': the log has values"),
         (
             StepOutput({"a": LossTerm(LOSS.mean(), 1.0)}, {"b": torch.zeros(1)}),
             r"scalar 'b' has shape \(1,\); return one number",

@@ -15,6 +15,9 @@ from dataloaders.patches import Batch
 
 logger = logging.getLogger(__name__)
 
+_TAKEN_TERMS = {"total", "total_prototype_loss"}  # what the trainer logs itself, as Loss/ and Train/
+_TAKEN_SCALARS = {"lr", "dice", "loss_scale", "seconds_per_step", "peak_memory_mb"}
+
 
 @dataclass
 class LossTerm:
@@ -65,6 +68,8 @@ def require_terms(output: object, method: str) -> None:
     if not isinstance(output, StepOutput) or not isinstance(output.terms, dict) or not output.terms:
         what = "no loss term" if isinstance(output, StepOutput) else f"a {type(output).__name__}"
         raise ValueError(f"--method {method}: a step gave {what}; return StepOutput({{name: LossTerm(value, weight)}})")
+    if taken := sorted(_TAKEN_TERMS & set(output.terms)) + sorted(_TAKEN_SCALARS & set(output.scalars)):
+        raise ValueError(f"--method {method}: {some(taken)}: the log has values of this name; choose another")
     for name, term in output.terms.items():
         if fault := _fault_of(term):
             raise ValueError(f"--method {method}: loss term {name!r} {fault}")

@@ -65,7 +65,7 @@ def test_a_train_list_tests_on_patients_that_it_does_not_show() -> None:
 
 def test_a_single_patient_cannot_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PairsOfCases, "patient", lambda self, case_id: "one")
-    with pytest.raises(ValueError, match=r"no labelled training case, besides 8 for the test"):
+    with pytest.raises(ValueError, match=r"no labelled training case, besides 8 for the test.*of one patient"):
         make_training_split(PairsOfCases(), SplitRequest(labelnum=1))
 
 

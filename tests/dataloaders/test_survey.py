@@ -16,7 +16,7 @@ from dataloaders.base import Grid, SourceOptions, TrainingDefaults, Volume
 from dataloaders.survey import Survey, fitting_patch, structure_range, survey_grids
 from myutils.build import resolve_config
 from myutils.config import RunConfig
-from myutils.fitting import fit_to_cases
+from myutils.fitting import fit_to_cases, require_headers
 from networks.base import NETWORKS
 
 
@@ -165,3 +165,17 @@ def test_a_network_that_computes_with_values_in_its_constructor_gets_a_patch(mon
     assert fit_to_cases(small_config(source, patch_size=None), source, ["ball00"]).patch_size == (16, 16, 16)
     with pytest.raises(RuntimeError, match="meta"), torch.device("meta"):
         Dropping(1, 2)
+
+
+def test_a_case_whose_voxels_are_of_another_unit_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    class Metres(BallSource):
+        def grid(self, case_id: str) -> Grid:
+            scale = 0.001 if case_id == "ball02" else 1.0
+            return Grid((20, 18, 16), np.diag([scale, 2 * scale, scale, 1.0]))
+
+    source = Metres()
+    require_headers(source, source.case_ids())
+    assert "voxels 100 times as large as the others' or as small, 0.001 x 0.002 x 0.001 mm in 'ball02'" in caplog.text
+    caplog.clear()
+    require_headers(source, ["ball00", "ball01"])
+    assert not caplog.text
