@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from myutils.build import DataFacts, build_network
 from myutils.methods.base import METHODS, LossTerm, StepOutput
-from myutils.methods.step_output import fingerprint, require_gradients, require_terms, warn_if_still
+from myutils.methods.step_output import fingerprint, require_gradients, require_pictures, require_terms, warn_if_still
 from networks.base import NETWORKS, SegmentationOutput, make_network
 
 LOSS = torch.ones(2, 3, requires_grad=True)
@@ -47,6 +47,28 @@ def test_an_output_that_breaks_the_contract_is_refused(output: Any, fault: str) 
     method.supervised_losses = lambda *_: output
     with pytest.raises(ValueError, match="--method supervised: "):
         method(random_batch(4, 0), 0)
+
+
+@pytest.mark.parametrize(
+    ("made", "fault"),
+    [
+        ({"logits_l": torch.zeros(2, 3, 8, 8, 8)}, None),
+        ({"logits_l": torch.zeros(4, 3, 8, 8, 8)}, r"logits_l \(4, 3, 8, 8, 8\) beside labels \(2, 8, 8, 8\)"),
+        (
+            {"logits_l": torch.zeros(2, 3, 8, 8, 8), "labels_l": torch.zeros(1, 8, 8, 8)},
+            r"beside labels \(1, 8, 8, 8\)",
+        ),
+        ({"pseudo_labels": torch.zeros(2, 8, 8, 8)}, None),
+        ({"pseudo_labels": torch.zeros(2, 3, 8, 8, 8)}, r"pseudo_labels \(2, 3, 8, 8, 8\); return \(2, 8, 8, 8\)"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_at_once(made: dict[str, Any], fault: str | None) -> None:
+    output, batch = StepOutput({"a": LossTerm(LOSS.mean(), 1.0)}, **made), random_batch(2, 2, size=8)
+    if fault is None:
+        require_pictures(output, batch, "mine")
+        return
+    with pytest.raises(ValueError, match=f"--method mine: .*{fault}"):
+        require_pictures(output, batch, "mine")
 
 
 def test_a_parameter_that_takes_no_part_is_named_at_the_first_step(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from myutils.distributed import sum_over_ranks
 from myutils.flags import flags_of
 from myutils.losses.deep_supervision import DeepSupervision
 from myutils.losses.segmentation import dice_ce_loss, one_hot_labels
-from myutils.methods.step_output import LossTerm, StepOutput, require_terms
+from myutils.methods.step_output import LossTerm, StepOutput, require_pictures, require_terms
 from myutils.prototype_term import IGNORE, PrototypeTerm, PseudoVoxels
 from myutils.pseudo_labels import PseudoLabels, most_probable, pseudo_labels
 from myutils.registry import Registry
@@ -81,6 +81,7 @@ class Method(nn.Module, ABC):
         """
         output = self.losses(batch, step) if len(batch.image_u) else self.supervised_losses(batch, step)
         require_terms(output, self.config.method)
+        require_pictures(output, batch, self.config.method)
         switches = (
             ("deep_supervision", self.deep, "deep_supervision", "coarse_terms"),
             ("use_contrastive_prototype", self.prototypes, "contrastive_loss", "prototype_terms"),

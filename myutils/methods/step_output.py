@@ -78,6 +78,22 @@ def require_terms(output: object, method: str) -> None:
             raise ValueError(f"--method {method}: scalar {name!r} has shape {shape}; return one number, its mean say")
 
 
+def require_pictures(output: StepOutput, batch: Batch, method: str) -> None:
+    """Refuse what cannot be drawn or compared: now, not at the first picture.
+
+    Raises:
+        ValueError: Names what has which shape, and the one to return.
+    """
+    logits, pseudo = output.logits_l, output.pseudo_labels
+    if logits is not None and (len(logits), *logits.shape[2:]) != (truth := tuple(output.truth(batch).shape)):
+        raise ValueError(
+            f"--method {method}: logits_l {tuple(logits.shape)} beside labels {truth}; return (Bl, K, X, Y, Z), and "
+            "labels_l (Bl, X, Y, Z) where they are not the batch's"
+        )
+    if pseudo is not None and tuple(pseudo.shape) != (wanted := (len(batch.image_u), *batch.image_u.shape[2:])):
+        raise ValueError(f"--method {method}: pseudo_labels {tuple(pseudo.shape)}; return {wanted}, of the weak views")
+
+
 def _fault_of(term: object) -> str | None:
     if not isinstance(term, LossTerm) or not isinstance(term.value, Tensor):
         return f"is a {type(getattr(term, 'value', term)).__name__}; return LossTerm(tensor, weight)"
