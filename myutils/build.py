@@ -103,7 +103,7 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
     """
     for registry, name in ((NETWORKS, config.model), (METHODS, config.method)):
         registry.get(name)
-    if nameless := nameless_cases(source):
+    if config.patient_pattern and (nameless := nameless_cases(source)):
         raise ValueError(
             f"--patient_pattern {config.patient_pattern!r}: finds no patient in {some(nameless)}; pass one that "
             "matches every case id, or leave it out to go by what the data say"
