@@ -15,7 +15,8 @@ from dataloaders.say_once import warn_once
 logger = logging.getLogger(__name__)
 
 MODALITIES = ("mr", "ct")
-_SIDE = re.compile(r"(?<![a-z])(left|right|lh|rh|l|r)(?![a-z0-9])")
+_SIDE = re.compile(r"(?<![a-z])(left|right|lh|rh|l|r)(?![a-z])")
+_SIDE_ALONE = re.compile(rf"{_SIDE.pattern}(?!\d)")  # where no other name tells: the vertebra L1 is on no side
 
 
 def read_dataset_json(path: Path) -> dict[str, Any]:
@@ -78,8 +79,8 @@ def plausible_flips(names: Sequence[str]) -> tuple[int, ...]:
 
 
 def sided_names(names: Sequence[str]) -> list[str]:
-    """The names that hold a side."""
-    return [name for name in names if _SIDE.search(name.lower())]
+    """The names that hold a side, but for letters with a number."""
+    return [name for name in names if _SIDE_ALONE.search(name.lower())]
 
 
 def fit_class_names(names: tuple[str, ...] | None, num_classes: int | None, where: str) -> tuple[str, ...]:

@@ -72,7 +72,7 @@ def test_a_class_of_one_side_that_is_mirrored_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], said: bool
 ) -> None:
     source = BallSource()
-    source.class_names = ("background", "spleen", "adrenal_L")
+    source.class_names = ("background", "vertebra_L1", "adrenal_L")
     with caplog.at_level(logging.WARNING):
         describe(small_trainer(source, tmp_path, **settings))
     assert ("mirrored, 'adrenal_L' is on the other side" in caplog.text) == said
