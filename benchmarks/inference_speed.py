@@ -53,11 +53,16 @@ def main() -> None:
         options = dataclasses.replace(options, patch_size=tuple(settings.window))
     volume = find_scans(settings.image)[0].read()
     if settings.label is not None:
-        image, affine, classes = volume.image, volume.affine, bundle.num_classes
-        label = read_label(settings.label, volume.case_id, image=image, affine=affine, num_classes=classes)
+        label = read_label(
+            settings.label,
+            volume.case_id,
+            image=volume.image,
+            affine=volume.affine,
+            num_classes=bundle.num_classes,
+        )
         volume = dataclasses.replace(volume, label=label)
     prepared = bundle.preprocess(volume)  # image and label, turned and resampled as for the network
-    scan, truth = torch.from_numpy(np.array(prepared.image)), prepared.label
+    image, truth = torch.from_numpy(np.array(prepared.image)), prepared.label
     sides = make_sides(bundle, options, tuple(settings.stride), device)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     maps: dict[str, np.ndarray] = {}
@@ -66,12 +71,12 @@ def main() -> None:
             if number == 0 and name == STRIDE:
                 continue  # its many windows need no warming up
             started = time.perf_counter()
-            maps[name] = most_probable(side(scan), 0).cpu().numpy()
+            maps[name] = most_probable(side(image), 0).cpu().numpy()
             if number:
                 seconds[name].append(time.perf_counter() - started)
     lines = [
         f"torch {torch.__version__}, monai {version('monai')}, {torch.get_num_threads()} threads, {device.type}, "
-        f"volume {tuple(scan.shape[1:])}, window {options.patch_size}, overlap {options.overlap}, "
+        f"volume {tuple(image.shape[1:])}, window {options.patch_size}, overlap {options.overlap}, "
         f"{settings.rounds} rounds, ours and 'monai alike' with --amp {options.amp}, the others in float32",
         f"{'side':16s}{'seconds':>10s}{'x ours':>8s}{'Dice %':>9s}{'Dice to monai %':>17s}",
     ]

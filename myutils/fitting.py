@@ -74,6 +74,8 @@ def _stride(model: str, flat_levels: Triple) -> Triple:
 def require_headers(source: CaseSource, case_ids: Sequence[str]) -> None:
     """Refuse cases that their headers show to be of no use: now, not at the step that first draws one.
 
+    Voxels of another order of size than the others' are a warning.
+
     Raises:
         ValueError: Naming up to three of them.
     """

@@ -165,6 +165,5 @@ def setup_logging(*, is_main: bool) -> None:
 
 def progress_bar(name: str, first: int, last: int, *, disable: bool) -> tqdm[Any]:
     """A bar of the steps from ``first`` to ``last``; where nobody watches it, a line now and then."""
-    seconds = (0.2, 10.0) if sys.stderr.isatty() else (10.0, 60.0)
-    limits: dict[str, Any] = dict(zip(("mininterval", "maxinterval"), seconds, strict=True))
-    return tqdm(total=last, initial=first, desc=name, unit="step", disable=disable, **limits)
+    least, most = (0.2, 10.0) if sys.stderr.isatty() else (10.0, 60.0)
+    return tqdm(total=last, initial=first, desc=name, unit="step", disable=disable, mininterval=least, maxinterval=most)

@@ -13,6 +13,8 @@ from typing import Protocol
 
 logger = logging.getLogger(__name__)
 
+_HANGUP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # not on Windows
+
 
 class TrainingInterrupted(Exception):  # noqa: N818 - not an error: the user asked for it
     """Ctrl-C or a signal from outside; the state has been saved."""
@@ -53,9 +55,8 @@ def leave_stops_to_parent(worker: int) -> None:
 
     It ends when its parent says so (by SIGTERM; on Linux others' are told from that), or has died.
     """
-    for name in ("SIGINT", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in (signal.SIGINT, *_HANGUP):
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         Thread(target=_end_at_word_of, args=(os.getppid(),), daemon=True).start()
@@ -69,10 +70,7 @@ def _end_at_word_of(parent: int) -> None:
 
 def _from_outside() -> list[signal.Signals]:
     """What a scheduler or ``kill`` sends, and a terminal that closes, unless it is ignored (``nohup``)."""
-    closed: signal.Signals | None = getattr(signal, "SIGHUP", None)  # not on Windows
-    if closed is None or signal.getsignal(closed) == signal.SIG_IGN:
-        return [signal.SIGTERM]
-    return [signal.SIGTERM, closed]
+    return [signal.SIGTERM, *(number for number in _HANGUP if signal.getsignal(number) != signal.SIG_IGN)]
 
 
 @contextmanager

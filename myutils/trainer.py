@@ -252,8 +252,8 @@ class Trainer:
         if output.logits_l is not None:
             values["Train/dice"] = batch_dice(output.logits_l, output.truth(batch).to(self.device))
         if self.scaler.is_enabled():
-            values["Train/loss_scale"] = self.scaler.get_scale()
-            self.watch.check_scale(self.scaler.get_scale(), done, batch.cases_l + batch.cases_u)
+            values["Train/loss_scale"] = scale = self.scaler.get_scale()  # waits for the device
+            self.watch.check_scale(scale, done, batch.cases_l + batch.cases_u)
         values |= {"Train/seconds_per_step": seconds_per_step, "Train/peak_memory_mb": peak_memory_mb(self.device)}
         if self.method.prototypes is not None:
             values["Memory/fill"] = self.method.prototypes.memory_fill()
