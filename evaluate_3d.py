@@ -39,6 +39,7 @@ import torch
 
 from dataloaders.base import CaseSource
 from dataloaders.case_lists import some
+from dataloaders.error_text import message_of
 from dataloaders.orientation import warn_of_unstated
 from dataloaders.patients import nameless_cases
 from myutils.build import build_source, kept_parts
@@ -131,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(job)
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        logger.error("error: %s", error)
+        logger.error("error: %s", message_of(error))
         return 1
     except KeyboardInterrupt:
         logger.info("stopped; nothing but finished predictions in %s was written", job.folder / "predictions")

@@ -33,7 +33,8 @@ from nibabel import Nifti1Header
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dataloaders.geometry import READ_ERRORS, reason_of, states_orientation
+from dataloaders.error_text import reason_of
+from dataloaders.geometry import READ_ERRORS, states_orientation
 from dataloaders.orientation import note_stored_axes, stated_axes
 from myutils.build import kept_parts
 from myutils.checkpoint import InferenceBundle

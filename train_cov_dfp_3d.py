@@ -32,9 +32,10 @@ from typing import Any
 
 import torch
 
+from dataloaders.error_text import message_of
 from dataloaders.orientation import warn_of_unstated
 from dataloaders.splits import make_test_ids, make_training_split
-from myutils.announce import describe, how_to_go_on, list_files, short_message
+from myutils.announce import describe, how_to_go_on, list_files
 from myutils.build import DataFacts, build_preprocess, build_source, resolve_config
 from myutils.checkpoint import RunState, read_checkpoint
 from myutils.config import RunConfig
@@ -80,7 +81,7 @@ def train(parser: SuggestingParser, given: dict[str, Any]) -> int:
         trainer = prepare(given)
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         stop_process_group()
-        parser.error(str(error))
+        parser.error(message_of(error))
     except KeyboardInterrupt:
         stop_process_group()
         logger.info("stopped before the first step")
@@ -91,7 +92,7 @@ def train(parser: SuggestingParser, given: dict[str, Any]) -> int:
         logger.error("error: %s", error)
         return 1
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        logger.error("error: %s\n%s", short_message(error), how_to_go_on(trainer))
+        logger.error("error: %s\n%s", message_of(error), how_to_go_on(trainer))
         return 1
     except (TrainingInterrupted, KeyboardInterrupt) as stop:
         logger.info("%s\n%s", str(stop) or "stopped at once", how_to_go_on(trainer))

@@ -29,11 +29,6 @@ _CONTRADICTION = 0.5  # of a voxel's edge, by which qform and sform may place a 
 READ_ERRORS = (OSError, EOFError, ValueError, OverflowError, zlib.error, ImageFileError, HeaderDataError)
 
 
-def reason_of(error: Exception) -> str:
-    """An error's text in one line; its kind where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
     """Read a NIfTI image.
 
@@ -134,7 +129,7 @@ def _contradiction(header: nib.Nifti1Header, shape: Sequence[int], unit: float) 
     try:
         qform = header.get_qform()
     except (ValueError, HeaderDataError) as error:  # of rounding alone, perhaps
-        return f"its qform cannot be read ({reason_of(error)})"
+        return f"its qform cannot be read ({error})"
     corners = np.array(list(product(*((0, size - 1) for size in shape))))
     gap = float(np.linalg.norm(corners @ (qform - sform)[:3, :3].T + (qform - sform)[:3, 3], axis=1).max())
     if gap <= _CONTRADICTION * float(voxel_sizes(sform).min()):

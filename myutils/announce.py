@@ -95,9 +95,3 @@ def _program() -> list[str]:
     if started.name == "covdfp-train":
         return [started.name]
     return ["python", str(started) if started.name == "train_cov_dfp_3d.py" else "train_cov_dfp_3d.py"]
-
-
-def short_message(error: Exception) -> str:
-    """The error's text; of one that a loader process passed on, the last line of its traceback."""
-    text = str(error).strip()
-    return text.splitlines()[-1] if "Original Traceback" in text else text

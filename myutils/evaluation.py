@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dataloaders.base import CaseSource, Volume
 from dataloaders.case_lists import some
 from dataloaders.checked_cases import KeptCases
-from dataloaders.geometry import reason_of
+from dataloaders.error_text import reason_of
 from dataloaders.orientation import axis_directions
 from dataloaders.preprocess import Preprocess
 from dataloaders.say_once import warn_once

@@ -37,15 +37,16 @@ def fit_to_cases(config: RunConfig, source: CaseSource, labeled: Sequence[str]) 
     grids = [source.grid(case_id) for case_id in labeled]
     orientation = config.orientation or _fitting_orientation(grids, labeled)
     preprocess = Preprocess(str(config.modality), config.spacing, orientation=orientation)
-    for case_id, grid in zip(labeled, grids, strict=True):
-        _require_size(grid, case_id, preprocess)
+    shapes = [_require_size(grid, case_id, preprocess) for case_id, grid in zip(labeled, grids, strict=True)]
     survey = survey_grids(grids, orientation)
     takes_flat_levels = NETWORKS.get(config.model).takes_flat_levels
     fitting = fitting_flat_levels(config.spacing or survey.spacing) if takes_flat_levels else (0, 0, 0)
     flat_levels = config.flat_levels or fitting
-    patch = config.patch_size
+    patch, stride = config.patch_size, _stride(config.model, flat_levels)
     if patch is None:
-        patch = fitting_patch(survey, config.spacing, source.defaults.patch_size, _stride(config.model, flat_levels))
+        patch = fitting_patch(survey, config.spacing, source.defaults.patch_size, stride)
+    else:
+        _name_padding(patch, shapes, stride)
     ct_range = structure_range(source, labeled) if wants_range else config.ct_range
     if wants_range and ct_range is None:
         logger.warning(
@@ -59,6 +60,20 @@ def fit_to_cases(config: RunConfig, source: CaseSource, labeled: Sequence[str]) 
     return dataclasses.replace(
         config, orientation=orientation, flat_levels=flat_levels, patch_size=patch, ct_range=ct_range
     )
+
+
+def _name_padding(patch: Triple, shapes: Sequence[Sequence[int]], stride: Triple) -> None:
+    """Warn of a patch that no labelled case fills, beyond what the network's stride asks for."""
+    largest = np.max(shapes, axis=0)
+    needed = [-(-int(size) // step) * step for size, step in zip(largest, stride, strict=True)]
+    if any(side > enough for side, enough in zip(patch, needed, strict=True)):
+        fitting = " ".join(str(min(pair)) for pair in zip(patch, needed, strict=True))
+        logger.warning(
+            "--patch_size %s: no labelled case has more than %s voxels, the rest is padding; %s holds them all",
+            " ".join(map(str, patch)),
+            " x ".join(map(str, largest)),
+            fitting,
+        )
 
 
 def _stride(model: str, flat_levels: Triple) -> Triple:
@@ -125,12 +140,13 @@ def _grids_by_header(source: CaseSource) -> bool:
     return type(source).grid is not CaseSource.grid
 
 
-def _require_size(grid: Grid, case_id: str, preprocess: Preprocess) -> None:
+def _require_size(grid: Grid, case_id: str, preprocess: Preprocess) -> tuple[int, ...]:
+    """The shape that the case is worked on in; an error as in ``require_sizes``."""
     turn, steps = Turn.of(grid.affine, preprocess.orientation), voxel_sizes(grid.affine)
-    preprocess.working_shape(case_id, turn.values_forth(grid.shape), turn.values_forth(steps))
+    return preprocess.working_shape(case_id, turn.values_forth(grid.shape), turn.values_forth(steps))
 
 
-def _refuse_unusable(case_ids: Sequence[str], look: Callable[[str], None]) -> None:
+def _refuse_unusable(case_ids: Sequence[str], look: Callable[[str], object]) -> None:
     """Raise a ValueError that names up to three of the cases for which ``look`` raises."""
     wrong = []
     for case_id in case_ids:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from dataloaders.error_text import message_of
 from myutils.build import build_inference
 from myutils.checkpoint import InferenceBundle
 from myutils.config import RunConfig
@@ -105,7 +106,7 @@ def start(
         job = prepare(flags)
     except (ValueError, OSError) as error:
         stop_process_group()
-        parser.error(str(error))
+        parser.error(message_of(error))
     except KeyboardInterrupt:
         stop_process_group()
         logger.info("stopped before the first case; nothing was written")

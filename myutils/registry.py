@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import pkgutil
 from collections.abc import Callable
 from types import ModuleType
 from typing import Generic, TypeVar
+
+from dataloaders.error_text import reason_of
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -16,7 +21,8 @@ class Registry(Generic[T]):
     """Names to classes, filled by importing every module of a package.
 
     A new data set, network or method is one new file in its package: the file is found and imported on the
-    first look-up, and its ``@REGISTRY.register("name")`` adds it.
+    first look-up, and its ``@REGISTRY.register("name")`` adds it. One that cannot be imported is a warning: it takes
+    none of the others away.
 
     Args:
         kind: What is registered, for error messages ("method").
@@ -28,6 +34,7 @@ class Registry(Generic[T]):
         self._package = package
         self._entries: dict[str, T] = {}
         self._loaded = False
+        self._faults: list[str] = []
 
     def register(self, name: str) -> Callable[[T], T]:
         """Class decorator that files the class under ``name``; a name is taken once."""
@@ -46,7 +53,12 @@ class Registry(Generic[T]):
         self._loaded = True
         package: ModuleType = importlib.import_module(self._package)
         for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self._package}.{module.name}")
+            name = f"{self._package}.{module.name}"
+            try:
+                importlib.import_module(name)
+            except Exception as error:  # whatever a file of somebody's may raise
+                self._faults.append(f"{name} cannot be imported: {reason_of(error)}")
+                logger.warning("%s", self._faults[-1])
 
     def names(self) -> list[str]:
         """All registered names, sorted."""
@@ -62,7 +74,7 @@ class Registry(Generic[T]):
         self._load()
         if name in self._entries:
             return self._entries[name]
-        raise ValueError(f"unknown {self.kind} {name!r}; {closest_hint(name, self.names())}")
+        raise ValueError("; ".join([f"unknown {self.kind} {name!r}", *self._faults, closest_hint(name, self.names())]))
 
 
 def closest_hint(name: str, known: list[str]) -> str:

@@ -139,6 +139,23 @@ def test_quarter_turns_without_effect_are_named_where_nothing_is_open(
     assert ("--rotate90" in caplog.text) == idle
 
 
+@pytest.mark.parametrize(
+    ("patch", "fitting"),
+    [((24, 20, 16), None), ((16, 16, 8), None), ((48, 16, 32), "24 16 16"), ((32, 32, 16), "24 20 16")],
+)
+def test_a_patch_that_no_case_fills_is_named(
+    patch: tuple[int, int, int], fitting: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """20 x 18 x 16 voxels of 1, 2 and 1 mm, and a network that divides the axes by 8, 4 and 8 then."""
+    source = BallSource()
+    config = small_config(source, patch_size=patch, orientation=None)
+    assert fit_to_cases(config, source, ["ball00"]).patch_size == patch
+    assert ("is padding" in caplog.text) == (fitting is not None)
+    if fitting is not None:
+        limit = "no labelled case has more than 20 x 18 x 16 voxels, the rest is padding"
+        assert f"--patch_size {' '.join(map(str, patch))}: {limit}; {fitting} holds them all" in caplog.text
+
+
 def test_a_ct_without_any_structure_keeps_percentiles_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
     source = ScanSource()
     with caplog.at_level(logging.WARNING):
