@@ -166,7 +166,7 @@ class CaseSource(ABC):
 
 T = TypeVar("T")
 
-SOURCES: Registry[type[CaseSource]] = Registry("data set", "dataloaders")
+SOURCES: Registry[type[CaseSource]] = Registry("data set", "dataloaders", CaseSource)
 
 
 def check_label(label: np.ndarray, image_shape: Sequence[int], num_classes: int, case_id: str) -> np.ndarray:

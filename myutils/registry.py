@@ -27,25 +27,39 @@ class Registry(Generic[T]):
     Args:
         kind: What is registered, for error messages ("method").
         package: Dotted name of the package whose modules register themselves.
+        base: What every class is derived from.
     """
 
-    def __init__(self, kind: str, package: str) -> None:
+    def __init__(self, kind: str, package: str, base: type) -> None:
         self.kind = kind
-        self._package = package
+        self._package, self._base = package, base
         self._entries: dict[str, T] = {}
         self._loaded = False
         self._faults: list[str] = []
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Class decorator that files the class under ``name``; a name is taken once."""
+        """Class decorator that files the class under ``name``.
+
+        Raises:
+            ValueError: If the name is taken, or the class is not derived from the base or leaves a part of it out.
+        """
 
         def add(entry: T) -> T:
-            if name in self._entries:
-                raise ValueError(f"{self.kind} {name!r} is registered twice; choose another name")
+            if fault := self._fault_of(name, entry):
+                raise ValueError(f"{self.kind} {name!r} {fault}")
             self._entries[name] = entry
             return entry
 
         return add
+
+    def _fault_of(self, name: str, entry: T) -> str | None:
+        if name in self._entries:
+            return "is registered twice; choose another name"
+        if not (isinstance(entry, type) and issubclass(entry, self._base)):
+            return f"is no {self._base.__name__}; derive its class from this one"
+        if absent := sorted(getattr(entry, "__abstractmethods__", ())):
+            return f"is {entry.__name__} without {', '.join(absent)}; write each as in {self._base.__name__}"
+        return None
 
     def _load(self) -> None:
         if self._loaded:

@@ -96,8 +96,13 @@ class Branch(nn.Module):
         if isinstance(levels, Tensor):
             raise ValueError(f"{type(self.decoder).__name__} gave a tensor; return the list of its levels' features")
         *coarse, features = levels
+        logits = self.classifier(features)
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"{type(self.classifier).__name__} gave a {type(logits).__name__}; return the logits alone"
+            )
         wanted = self.keeps_coarse or torch.is_grad_enabled()
-        return SegmentationOutput(self.classifier(features), features, tuple(coarse) if wanted else ())
+        return SegmentationOutput(logits, features, tuple(coarse) if wanted else ())
 
 
 class Segmenter(nn.Module, ABC):
@@ -208,6 +213,10 @@ class SegmentationNetwork(Segmenter):
                     f"{type(self).__name__}: {kind} have shape {tuple(found.shape)}; expected (B, {name} {width}, "
                     f"{', '.join(map(str, size))})"
                 )
+        widths = tuple(features.shape[1] for features in output.coarse)
+        if output.coarse and widths != tuple(self.coarse_dims):
+            stated = f"its coarse_dims are {self.coarse_dims}, the coarsest first"
+            raise ValueError(f"{type(self).__name__}: the decoder's coarse levels have {widths} channels; {stated}")
 
     def pad(self, values: Tensor) -> Tensor:
         """Values (..., X, Y, Z) with zeros around them, as ``forward`` pads its input: to multiples of ``stride``."""
@@ -250,7 +259,16 @@ def make_network(
     absent = [name for name in ("feature_dim", "stride", "branch") if not hasattr(network, name)]
     if absent:
         raise ValueError(f"{type(network).__name__} sets no {', '.join(absent)}; its constructor has to")
+    stride = network.stride
+    if not (
+        isinstance(stride, tuple) and len(stride) == 3 and all(isinstance(step, int) and step > 0 for step in stride)
+    ):
+        raise ValueError(
+            f"{type(network).__name__} has stride {stride!r}; give whole numbers for X, Y and Z, as (8, 8, 8)"
+        )
+    if not isinstance(network.branch, Branch):
+        raise ValueError(f"{type(network).__name__}.branch is a {type(network.branch).__name__}; give a Branch")
     return network
 
 
-NETWORKS: Registry[type[SegmentationNetwork]] = Registry("model", "networks")
+NETWORKS: Registry[type[SegmentationNetwork]] = Registry("model", "networks", SegmentationNetwork)

@@ -147,6 +147,38 @@ def test_a_network_that_is_not_whole_is_refused(monkeypatch: pytest.MonkeyPatch)
         make_network(without_stride, 1, 2)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "fault"),
+    [
+        ("stride", 8, r"has stride 8; give whole numbers for X, Y and Z, as \(8, 8, 8\)"),
+        ("stride", (8, 8), r"has stride \(8, 8\); give"),
+        ("stride", (8.0, 8.0, 8.0), r"has stride \(8\.0, 8\.0, 8\.0\); give"),
+        ("branch", nn.Identity(), r"\.branch is a Identity; give a Branch"),
+    ],
+)
+def test_a_network_whose_parts_are_of_another_kind_is_refused(part: str, value: object, fault: str) -> None:
+    class Odd(NETWORKS.get("unet_3d")):  # type: ignore[misc]
+        def __init__(self, in_channels: int, num_classes: int) -> None:
+            super().__init__(in_channels, num_classes)
+            setattr(self, part, value)
+
+    with pytest.raises(ValueError, match=f"Odd ?{fault}"):
+        make_network(Odd, 1, 2)
+
+
+def test_a_network_whose_outputs_are_not_as_stated_is_refused() -> None:
+    network = NETWORKS.get("unet_3d")(1, 2)
+    network.coarse_dims = network.coarse_dims[::-1]
+    with pytest.raises(
+        ValueError, match=r"UNet3D: .* coarse levels have \(64, 32\) channels; its coarse_dims are \(32, 64\)"
+    ):
+        network(torch.zeros(1, 1, 16, 16, 16))
+    network = NETWORKS.get("unet_3d")(1, 2)
+    network.branch.classifier.forward = lambda features: (features, features)
+    with pytest.raises(ValueError, match=r"Conv3d gave a tuple; return the logits alone"):
+        network(torch.zeros(1, 1, 16, 16, 16))
+
+
 def test_a_network_that_cannot_be_built_or_run_by_every_method_is_refused() -> None:
     kind = NETWORKS.get("unet_3d")
 

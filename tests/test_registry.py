@@ -12,7 +12,14 @@ import pytest
 from dataloaders import error_text
 from myutils.registry import Registry
 
-SOUND = 'from shapes_registry import SHAPES\n\n\n@SHAPES.register("{0}")\nclass Shape:\n    name = "{0}"\n'
+SHAPE = """from shapes_registry import SHAPES, Solid
+
+
+@SHAPES.register("{0}")
+class Shape({1}):
+    name = "{0}"
+"""
+SOUND = SHAPE + "    def volume(self): ...\n"
 
 
 @pytest.fixture
@@ -22,7 +29,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     (folder / "__init__.py").touch()
     (tmp_path / "shapes_registry.py").write_text(
-        f'from myutils.registry import Registry\n\nSHAPES = Registry("shape", "{folder.name}")\n'
+        "from abc import ABC, abstractmethod\n\nfrom myutils.registry import Registry\n\n\n"
+        "class Solid(ABC):\n    @abstractmethod\n    def volume(self): ...\n\n\n"
+        f'SHAPES = Registry("shape", "{folder.name}", Solid)\n'
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "shapes_registry", raising=False)
@@ -37,7 +46,7 @@ def registry() -> Registry:
 
 
 def test_a_file_of_the_package_is_found_by_its_name(package: Path) -> None:
-    (package / "ball.py").write_text(SOUND.format("ball"))
+    (package / "ball.py").write_text(SOUND.format("ball", "Solid"))
     assert registry().names() == ["ball"] and registry().get("ball").name == "ball"
     with pytest.raises(ValueError, match=r"unknown shape 'bal'; did you mean 'ball'\? known: ball$"):
         registry().get("bal")
@@ -51,13 +60,15 @@ def test_a_file_of_the_package_is_found_by_its_name(package: Path) -> None:
             r"No module named 'no_such_package' \(ModuleNotFoundError at .*cube\.py, line 1\)",
         ),
         ("class Cube(\n", r"'\(' was never closed \(cube\.py, line 1\)"),
-        (SOUND.format("ball"), "shape 'ball' is registered twice; choose another name"),
+        (SOUND.format("ball", "Solid"), "shape 'ball' is registered twice; choose another name"),
+        (SOUND.format("cube", "object"), "shape 'cube' is no Solid; derive its class from this one"),
+        (SHAPE.format("cube", "Solid"), "shape 'cube' is Shape without volume; write each as in Solid"),
     ],
 )
 def test_a_damaged_file_is_named_and_takes_no_other_away(
     package: Path, code: str, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (package / "ball.py").write_text(SOUND.format("ball"))
+    (package / "ball.py").write_text(SOUND.format("ball", "Solid"))
     (package / "cube.py").write_text(code)
     with caplog.at_level(logging.WARNING):
         assert registry().get("ball").name == "ball"

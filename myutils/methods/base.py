@@ -214,7 +214,7 @@ class Method(nn.Module, ABC):
         return [{"params": selectors, "lr": 0.1 * lr, "lr_scale": 0.1}] if selectors else []
 
 
-METHODS: Registry[type[Method]] = Registry("method", "myutils.methods")
+METHODS: Registry[type[Method]] = Registry("method", "myutils.methods", Method)
 
 
 def unread_flags(method: type[Method], *, prototypes: bool) -> frozenset[str]:
