@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dataloaders.base import CaseSource, Volume
+from dataloaders.base import CaseSource, Grid, Volume
 from dataloaders.case_lists import reject_duplicates, some
 from dataloaders.class_names import MODALITIES
 
@@ -49,6 +49,22 @@ def load_case(source: CaseSource, case_id: str, *, with_label: bool) -> Volume:
     return volume
 
 
+def grid_of(source: CaseSource, case_id: str) -> Grid:
+    """``source.grid``, whose affine keeps the contract of ``Volume``; errors as in ``load_case``."""
+    grid = source.grid(case_id)
+    if len(grid.shape) != 3 or not _is_affine(grid.affine):
+        found = f"a shape {tuple(grid.shape)} and an affine {np.shape(grid.affine)}"
+        raise ValueError(
+            f"case {case_id}: {type(source).__name__}.grid gave {found}; give (X, Y, Z) and a regular (4, 4)"
+        )
+    return grid
+
+
+def _is_affine(affine: np.ndarray) -> bool:
+    """Whether it is (4, 4) and maps no two voxels to one place."""
+    return np.shape(affine) == (4, 4) and bool(np.linalg.det(affine[:3, :3]))
+
+
 def _fault_of(volume: Volume, source: CaseSource, case_id: str, with_label: bool) -> str | None:
     """What is wrong with a volume, and what is asked for; None for a sound one."""
     image, label = volume.image, volume.label
@@ -56,10 +72,12 @@ def _fault_of(volume: Volume, source: CaseSource, case_id: str, with_label: bool
         return f"case {volume.case_id!r}; give the one that was asked for"
     if image.ndim != 4 or len(image) != source.in_channels or image.dtype != np.float32:
         return f"an image {image.shape} of {image.dtype}; give ({source.in_channels}, X, Y, Z) of float32"
+    if not _is_affine(volume.affine):
+        return f"an affine {np.shape(volume.affine)}; give a regular (4, 4), from voxels to RAS+ mm"
     edges = np.linalg.norm(volume.affine[:3, :3], axis=0)
-    if volume.affine.shape != (4, 4) or not np.allclose(edges, volume.spacing, rtol=_TOLERANCE, atol=0):
+    if not np.allclose(edges, volume.spacing, rtol=_TOLERANCE, atol=0):
         sides = " x ".join(f"{side:.4g}" for side in edges)
-        return f"spacing {volume.spacing}, but an affine {volume.affine.shape} with voxels of {sides} mm; give one"
+        return f"spacing {volume.spacing}, but an affine with voxels of {sides} mm; give one"
     if label is None:
         return "no label; read it" if with_label else None
     if not with_label:

@@ -12,6 +12,7 @@ from nibabel.affines import voxel_sizes
 
 from dataloaders.base import CaseSource, Grid, Triple
 from dataloaders.case_lists import some
+from dataloaders.checked_cases import grid_of
 from dataloaders.orientation import LARGEST_TILT, Turn, axis_names, tilt
 from dataloaders.preprocess import Preprocess
 from dataloaders.survey import fitting_flat_levels, fitting_patch, structure_range, survey_grids
@@ -34,7 +35,7 @@ def fit_to_cases(config: RunConfig, source: CaseSource, labeled: Sequence[str]) 
     is_open = wants_range or None in (config.orientation, config.flat_levels, config.patch_size)
     if not is_open and config.spacing is None and not config.rotate90:
         return config
-    grids = [source.grid(case_id) for case_id in labeled]
+    grids = [grid_of(source, case_id) for case_id in labeled]
     orientation = config.orientation or _fitting_orientation(grids, labeled)
     preprocess = Preprocess(str(config.modality), config.spacing, orientation=orientation)
     shapes = [_require_size(grid, case_id, preprocess) for case_id, grid in zip(labeled, grids, strict=True)]
@@ -102,7 +103,7 @@ def require_headers(source: CaseSource, case_ids: Sequence[str]) -> None:
         if found != source.in_channels:
             raise ValueError(f"case {case_id}: {found} channels, where the first case has {source.in_channels}")
         if _grids_by_header(source):
-            edges[case_id] = voxel_sizes(source.grid(case_id).affine)
+            edges[case_id] = voxel_sizes(grid_of(source, case_id).affine)
 
     _refuse_unusable(case_ids, look)
     _name_odd_voxels(edges)
@@ -132,7 +133,7 @@ def require_sizes(source: CaseSource, case_ids: Sequence[str], preprocess: Prepr
     Formats whose headers do not tell are left to the step that draws the case.
     """
     if preprocess.spacing is not None and _grids_by_header(source):
-        _refuse_unusable(case_ids, lambda case_id: _require_size(source.grid(case_id), case_id, preprocess))
+        _refuse_unusable(case_ids, lambda case_id: _require_size(grid_of(source, case_id), case_id, preprocess))
 
 
 def _grids_by_header(source: CaseSource) -> bool:

@@ -62,6 +62,15 @@ def test_volume_has_the_stated_types_and_shapes(instance: Instance) -> None:
             assert volume.label is None
 
 
+def test_headers_say_what_the_voxels_are(instance: Instance) -> None:
+    source = instance.source
+    for case_id in source.case_ids():
+        volume, grid = source.load(case_id, with_label=False), source.grid(case_id)
+        assert grid.shape == volume.image.shape[1:]
+        assert grid.affine == pytest.approx(volume.affine, abs=1e-5)
+        assert source.header_channels(case_id) == volume.image.shape[0]
+
+
 def test_load_without_label_opens_no_label(instance: Instance) -> None:
     source = instance.source
     case_id = source.labeled_ids()[0]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from conftest import BallSource
 
-from dataloaders.base import Volume
+from dataloaders.base import Grid, Volume
 from dataloaders.case_cache import CaseCache
-from dataloaders.checked_cases import load_case, require_sound
+from dataloaders.checked_cases import grid_of, load_case, require_sound
 from dataloaders.preprocess import Preprocess
 
 LABEL = np.zeros((2, 3, 4), np.uint8)
@@ -37,7 +37,9 @@ class OneVolume(BallSource):
         ({"image": np.zeros((2, 2, 3, 4), np.float32)}, r"give \(1, X, Y, Z\) of float32"),
         ({"image": np.zeros((1, 2, 3, 4))}, "of float64; give"),
         ({"spacing": (1.0, 1.0, 1.0)}, "voxels of 1 x 2 x 3 mm; give one"),
-        ({"affine": AFFINE[:3, :3]}, r"an affine \(3, 3\)"),
+        ({"affine": AFFINE[:3, :3]}, r"an affine \(3, 3\); give a regular"),
+        ({"affine": np.ones(4)}, r"an affine \(4,\); give a regular"),
+        ({"affine": np.diag([1.0, 2.0, 0.0, 1.0])}, r"an affine \(4, 4\); give a regular"),
         ({"label": None}, "no label; read it"),
         ({"label": LABEL.transpose(2, 1, 0)}, r"a label \(4, 3, 2\) of uint8; give \(2, 3, 4\)"),
         ({"label": LABEL.astype(np.float32)}, "of float32; give"),
@@ -48,6 +50,17 @@ def test_a_volume_that_breaks_its_contract_is_refused(changes: dict[str, Any], f
     assert load_case(OneVolume(), "a", with_label=True).label is LABEL
     with pytest.raises(ValueError, match=f"case a: OneVolume.load gave .*{fault}"):
         load_case(OneVolume(**changes), "a", with_label=True)
+
+
+@pytest.mark.parametrize("affine", [AFFINE[:3, :3], np.ones(4), np.diag([1.0, 2.0, 0.0, 1.0])])
+def test_a_header_that_breaks_its_contract_is_refused(affine: np.ndarray) -> None:
+    assert grid_of(OneVolume(), "a").shape == (2, 3, 4)
+    with pytest.raises(ValueError, match=r"case a: OneVolume.grid gave a shape \(2, 3, 4\) and an affine .*; give"):
+        grid_of(OneVolume(affine=affine), "a")
+    source = OneVolume()
+    source.grid = lambda _: Grid((2, 3), AFFINE)  # type: ignore[method-assign, arg-type]
+    with pytest.raises(ValueError, match=r"OneVolume.grid gave a shape \(2, 3\) and"):
+        grid_of(source, "a")
 
 
 def test_a_label_that_was_not_asked_for_never_comes_to_a_training() -> None:
