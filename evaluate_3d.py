@@ -39,6 +39,7 @@ import torch
 
 from dataloaders.base import CaseSource
 from dataloaders.case_lists import some
+from dataloaders.checked_cases import warn_of_odd_voxels
 from dataloaders.error_text import message_of
 from dataloaders.orientation import warn_of_unstated
 from dataloaders.patients import nameless_cases
@@ -239,6 +240,7 @@ def run(job: Job) -> None:
     logger.info("cases: %d (%s)", len(job.case_ids), job.flags.split)
     name_kept_parts(kept, bundle.class_names)
     if is_main_rank():
+        warn_of_odd_voxels(job.source, job.case_ids)
         warn_of_unstated(job.source, job.case_ids, bundle.preprocess.orientation)
         warn_of_stored_axes(job.source, job.case_ids, bundle)
     about = folder / ABOUT

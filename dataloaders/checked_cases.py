@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
 import numpy as np
+from nibabel.affines import voxel_sizes
 
 from dataloaders.base import CaseSource, Grid, Volume
 from dataloaders.case_lists import reject_duplicates, some
 from dataloaders.class_names import MODALITIES
+from dataloaders.say_once import warn_once
 
+logger = logging.getLogger(__name__)
+
+_ODD_VOXEL = 100
 _TOLERANCE = 1e-3  # of a voxel's edge
 
 
@@ -58,6 +67,37 @@ def grid_of(source: CaseSource, case_id: str) -> Grid:
             f"case {case_id}: {type(source).__name__}.grid gave {found}; give (X, Y, Z) and a regular (4, 4)"
         )
     return grid
+
+
+def grids_by_header(source: CaseSource) -> bool:
+    """Whether ``grid`` is of the format, and reads no voxel."""
+    return type(source).grid is not CaseSource.grid
+
+
+def name_odd_voxels(grids: Mapping[str, Grid]) -> None:
+    """Warn of cases whose voxels are far smaller or larger than the others', as where a header states another unit."""
+    if not grids:
+        return
+    edges = {case_id: voxel_sizes(grid.affine) for case_id, grid in grids.items()}
+    volumes = {case_id: float(np.prod(sizes)) for case_id, sizes in edges.items()}
+    usual = float(np.median(list(volumes.values())))
+    odd = [case_id for case_id, volume in volumes.items() if not usual / _ODD_VOXEL < volume < usual * _ODD_VOXEL]
+    if odd:
+        sizes = " x ".join(f"{size:.3g}" for size in edges[odd[0]])
+        warn_once(
+            logger,
+            f"voxels {_ODD_VOXEL} times as large as the others' or as small, {sizes} mm in {some(odd)}: mend the voxel "
+            "size, or its unit, if the header is wrong",
+        )
+
+
+def warn_of_odd_voxels(source: CaseSource, case_ids: Sequence[str]) -> None:
+    """``name_odd_voxels`` of cases that are about to be scored; a file that cannot be read is named then."""
+    grids = {}
+    for case_id in case_ids if grids_by_header(source) else ():
+        with suppress(ValueError, OSError):
+            grids[case_id] = grid_of(source, case_id)
+    name_odd_voxels(grids)
 
 
 def _is_affine(affine: np.ndarray) -> bool:

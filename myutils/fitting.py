@@ -12,7 +12,7 @@ from nibabel.affines import voxel_sizes
 
 from dataloaders.base import CaseSource, Grid, Triple
 from dataloaders.case_lists import some
-from dataloaders.checked_cases import grid_of
+from dataloaders.checked_cases import grid_of, grids_by_header, name_odd_voxels
 from dataloaders.orientation import LARGEST_TILT, Turn, axis_names, tilt
 from dataloaders.preprocess import Preprocess
 from dataloaders.survey import fitting_flat_levels, fitting_patch, structure_range, survey_grids
@@ -21,8 +21,6 @@ from myutils.config import RunConfig
 from networks.base import NETWORKS, make_network
 
 logger = logging.getLogger(__name__)
-
-_ODD_VOXEL = 100
 
 
 def fit_to_cases(config: RunConfig, source: CaseSource, labeled: Sequence[str]) -> RunConfig:
@@ -96,35 +94,17 @@ def require_headers(source: CaseSource, case_ids: Sequence[str]) -> None:
         ValueError: Naming up to three of them.
     """
 
-    edges: dict[str, np.ndarray] = {}
+    grids: dict[str, Grid] = {}
 
     def look(case_id: str) -> None:
         found = source.header_channels(case_id)
         if found != source.in_channels:
             raise ValueError(f"case {case_id}: {found} channels, where the first case has {source.in_channels}")
-        if _grids_by_header(source):
-            edges[case_id] = voxel_sizes(grid_of(source, case_id).affine)
+        if grids_by_header(source):
+            grids[case_id] = grid_of(source, case_id)
 
     _refuse_unusable(case_ids, look)
-    _name_odd_voxels(edges)
-
-
-def _name_odd_voxels(edges: dict[str, np.ndarray]) -> None:
-    """Warn of cases whose voxels are far smaller or larger than the others', as where a header states another unit."""
-    if not edges:
-        return
-    volumes = {case_id: float(np.prod(sizes)) for case_id, sizes in edges.items()}
-    usual = float(np.median(list(volumes.values())))
-    odd = [case_id for case_id, volume in volumes.items() if not usual / _ODD_VOXEL < volume < usual * _ODD_VOXEL]
-    if odd:
-        sizes = " x ".join(f"{size:.3g}" for size in edges[odd[0]])
-        logger.warning(
-            "voxels %d times as large as the others' or as small, %s mm in %s: mend the voxel size, or its unit, if "
-            "the header is wrong",
-            _ODD_VOXEL,
-            sizes,
-            some(odd),
-        )
+    name_odd_voxels(grids)
 
 
 def require_sizes(source: CaseSource, case_ids: Sequence[str], preprocess: Preprocess) -> None:
@@ -132,13 +112,8 @@ def require_sizes(source: CaseSource, case_ids: Sequence[str], preprocess: Prepr
 
     Formats whose headers do not tell are left to the step that draws the case.
     """
-    if preprocess.spacing is not None and _grids_by_header(source):
+    if preprocess.spacing is not None and grids_by_header(source):
         _refuse_unusable(case_ids, lambda case_id: _require_size(grid_of(source, case_id), case_id, preprocess))
-
-
-def _grids_by_header(source: CaseSource) -> bool:
-    """Whether ``grid`` is of the format, and reads no voxel."""
-    return type(source).grid is not CaseSource.grid
 
 
 def _require_size(grid: Grid, case_id: str, preprocess: Preprocess) -> tuple[int, ...]:

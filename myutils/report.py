@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dataloaders.base import CaseSource
+from dataloaders.checked_cases import warn_of_odd_voxels
 from dataloaders.orientation import warn_of_unstated
 from dataloaders.splits import ids_digest
 from myutils.build import build_inference, kept_parts
@@ -55,6 +56,7 @@ def evaluate_run(
     checkpoint = result_checkpoint(folder)
     bundle = load_for_inference(checkpoint, device)
     if is_main_rank():
+        warn_of_odd_voxels(source, case_ids)
         warn_of_unstated(source, case_ids, bundle.preprocess.orientation)
     try:
         results = evaluate_cases(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from conftest import BallSource
 from helpers_runs import small_config
 
 from dataloaders.base import Grid, SourceOptions, TrainingDefaults, Volume
+from dataloaders.checked_cases import warn_of_odd_voxels
+from dataloaders.say_once import warn_once
 from dataloaders.survey import Survey, fitting_patch, structure_range, survey_grids
 from myutils.build import resolve_config
 from myutils.config import RunConfig
@@ -184,15 +187,18 @@ def test_a_network_that_computes_with_values_in_its_constructor_gets_a_patch(mon
         Dropping(1, 2)
 
 
-def test_a_case_whose_voxels_are_of_another_unit_is_named(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("look", [require_headers, warn_of_odd_voxels])
+def test_a_case_whose_voxels_are_of_another_unit_is_named(look: Callable, caplog: pytest.LogCaptureFixture) -> None:
+    warn_once.cache_clear()
+
     class Metres(BallSource):
         def grid(self, case_id: str) -> Grid:
             scale = 0.001 if case_id == "ball02" else 1.0
             return Grid((20, 18, 16), np.diag([scale, 2 * scale, scale, 1.0]))
 
     source = Metres()
-    require_headers(source, source.case_ids())
+    look(source, source.case_ids())
     assert "voxels 100 times as large as the others' or as small, 0.001 x 0.002 x 0.001 mm in 'ball02'" in caplog.text
     caplog.clear()
-    require_headers(source, ["ball00", "ball01"])
+    look(source, ["ball00", "ball01"])
     assert not caplog.text
