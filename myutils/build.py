@@ -141,10 +141,6 @@ def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
             f"--muon_interval {config.muon_interval}: no kernel would move in {max_iteration} steps (--max_iteration); "
             "pass a smaller one, such as 4"
         )
-    if config.use_contrastive_prototype and config.use_learned_selector and config.embedding_dim < 2:
-        raise ValueError(
-            f"--embedding_dim {config.embedding_dim}: at least 2 with selectors (--no-use_learned_selector)"
-        )
     if (config.strong_views or 1) > 1 and not method.uses_strong_views:
         raise ValueError(f"--strong_views {config.strong_views}: {config.method} has no use for strong views")
     if config.feature_perturbation and "feature_perturbation" not in method.reads:

@@ -149,7 +149,7 @@ class RunConfig:
         512, "voxels per class and batch in the term, half of them labelled", low=1, group=PROTOTYPES
     )
     memory_interval: int = option(8, "steps between refills of the memory by the teacher", low=1, group=PROTOTYPES)
-    embedding_dim: int = option(64, "width of the projection and prediction heads", low=1, group=PROTOTYPES)
+    embedding_dim: int = option(64, "width of the projection and prediction heads", low=4, group=PROTOTYPES)
 
     dfp_start_iter: int | None = option(None, "step of the first pools; else 20 % of the training", low=0, group=DFP)
     dfp_reconstruct_interval: int = option(200, "steps between rebuilds of the pools", low=1, group=DFP)

@@ -90,8 +90,8 @@ class DynamicFeaturePool(nn.Module):
         centres: Centre of each pool (J, E), of standardised features turned to its pattern's side.
         anchors: Leading patterns per class (K, A, E), orthonormal, pointing to the class's side; zero beyond as many as
             its features span.
-        class_mean: Mean of each class's features (K, E), averaged over rebuilds.
-        class_second: Their second moments (K, E, E), averaged over rebuilds.
+        class_mean: Mean of each class's features (K, E), averaged over rebuilds, float64.
+        class_second: Their second moments (K, E, E), averaged over rebuilds, float64.
         sizes: Features that each pool got when it was built (J,).
     """
 
@@ -134,8 +134,9 @@ class DynamicFeaturePool(nn.Module):
         self.register_buffer("deviation", torch.ones(feature_dim))
         self.register_buffer("centres", torch.zeros(num_pools, feature_dim))
         self.register_buffer("anchors", torch.zeros(num_classes, num_anchors, feature_dim))
-        self.register_buffer("class_mean", torch.zeros(num_classes, feature_dim))
-        self.register_buffer("class_second", torch.zeros(num_classes, feature_dim, feature_dim))
+        self.register_buffer("class_mean", torch.zeros(num_classes, feature_dim, dtype=torch.float64))
+        second = torch.zeros(num_classes, feature_dim, feature_dim, dtype=torch.float64)
+        self.register_buffer("class_second", second)
         self.register_buffer("sizes", torch.zeros(num_pools, dtype=torch.int64))
 
     @torch.no_grad()
@@ -164,11 +165,11 @@ class DynamicFeaturePool(nn.Module):
         return self.store[classes, slots], classes
 
     @torch.no_grad()
-    def rebuild(self) -> None:
-        """Derive patterns, pools, centres and anchors from what is stored; nothing happens while it is empty."""
+    def rebuild(self) -> bool:
+        """Derive patterns, pools, centres and anchors from what is stored; False, and no change, while it is empty."""
         features, class_labels = self.stored()
         if not len(features):
-            return
+            return False
         found = moments(features)
         self.mean.copy_(found.mean)
         self.deviation.copy_(found.deviation)
@@ -185,13 +186,15 @@ class DynamicFeaturePool(nn.Module):
         means = (member * side_of(along).T) @ standard / member.sum(1, keepdim=True).clamp(min=1)
         self.centres.copy_(means.where(member.any(1, keepdim=True), patterns))
         for class_id in range(self.num_classes):
-            self._rebuild_anchors(class_id, features[class_labels == class_id])
+            self._rebuild_anchors(class_id, features[class_labels == class_id].double())
+        return True
 
     def _rebuild_anchors(self, class_id: int, features: Tensor) -> None:
         """Leading directions of one class's second moment in today's coordinates, signed to its side.
 
         The moments of the raw features (n, E) are averaged with those of earlier rebuilds, not the directions: an
-        eigenvector's sign, order and coordinates change from one rebuild to the next.
+        eigenvector's sign, order and coordinates change from one rebuild to the next. In float64: a channel's spread is
+        a difference of moments.
         """
         if not len(features):
             return
@@ -201,9 +204,10 @@ class DynamicFeaturePool(nn.Module):
             mean = keep * self.class_mean[class_id] + (1 - keep) * mean
             second = keep * self.class_second[class_id] + (1 - keep) * second
         self.class_mean[class_id], self.class_second[class_id] = mean, second
-        crossed = mean[:, None] * self.mean
-        moved = second - crossed - crossed.T + self.mean[:, None] * self.mean  # about the mean of all classes
-        standard = moved / (self.deviation[:, None] * self.deviation)
+        centre, deviation = self.mean.double(), self.deviation.double()
+        crossed = mean[:, None] * centre
+        moved = second - crossed - crossed.T + centre[:, None] * centre  # about the mean of all classes
+        standard = (moved / (deviation[:, None] * deviation)).float()
         anchors = leading_patterns(standard, self.anchors.shape[1])  # (A, E)
         along = ((anchors @ standard) * anchors).sum(1)  # (A,): none where fewer features span fewer directions
         sides = side_of(anchors @ self.standardise(mean)) * (along > _NOTHING * along.amax())

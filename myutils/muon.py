@@ -53,8 +53,9 @@ def split_kernels(groups: list[dict[str, Any]], channels: int = 1) -> list[dict[
 class Muon(torch.optim.AdamW):
     """AdamW, but for groups with ``kernels``: these take Muon's steps.
 
-    A kernel (out, in, x, y, z) is a matrix (out, in * x * y * z). Its step is the momentum with all singular values
-    near 1, scaled to a root mean square of 0.2, as large as AdamW's. The kernels' gradients are used up.
+    A kernel (out, in, x, y, z) is a matrix (out, in * x * y * z), that of a transposed convolution (in, out, x, y, z)
+    one (in, out * x * y * z). Its step is the momentum with all singular values near 1, scaled to a root mean square of
+    0.2, as large as AdamW's. The kernels' gradients are used up.
 
     Args:
         groups: Those of ``split_kernels``.

@@ -106,6 +106,10 @@ def require_class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> No
     """Refuse labels (N,) outside 0..K-1 other than ``ignore_index``; only on the CPU, where looking is free."""
     if labels.dtype not in _CLASS_IDS:
         raise ValueError(f"class labels have dtype {labels.dtype}; pass integer class ids (int64)")
+    if 0 <= ignore_index < num_classes:
+        raise ValueError(
+            f"ignore_index {ignore_index} is one of the ids 0..{num_classes - 1}; take another, such as -1"
+        )
     if labels.device.type != "cpu" or not labels.numel():
         return
     low, high = torch.aminmax(labels)

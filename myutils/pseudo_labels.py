@@ -96,6 +96,8 @@ class Paste(NamedTuple):
 def draw_paste(labeled: int, shape: torch.Size, device: torch.device, unlabeled_share: float = 0.0) -> Paste:
     """One random box for each unlabelled patch, a quarter to a half of its volume, from another patch at its place.
 
+    Its sides are alike in parts of the patch's; along an axis of one or two voxels they are rounded to whole ones.
+
     From a labelled one the student learns true labels within the unlabelled image, the mix that BCP found to carry
     most (Bai et al. 2023, arXiv:2305.00673); from the unlabelled one before it two pseudo-labels side by side (CutMix,
     Yun et al. 2019, arXiv:1905.04899, as in UniMatch, arXiv:2208.09910).

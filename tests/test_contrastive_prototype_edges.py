@@ -109,6 +109,8 @@ def test_wrong_widths_shapes_and_class_ids_are_refused() -> None:
             manager.contrastive_class_to_class_learned_memory(features, torch.tensor(ids))
         with pytest.raises(ValueError, match=r"outside 0\.\.2"):
             manager.sample_positions(torch.tensor(ids))
+    with pytest.raises(ValueError, match=r"ignore_index 3 is one of the ids 0\.\.5; take another, such as -1"):
+        ContrastivePrototypeManager(K, E, ignore_index=3).losses_by_part(features, labels, parts=2)
     with pytest.raises(ValueError, match="integer class ids"):
         manager.update_and_compute_loss(features, predictions, labels.float())
     with pytest.raises(ValueError, match="class id 3"):

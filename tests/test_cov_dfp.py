@@ -11,6 +11,7 @@ import torch
 from conftest import BallSource
 from helpers_runs import random_batch, small_config, small_trainer
 
+from dataloaders.say_once import warn_once
 from myutils.build import DataFacts, build_method, build_optimizer
 
 
@@ -119,6 +120,26 @@ def test_pools_are_first_built_after_the_warm_up() -> None:
     method = build_method(config, DataFacts.of(source))
     assert [method.stage(step) for step in (4, 7, 8)] == [1, 1, 2]
     assert method.refills_at(8)
+
+
+def test_by_default_pools_collect_for_a_fifth_of_the_steps_after_the_warm_up() -> None:
+    for warmup, start in ((None, 8), (20, 24)):
+        config = small_config(BallSource(), method="cov_dfp", max_iteration=40, warmup_iteration=warmup)
+        assert build_method(config, DataFacts.of(BallSource())).start == start
+
+
+def test_a_build_without_a_reliable_voxel_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    warn_once.cache_clear()
+    built = method(confidence_threshold=0.9999)
+    for step in range(6):
+        built.losses(random_batch(), step)
+    text = "no voxel has been reliable (--confidence_threshold): pools are built at step 5 at the earliest"
+    assert text in caplog.text and not built.pool.sizes.any()
+    caplog.clear()
+    built = method()
+    for step in range(6):
+        built.losses(random_batch(), step)
+    assert "reliable" not in caplog.text and built.pool.sizes.any()
 
 
 def test_selector_stays_as_it_is_without_a_gradient() -> None:

@@ -102,8 +102,7 @@ def test_pools_keep_their_numbers_and_sides_over_a_rebuild(monkeypatch: pytest.M
 
 def test_rebuild_of_an_empty_pool_changes_nothing_and_losses_are_zero() -> None:
     pool = make_pool()
-    pool.rebuild()
-    assert not pool.sizes.any()
+    assert not pool.rebuild() and not pool.sizes.any()
     features = torch.randn(4, 5, requires_grad=True)
     loss = pool.anchor_loss(features, torch.tensor([0, 1, 0, -1]))
     loss.backward()
@@ -129,6 +128,22 @@ def test_anchors_are_those_of_moments_averaged_over_rebuilds() -> None:
         vectors = np.linalg.eigh(standard)[1][:, ::-1][:, : len(anchors)].T
         assert np.allclose(np.abs((anchors * vectors).sum(1)), 1.0, atol=1e-3)
         assert (anchors @ (move @ extended[:, -1]) >= 0).all()
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-4])
+def test_anchors_do_not_depend_on_how_far_from_zero_features_lie(spread: float) -> None:
+    """The spread of a channel is the difference of two moments, of which float32 leaves nothing at 1e-4 of the mean."""
+    torch.manual_seed(0)
+    shape = torch.randn(200, 5) * torch.tensor([3.0, 1.0, 2.0, 0.5, 1.5]) @ torch.randn(5, 5)
+    labels = torch.arange(200) % 2
+    anchors = []
+    for offset in (0.0, 1.0):
+        pool = make_pool()
+        for part in shape.split(100):  # two rebuilds, whose moments are averaged
+            pool.push(spread * part + offset, labels[:100])
+            pool.rebuild()
+        anchors.append(pool.anchors.clone())
+    assert (anchors[0] * anchors[1]).sum(-1).abs().min() > 0.99
 
 
 def second_moments(pool: DynamicFeaturePool, class_id: int) -> np.ndarray:

@@ -162,13 +162,6 @@ def test_patch_below_the_networks_stride_is_refused() -> None:
         build_network(config, DataFacts.of(source))
 
 
-def test_embedding_too_narrow_for_selectors_is_refused_by_its_flag() -> None:
-    with pytest.raises(ValueError, match="--embedding_dim 1: at least 2 with selectors"):
-        resolve_config(RunConfig(embedding_dim=1), BallSource())
-    assert resolve_config(RunConfig(embedding_dim=1, use_learned_selector=False), BallSource()).embedding_dim == 1
-    assert resolve_config(RunConfig(embedding_dim=1, method="supervised"), BallSource()).embedding_dim == 1
-
-
 def test_labelled_share_of_a_batch_is_half_unless_given() -> None:
     assert resolve_config(RunConfig(batch_size=6), BallSource()).labeled_bs == 3
     assert resolve_config(RunConfig(batch_size=6, labeled_bs=1), BallSource()).labeled_bs == 1
@@ -200,7 +193,7 @@ def test_flags_that_the_method_does_not_read_are_named(caplog: pytest.LogCapture
     assert caplog.messages == ["without effect on --method mean_teacher: --num_dfp"]
     caplog.clear()
     resolve_config(RunConfig(method="supervised", use_contrastive_prototype=True, ema_decay=0.9), BallSource())
-    assert caplog.messages == []
+    assert caplog.messages == ["without effect on --method supervised: --ema_decay"]
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,7 @@ def unread_flags(method: type[Method], *, prototypes: bool) -> frozenset[str]:
     if method.uses_strong_views:
         read |= {"strong_views", "strong_intensity"}
     if prototypes:
-        read |= {"consistency_rampup", "confidence_threshold", "ema_decay"}
+        read |= {"consistency_rampup", "confidence_threshold"} | ({"ema_decay"} if method.uses_unlabeled else set())
     return flags_of(RunConfig, METHOD, DFP, *(() if prototypes else (PROTOTYPES,))) - read
 
 

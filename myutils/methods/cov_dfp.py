@@ -4,7 +4,8 @@ The teacher's reliable features of labelled patches (predicted correctly, above 
 buffer. Its correlation matrix gives the leading patterns of co-variation, and each pattern a pool with a centre
 (``myutils.dynamic_feature_pool``). Three stages:
 
-1. before ``--dfp_start_iter``, and in a warm-up: train as ``mean_teacher`` does, and collect;
+1. before ``--dfp_start_iter``, by default a fifth of the steps after a warm-up: train as ``mean_teacher`` does, and
+   collect;
 2. for ``--selector_train_iter`` steps after each build: the selector learns to name the nearest pool of a region;
 3. else: the terms below act on the student; pools are rebuilt every ``--dfp_reconstruct_interval`` steps.
 
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dataloaders.say_once import warn_once
 from myutils.config import DFP, RunConfig, required
 from myutils.dynamic_feature_pool import DynamicFeaturePool, correlation_consistency
 from myutils.flags import flags_of
@@ -69,7 +71,8 @@ class CovarianceFeaturePools(MeanTeacher):
             nn.Linear(width, width), nn.LayerNorm(width), nn.LeakyReLU(0.2), nn.Linear(width, config.num_dfp)
         )
         steps = required(config.max_iteration, "max_iteration")
-        self.start = max(self.warmup, fraction_rampup(config.dfp_start_iter, steps, _START_SHARE))
+        asked = self.warmup + fraction_rampup(None, steps - self.warmup, _START_SHARE)
+        self.start = asked if config.dfp_start_iter is None else max(self.warmup, config.dfp_start_iter)
         if config.dfp_start_iter is not None and config.dfp_start_iter < self.warmup:
             logger.warning("--dfp_start_iter: nothing is collected in the warm-up; pools start at %d", self.warmup)
         if config.selector_train_iter >= config.dfp_reconstruct_interval:
@@ -124,8 +127,9 @@ class CovarianceFeaturePools(MeanTeacher):
         with torch.autocast(labels_u.device.type, enabled=False):
             if parts.teacher_l is not None:
                 self._collect(parts.teacher_l, positions_l, classes_l)
-            if self._rebuilds_at(step):
-                self.pool.rebuild()
+            if self._rebuilds_at(step) and not self.pool.rebuild():
+                again = f"step {step + config.dfp_reconstruct_interval} at the earliest (--dfp_reconstruct_interval)"
+                warn_once(logger, f"no voxel has been reliable (--confidence_threshold): pools are built at {again}")
             both = torch.cat([positions_l, positions_u + parts.batch.label_l.numel()])
             drawn = pick_voxels(parts.student.features, both).float()  # (S, E)
             features_l, features_u = (all_rows(half) for half in drawn.split([len(positions_l), len(positions_u)]))

@@ -5,7 +5,9 @@ Source: Wu et al. 2021, arXiv:2103.02911, and MC-Net+, arXiv:2109.09960. With p_
 
     L_c = mean over i != j of |p_i - sharp(p_j)|^2      on labelled and unlabelled patches
 
-Deviations: the decoders (``--decoders``, 2 as in MC-Net) are of one kind and differ in their initial weights, not in
+Deviations: losses are means over decoders and pairs of them (published: half the sum over two decoders, and the sum
+over pairs), so that their ratio does not depend on how many there are: with two, half the published one at equal
+weights. The decoders (``--decoders``, 2 as in MC-Net) are of one kind and differ in their initial weights, not in
 how they upsample, so that every network of this project can have them; the sharpened target carries no gradient. The
 first decoder segments.
 """
