@@ -46,8 +46,8 @@ from myutils.inference import SCAN_ERRORS, InferenceOptions, label_map_from, pre
 from myutils.inference_flags import InferenceFlags, inference_options, start
 from myutils.label_files import (
     OutputFolderError,
+    are_probabilities,
     is_of_others,
-    is_prediction,
     lies_elsewhere,
     origin_of,
     save_in_geometry_of,
@@ -94,7 +94,12 @@ class Job:
     folder: Path
     origin: str
     probabilities: bool
-    keeps_files: bool = False
+    existing: str = "refuse"
+
+    @property
+    def keeps_files(self) -> bool:
+        """Whether files of before stay, and their scans are left out."""
+        return self.existing == "keep"
 
     def outputs(self, scan: Scan) -> tuple[Path, ...]:
         """Files that a scan gives: the label map and, where asked for, the probabilities."""
@@ -142,9 +147,8 @@ def prepare(flags: PredictFlags) -> Job:
     options = inference_options(bundle, config, device)
     scans = join_channels(scans, bundle.in_channels)
     kept = kept_parts(config, bundle.facts)
-    keeps = flags.existing == "keep"
     origin = origin_of(flags.checkpoint)
-    job = Job(bundle, options, kept, device, scans, flags.output, origin, flags.probabilities, keeps)
+    job = Job(bundle, options, kept, device, scans, flags.output, origin, flags.probabilities, flags.existing)
     require_free_outputs(scans, [path for scan in scans for path in job.outputs(scan)])
     make_folder(flags.output, "--output")
     if flags.existing != "replace":
@@ -252,7 +256,7 @@ def segment(scan: Scan, job: Job) -> None:
         else:
             save_in_geometry_of(path, array, header, job.origin)
     left = job.folder / f"{scan.name}_prob.nii.gz"
-    if not (job.probabilities or job.keeps_files) and is_prediction(left):
+    if job.existing == "replace" and not job.probabilities and are_probabilities(left):
         left.unlink()
         logger.info("%s: removed, the probabilities of the prediction that this one replaces", left)
 

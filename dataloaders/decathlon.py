@@ -30,7 +30,7 @@ from dataloaders.class_names import (
 )
 from dataloaders.file_source import FileSource, warn_of_orphans
 from dataloaders.geometry import Spacing, nifti_channels, nifti_grid, read_nifti_channels
-from dataloaders.nifti_folder import list_nifti
+from dataloaders.nifti_folder import list_labels, list_nifti
 from dataloaders.say_once import warn_once
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def training_cases(root: Path, content: dict[str, Any]) -> CaseTable:
         ValueError: If an entry has no image, or an id comes twice.
     """
     if not content.get("training") and not content.get("dataset"):
-        grouped, labels = group_channels(root / "imagesTr", content), list_nifti(root / "labelsTr")
+        grouped, labels = group_channels(root / "imagesTr", content), list_labels(root / "labelsTr")
         warn_of_orphans(root, labels, grouped)
         return {case_id: (files, labels.get(case_id)) for case_id, files in grouped.items()}
     cases: CaseTable = {}

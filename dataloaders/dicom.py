@@ -11,18 +11,21 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813 - its usual name
 
 from dataloaders.base import SOURCES
-from dataloaders.case_lists import refuse_broken_links, some
+from dataloaders.case_lists import is_nifti, refuse_broken_links, some
 from dataloaders.class_names import choose_modality, fit_class_names, plausible_flips, stated_class_names
 from dataloaders.dicom_series import read_dicom_series
 from dataloaders.file_source import FileSource
 from dataloaders.geometry import Spacing
-from dataloaders.nifti_folder import list_nifti
+from dataloaders.nifti_folder import list_labels, list_nifti
 
 logger = logging.getLogger(__name__)
 
 LABEL_FOLDER = "labels"
 MODALITY_TAG = "0008|0060"
 PATIENT_TAG = "0010|0020"
+
+
+NO_SCANS = frozenset({"SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO", "REG", "DOC"})  # modalities
 
 
 class Tags(NamedTuple):
@@ -53,12 +56,14 @@ class DicomFolders(FileSource):
         refuse_broken_links(root.iterdir())
         folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
         self.images = {path.name: path for path in folders if path.name != LABEL_FOLDER}
+        self._headers = {case_id: read_tags(folder) for case_id, folder in self.images.items()}
+        self._leave_out_what_is_no_scan()
         if not self.images:
             raise FileNotFoundError(
                 f"{root} has no case folders; put each case's DICOM series into a folder of its own"
             )
         beside = list_nifti(root)
-        inside = list_nifti(root / LABEL_FOLDER)
+        inside = list_labels(root / LABEL_FOLDER)
         both = [case_id for case_id in beside if case_id in inside]
         if both:
             raise ValueError(f"case {both[0]} has the labels {beside[both[0]]} and {inside[both[0]]}; keep one")
@@ -67,9 +72,22 @@ class DicomFolders(FileSource):
         self.class_names = fit_class_names(stated_class_names(root), num_classes, str(root))
         self.num_classes = len(self.class_names)
         self.flip_axes = plausible_flips(self.class_names)
-        self._headers = {case_id: read_tags(folder) for case_id, folder in self.images.items()}
         self.modality = self._fit_modality(modality)
         self._patients: dict[str, str] | None = None
+
+    def _leave_out_what_is_no_scan(self) -> None:
+        """Take away segmentations, dose maps and the like, and say so; name NIfTI files that lie within a case."""
+        others = [case_id for case_id, header in self._headers.items() if header and header.modality in NO_SCANS]
+        if others:
+            kinds = sorted({self._headers.pop(case_id).modality for case_id in others})  # type: ignore[union-attr]
+            logger.warning(
+                "%s: no scans by their headers (%s), left out: %s", self.root, ", ".join(kinds), some(others)
+            )
+        self.images = {case_id: self.images[case_id] for case_id in self._headers}
+        hidden = [case_id for case_id, folder in self.images.items() if _holds_nifti(folder)]
+        if hidden:
+            text = "%s: NIfTI files within the folders of cases are left out: %s; a label is <id>.nii.gz beside them"
+            logger.warning(text, self.root, some(hidden))
 
     def _fit_modality(self, asked: str | None) -> str:
         """What was asked for, else that of the first header.
@@ -130,6 +148,10 @@ class DicomFolders(FileSource):
     def read_image(self, case_id: str) -> tuple[np.ndarray, np.ndarray, Spacing]:
         """Read one series."""
         return read_dicom_series(self.images[case_id])
+
+
+def _holds_nifti(folder: Path) -> bool:
+    return any(is_nifti(path.name) for path in folder.iterdir())
 
 
 def kind_of(stated: str) -> str:

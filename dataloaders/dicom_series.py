@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813 - its usual name
 
-from dataloaders.case_lists import refuse_broken_links
+from dataloaders.case_lists import refuse_broken_links, some
 from dataloaders.geometry import Spacing, affine_spacing
 from dataloaders.say_once import warn_once
 
@@ -25,6 +27,17 @@ PIXEL_SIZES = ("0028|0030", "0018|1164", "0018|2010")  # in the body; else at th
 TAGS = (POSITION, ORIENTATION, THICKNESS, *PIXEL_SIZES)
 
 Header = dict[str, str]  # text per tag of TAGS that a slice has
+
+
+@contextmanager
+def quiet_itk() -> Iterator[None]:
+    """No warnings of ITK's own, which name no file: what matters of them is said here, with the folder."""
+    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
 
 
 def sitk_affine(image: sitk.Image) -> np.ndarray:
@@ -52,19 +65,21 @@ def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
     Raises:
         FileNotFoundError: If there is no such folder, or a link in it leads to no file.
         ValueError: If the folder holds no series or several, a DICOM file in it cannot be read, a header has text for a
-            number, or the slices lie on no common orthogonal grid.
+            number, the slices lie on no common orthogonal grid, or one file holds several (a multi-frame file).
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder; a DICOM case is a folder with the files of one series")
     refuse_broken_links(folder.iterdir())
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    with quiet_itk():
+        series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if len(series) != 1:
         found = f"{len(series)} DICOM series: {', '.join(series)}" if series else "no DICOM series"
         raise ValueError(f"{folder} holds {found}; put the files of exactly one series into each case folder")
     files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
     _refuse_lost_slices(folder, files)
     try:
-        image = _read_slice(files[0], folder) if len(files) == 1 else _read_slices(files, folder)
+        with quiet_itk():
+            image = _read_slice(files[0], folder) if len(files) == 1 else _read_slices(files, folder)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(
@@ -94,6 +109,11 @@ def _refuse_lost_slices(folder: Path, files: tuple[str, ...]) -> None:
 def _read_slice(file: str, folder: Path) -> sitk.Image:
     """A series of one file."""
     image = sitk.ReadImage(file)
+    if image.GetDimension() > 2 and (frames := image.GetSize()[2]) > 1:
+        raise ValueError(
+            f"{file}: a multi-frame file; where each of its {frames} frames lies, and its scale, is not read; make "
+            "NIfTI of it, as dcm2niix does, or export one file per slice"
+        )
     _set_voxel_size(image, [{tag: image.GetMetaData(tag) for tag in TAGS if image.HasMetaDataKey(tag)}], folder)
     return image
 
@@ -114,6 +134,12 @@ def _read_slices(files: tuple[str, ...], folder: Path) -> sitk.Image:
     headers = [{tag: reader.GetMetaData(k, tag) for tag in TAGS if reader.HasMetaDataKey(k, tag)} for k in range(count)]
     _set_voxel_size(image, headers, folder)
     positions, directions = _numbers(headers, POSITION, 3, folder), _numbers(headers, ORIENTATION, 6, folder)
+    if 0 < len(positions) < count:
+        nowhere = [Path(name).name for name, header in zip(files, headers, strict=True) if not header.get(POSITION)]
+        raise ValueError(
+            f"{folder}: {count - len(positions)} of {count} slices do not say where they lie, such as {some(nowhere)}; "
+            "export the series again, or move them away"
+        )
     if not len(positions) == len(directions) == count:
         warn_once(logger, f"{folder}: slices do not say where they lie; their order and distances are guessed")
         return image

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import re
 from abc import abstractmethod
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dataloaders.base import CaseSource, Grid, SourceOptions, Volume, lookup_case, require_root
-from dataloaders.case_lists import some
+from dataloaders.case_lists import CHANNEL_SUFFIX, some
 from dataloaders.geometry import Spacing, nifti_channels, nifti_grid, read_label, read_nifti
 
 logger = logging.getLogger(__name__)
@@ -22,11 +22,15 @@ PATIENT = re.compile(  # BIDS, Gorgolewski et al. 2016, doi:10.1038/sdata.2016.4
 )
 
 
-def warn_of_orphans(root: Path, labels: Iterable[str], images: Container[str]) -> None:
-    """Say which labels of a data set have no image, by their ids."""
+def warn_of_orphans(root: Path, labels: Iterable[str], images: Collection[str]) -> None:
+    """Say which labels of a data set have no image, by their ids, and what images are called if none has."""
+    labels = list(labels)
     orphans = [case_id for case_id in labels if case_id not in images]
     if orphans:
-        logger.warning("%s: labels without an image of the same name are left out: %s", root, some(orphans))
+        called = f"; images are called {some(list(images))}" if images and len(orphans) == len(labels) else ""
+        if called and all(map(CHANNEL_SUFFIX.match, images)):
+            called += ", as files of one channel each: --dataset_name decathlon reads them, in its folders"
+        logger.warning("%s: labels without an image of the same name are left out: %s%s", root, some(orphans), called)
 
 
 class FileSource(CaseSource):

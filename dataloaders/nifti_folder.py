@@ -57,6 +57,21 @@ def list_nifti(folder: Path, names: re.Pattern[str] | None = None) -> dict[str, 
     return files
 
 
+def list_labels(folder: Path) -> dict[str, Path]:
+    """``list_nifti`` of a folder of labels, where folders and DICOM files, such as segmentations, are a warning too."""
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    lost = [
+        entry.name
+        for entry in entries
+        if not entry.name.startswith(".") and (entry.suffix.lower() == ".dcm" or entry.is_dir())
+    ]
+    if lost:
+        warn_once(
+            logger, f"{folder}: labels are NIfTI files, not {some(lost)}; convert what is one to <id>.nii.gz there"
+        )
+    return list_nifti(folder)
+
+
 @SOURCES.register("nifti")
 class NiftiFolder(NiftiFiles):
     """Cases ``images/<id>.nii.gz`` (or .nii; 4D is multi-channel) with ``labels/<id>.nii.gz`` where there is one.
@@ -84,7 +99,7 @@ class NiftiFolder(NiftiFiles):
         nested = [path.name for path in folders if any(is_nifti(inside.name) for inside in path.iterdir())]
         if nested:
             warn_once(logger, f"{root / 'images'}: the scans in its folders {some(nested)} are left out; move them up")
-        self.labels = list_nifti(root / "labels")
+        self.labels = list_labels(root / "labels")
         self.warn_of_orphans()
         self.class_names = fit_class_names(stated_class_names(root), num_classes, str(root))
         self.num_classes = len(self.class_names)

@@ -74,7 +74,7 @@ class Preprocess:
         bad = volume.image.size - int(np.isfinite(volume.image).sum())
         if bad:
             raise ValueError(
-                f"case {volume.case_id}: {bad} voxels are NaN or infinite; repair it, or start a new --exp without it"
+                f"case {volume.case_id}: {bad} voxels are NaN or infinite; repair the file, or leave the case out"
             )
         for number, channel in enumerate(volume.image):
             low = channel.min(initial=np.inf)

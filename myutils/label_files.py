@@ -84,9 +84,9 @@ def is_of_others(path: Path, origin: str) -> bool:
     return said is not None and said != origin.split()[:2]
 
 
-def is_prediction(path: Path) -> bool:
-    """Whether a file says that a prediction wrote it."""
-    return _said_origin(path) is not None
+def are_probabilities(path: Path) -> bool:
+    """Whether a file says that a prediction wrote it, and holds the maps of several classes."""
+    return _said_origin(path) is not None and nib.load(path).ndim == 4  # type: ignore[attr-defined]
 
 
 def lies_elsewhere(path: Path, header: nib.Nifti1Header) -> bool:

@@ -176,7 +176,8 @@ def _draw_legend(block: Any, class_names: Sequence[str], colours: np.ndarray, co
 def _draw_curves(block: Any, curves: Curves) -> None:
     axes = block.subplots()
     for (name, (steps, values)), colour in zip(curves.items(), CURVE_COLOURS * len(curves), strict=False):
-        axes.plot(steps, values, label=name, color=colour, linewidth=1.4)
+        marker = "o" if len(steps) == 1 else None
+        axes.plot(steps, values, label=name, color=colour, linewidth=1.4, marker=marker)
     axes.set_xlabel("step", fontsize=9, color=INK)
     axes.set_ylabel("loss", fontsize=9, color=INK)
     axes.tick_params(labelsize=8, colors=MUTED)

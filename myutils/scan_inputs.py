@@ -12,9 +12,9 @@ import nibabel as nib
 import SimpleITK as sitk  # noqa: N813 - its usual name
 
 from dataloaders.base import Volume
-from dataloaders.case_lists import CHANNEL_SUFFIX, is_nifti, refuse_broken_links, strip_nifti_suffix
-from dataloaders.dicom import LABEL_FOLDER, kind_of, read_tags
-from dataloaders.dicom_series import read_dicom_series
+from dataloaders.case_lists import CHANNEL_SUFFIX, is_nifti, refuse_broken_links, some, strip_nifti_suffix
+from dataloaders.dicom import LABEL_FOLDER, NO_SCANS, kind_of, read_tags
+from dataloaders.dicom_series import quiet_itk, read_dicom_series
 from dataloaders.geometry import READ_ERRORS, nifti_channels, read_nifti_channels
 from dataloaders.nifti_folder import list_nifti
 
@@ -98,6 +98,9 @@ def find_scans(path: Path) -> list[Scan]:
             logger.info("--input %s holds NIfTI files; its %d folders are left out", path, len(folders))
         return [Scan(name, file) for name, file in files.items()]
     if itself:
+        if folders:
+            logger.warning("--input %s is a DICOM series; its %d folders are left out", path, len(folders))
+        _require_scan(path)
         return [Scan(path.resolve().name, path)]
     if inside:
         if files:
@@ -108,6 +111,11 @@ def find_scans(path: Path) -> list[Scan]:
             for folder in folders
             if _holds_series(folder) or not (folder.name == LABEL_FOLDER or list_nifti(folder))
         ]
+        others = [folder for folder in chosen if (tags := read_tags(folder)) and tags.modality in NO_SCANS]
+        if others:
+            names = some([folder.name for folder in others])
+            logger.warning("--input %s: no scans by their headers, as segmentations are, left out: %s", path, names)
+            chosen = [folder for folder in chosen if folder not in others]
         return [Scan(folder.name, folder) for folder in chosen]
     holders = [str(folder) for folder in folders if list_nifti(folder)]
     hint = f"; pass {' or '.join(holders[:3])}" if holders else ""
@@ -147,13 +155,17 @@ def _holds_one_channel(path: Path) -> bool:
 
 
 def _holds_series(folder: Path) -> bool:
-    """Whether GDCM finds a series; its warning where it finds none would only repeat our error."""
-    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
+    """Whether GDCM finds a series."""
+    with quiet_itk():
         return bool(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
-    finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
+
+
+def _require_scan(folder: Path) -> None:
+    tags = read_tags(folder)
+    if tags and tags.modality in NO_SCANS:
+        raise ValueError(
+            f"--input {folder}: {tags.modality} by its header, no scan; pass the series that it belongs to"
+        )
 
 
 def require_free_outputs(scans: Iterable[Scan], outputs: Iterable[Path]) -> None:

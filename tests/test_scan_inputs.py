@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,16 @@ def test_a_prediction_does_not_lie_beside_its_scan_as_one_more_file_of_the_case(
     require_free_outputs(scans, [tmp_path / "a_prob.nii.gz"])
     with pytest.raises(ValueError, match=r"c\.nii\.gz would lie beside the scan of the same name"):
         require_free_outputs([Scan("c", tmp_path / "c.NII.GZ")], [tmp_path / "c.nii.gz"])
+
+
+def test_segmentations_and_inner_folders_are_left_out_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for name, modality in (("a", "MR"), ("b", "SEG")):
+        make.write_dicom(tmp_path / name, make.counting_image(), modality=modality)
+    assert [scan.name for scan in find_scans(tmp_path)] == ["a"]
+    assert "no scans by their headers, as segmentations are, left out: 'b'" in caplog.text
+    with pytest.raises(ValueError, match="b: SEG by its header, no scan"):
+        find_scans(tmp_path / "b")
+    make.write_dicom(tmp_path / "a" / "inner", make.counting_image())
+    assert [scan.name for scan in find_scans(tmp_path / "a")] == ["a"]
+    assert "a is a DICOM series; its 1 folders are left out" in caplog.text

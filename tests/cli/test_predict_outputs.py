@@ -6,6 +6,7 @@ import errno
 import gzip
 import hashlib
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -133,6 +134,13 @@ def test_probabilities_go_with_the_label_map_that_they_belong_to(tmp_path: Path)
     command = ["--checkpoint", str(run), "--input", str(cohort / "images"), "--output", str(out)]
     assert predict_3d.main([*command, "--probabilities"]) == 0
     (out / "ball01_prob.nii.gz").write_bytes(b"the user's own")
+    assert predict_3d.main([*command, "--existing", "replace"]) == 0
+    assert {path.name for path in out.iterdir()} == {"ball00.nii.gz", "ball01.nii.gz", "ball01_prob.nii.gz"}
+    assert predict_3d.main([*command, "--probabilities", "--existing", "replace"]) == 0
+    shutil.copy(out / "ball00.nii.gz", out / "ball01_prob.nii.gz")  # the label map of a scan of that name
+    for name in ("ball00.nii.gz", "ball01.nii.gz"):
+        (out / name).unlink()
+    assert predict_3d.main(command) == 0  # replaces nothing, and takes nothing away
     assert predict_3d.main([*command, "--existing", "replace"]) == 0
     assert {path.name for path in out.iterdir()} == {"ball00.nii.gz", "ball01.nii.gz", "ball01_prob.nii.gz"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 import data_makers as make
@@ -162,6 +163,23 @@ def test_cases_of_two_modalities_are_refused_unless_a_flag_chooses(
         DicomFolders(tmp_path, num_classes=2)
     assert DicomFolders(tmp_path, num_classes=2, modality="mr").modality == "mr"
     assert "2 of 4 cases are CT by their DICOM headers: 'a', 'c'; they are normalised as MR" in caplog.text
+
+
+def test_what_is_no_scan_is_left_out_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, modality in (("a", "MR"), ("b", "SEG"), ("c", "MR")):
+        make.write_dicom(tmp_path / name, make.counting_image(), modality=modality)
+    make.write_nifti(tmp_path / "c" / "label.nii.gz", make.corner_label())
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.dcm").touch()
+    (tmp_path / "labels" / "folder").mkdir()
+    assert DicomFolders(tmp_path, num_classes=2).case_ids() == ["a", "c"]
+    assert "no scans by their headers (SEG), left out: 'b'" in caplog.text
+    assert "NIfTI files within the folders of cases are left out: 'c'" in caplog.text
+    assert "labels are NIfTI files, not 'a.dcm', 'folder'; convert" in caplog.text
+    shutil.rmtree(tmp_path / "a")
+    shutil.rmtree(tmp_path / "c")
+    with pytest.raises(FileNotFoundError, match="has no case folders"):
+        DicomFolders(tmp_path, num_classes=2)
 
 
 def test_class_names_come_from_the_root(tmp_path: Path) -> None:

@@ -155,6 +155,23 @@ def test_slices_without_a_position_are_a_warning(
     assert "a: slices do not say where they lie; their order and distances are guessed" in caplog.text
 
 
+def test_one_slice_without_a_position_is_refused_by_name(tmp_path: Path) -> None:
+    folder = make.write_dicom(tmp_path / "a", make.counting_image())
+    path = sorted(folder.iterdir())[0]
+    patch_header(path, b"\x20\x00\x32\x00", b"\x20\x00\x30\x00")  # a tag that nothing reads
+    with pytest.raises(ValueError, match=rf"a: 1 of \d+ slices do not say where they lie, such as '{path.name}'"):
+        read_dicom_series(folder)
+
+
+def test_a_multi_frame_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    image = sitk.GetImageFromArray(make.counting_image().astype(np.uint8).transpose(2, 1, 0))
+    sitk.WriteImage(image, tmp_path / "a" / "frames.dcm")
+    text = rf"frames\.dcm: a multi-frame file; where each of its {image.GetDepth()} frames lies"
+    with pytest.raises(ValueError, match=f"{text}.*dcm2niix"):
+        read_dicom_series(tmp_path / "a")
+
+
 def test_the_order_of_a_mirrored_or_oblique_series_is_no_fault(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

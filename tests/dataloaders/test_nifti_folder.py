@@ -231,3 +231,18 @@ def test_classes_that_differ_by_their_side_are_not_mirrored(
     (tmp_path / "classes.txt").write_text("\n".join(["background", *names.split("|")]))
     assert NiftiFolder(tmp_path).flip_axes == axes
     assert ("differ by their side" in caplog.text) == (not axes)
+
+
+@pytest.mark.parametrize(
+    ("names", "hint"),
+    [(("a_0000", "a_0001"), ", as files of one channel each: --dataset_name decathlon reads them"), (("b",), None)],
+)
+def test_labels_of_other_names_say_what_images_are_called(
+    names: tuple[str, ...], hint: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in names:
+        make.write_nifti(tmp_path / "images" / f"{name}.nii.gz", make.counting_image())
+    make.write_nifti(tmp_path / "labels" / "a.nii.gz", make.corner_label())
+    assert not NiftiFolder(tmp_path, num_classes=2).labeled_ids()
+    assert f"left out: 'a'; images are called {', '.join(map(repr, names))}{hint or ''}" in caplog.text
+    assert ("decathlon" in caplog.text) == (hint is not None)
