@@ -188,7 +188,8 @@ def without_done(job: Job) -> Job:
             )
     left = [scan for scan, paths in outputs.items() if not done.issuperset(paths)]
     if there:
-        logger.info("%d of %d scans are done already", len(job.scans) - len(left), len(job.scans))
+        text = "%d of %d scans are done already, perhaps with other flags: files name their checkpoint alone"
+        logger.info(text, len(job.scans) - len(left), len(job.scans))
         if some_files := sum(path in done for scan in left for path in outputs[scan]):
             logger.info("%d files of the others stay as they are; only what is missing is written", some_files)
     return dataclasses.replace(job, scans=left)
