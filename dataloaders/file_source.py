@@ -95,8 +95,16 @@ class FileSource(CaseSource):
         if with_label:
             if case_id not in self.labels:
                 raise FileNotFoundError(f"case {case_id} of {self.root} has no label file; it is an unlabelled case")
-            path = self.labels[case_id]
-            label = read_label(path, case_id, image=image, affine=affine, num_classes=self.num_classes)
+            found = self.images[case_id]  # a file, the folder of a series, or the files of the channels
+            file = found if isinstance(found, Path) else next(iter(found))
+            label = read_label(
+                self.labels[case_id],
+                case_id,
+                image=image,
+                affine=affine,
+                num_classes=self.num_classes,
+                image_file=file if file.is_file() else None,
+            )
         return Volume(case_id, image, label, affine, spacing)
 
 

@@ -198,7 +198,15 @@ def affine_spacing(affine: np.ndarray, where: str) -> Spacing:
     return (float(sizes[0]), float(sizes[1]), float(sizes[2]))
 
 
-def read_label(path: Path, case_id: str, *, image: np.ndarray, affine: np.ndarray, num_classes: int) -> np.ndarray:
+def read_label(
+    path: Path,
+    case_id: str,
+    *,
+    image: np.ndarray,
+    affine: np.ndarray,
+    num_classes: int,
+    image_file: Path | None = None,
+) -> np.ndarray:
     """Read a NIfTI label that lies on the grid of its image, where it is stored in other axes turned to the image's.
 
     Args:
@@ -207,6 +215,7 @@ def read_label(path: Path, case_id: str, *, image: np.ndarray, affine: np.ndarra
         image: The case's image (C, X, Y, Z).
         affine: The image's affine (4, 4).
         num_classes: Classes with the background; every id is below it.
+        image_file: The image's NIfTI file, whose header is looked at where the label's differs; None for other formats.
 
     Returns:
         Class ids (X, Y, Z), uint8.
@@ -231,6 +240,11 @@ def read_label(path: Path, case_id: str, *, image: np.ndarray, affine: np.ndarra
         raise ValueError(
             f"case {case_id}: label {path} has neither qform nor sform, so that its place in space is not known; copy "
             "the image's, or resample it if it was drawn on another grid"
+        )
+    if gap > limit and image_file is not None and not nifti_grid(image_file).oriented:
+        raise ValueError(
+            f"case {case_id}: image {image_file} has neither qform nor sform, so that it cannot be told whether label "
+            f"{path} lies on it; copy the label's, or resample the label if it was drawn on another grid"
         )
     if gap > limit:
         moved = float(np.abs(label_affine - affine)[:3, :3].max()) * max(shape) <= limit

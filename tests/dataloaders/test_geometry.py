@@ -19,6 +19,7 @@ from dataloaders.geometry import (
     read_nifti_channels,
     states_orientation,
 )
+from dataloaders.nifti_folder import NiftiFolder
 
 
 def test_read_nifti_gives_channels_first_float32(tmp_path: Path) -> None:
@@ -218,6 +219,16 @@ def test_a_label_without_a_place_is_not_to_be_resampled(tmp_path: Path) -> None:
     make.forget_orientation(path)
     with pytest.raises(ValueError, match=r"has neither qform nor sform, .* copy the image's"):
         read_label(path, "a", image=make.counting_image()[None], affine=make.AFFINE, num_classes=2)
+
+
+def test_an_image_without_a_place_is_named_before_its_label(tmp_path: Path) -> None:
+    for folder, voxels in (("images", make.counting_image()), ("labels", make.corner_label())):
+        make.write_nifti(tmp_path / folder / "a.nii.gz", voxels)
+    source = NiftiFolder(tmp_path, num_classes=2)
+    assert source.load("a", with_label=True).label is not None
+    make.forget_orientation(tmp_path / "images" / "a.nii.gz")
+    with pytest.raises(ValueError, match=r"image .*images/a\.nii\.gz has neither qform nor sform.*copy the label's"):
+        source.load("a", with_label=True)
 
 
 def test_class_ids_may_be_off_by_rounding(tmp_path: Path) -> None:
