@@ -91,13 +91,19 @@ def name_odd_voxels(grids: Mapping[str, Grid]) -> None:
         )
 
 
-def warn_of_odd_voxels(source: CaseSource, case_ids: Sequence[str]) -> None:
-    """``name_odd_voxels`` of cases that are about to be scored; a file that cannot be read is named then."""
+def readable_grids(source: CaseSource, case_ids: Sequence[str]) -> dict[str, Grid]:
+    """``grid_of`` of cases that are about to be scored; a file that cannot be read is named then."""
     grids = {}
-    for case_id in case_ids if grids_by_header(source) else ():
+    for case_id in case_ids:
         with suppress(ValueError, OSError):
             grids[case_id] = grid_of(source, case_id)
-    name_odd_voxels(grids)
+    return grids
+
+
+def warn_of_odd_voxels(source: CaseSource, case_ids: Sequence[str]) -> None:
+    """``name_odd_voxels`` of cases that are about to be scored."""
+    if grids_by_header(source):
+        name_odd_voxels(readable_grids(source, case_ids))
 
 
 def _is_affine(affine: np.ndarray) -> bool:

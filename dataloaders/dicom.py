@@ -23,9 +23,7 @@ logger = logging.getLogger(__name__)
 LABEL_FOLDER = "labels"
 MODALITY_TAG = "0008|0060"
 PATIENT_TAG = "0010|0020"
-
-
-NO_SCANS = frozenset({"SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO", "REG", "DOC"})  # modalities
+_NO_SCANS = frozenset({"SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO", "REG", "DOC"})  # modalities
 
 
 class Tags(NamedTuple):
@@ -33,6 +31,11 @@ class Tags(NamedTuple):
 
     modality: str
     patient: str
+
+    @property
+    def is_scan(self) -> bool:
+        """Not so of segmentations, dose maps, reports and the like."""
+        return self.modality not in _NO_SCANS
 
 
 @SOURCES.register("dicom")
@@ -58,6 +61,7 @@ class DicomFolders(FileSource):
         self.images = {path.name: path for path in folders if path.name != LABEL_FOLDER}
         self._headers = {case_id: read_tags(folder) for case_id, folder in self.images.items()}
         self._leave_out_what_is_no_scan()
+        self._name_inner_nifti()
         if not self.images:
             raise FileNotFoundError(
                 f"{root} has no case folders; put each case's DICOM series into a folder of its own"
@@ -76,14 +80,14 @@ class DicomFolders(FileSource):
         self._patients: dict[str, str] | None = None
 
     def _leave_out_what_is_no_scan(self) -> None:
-        """Take away segmentations, dose maps and the like, and say so; name NIfTI files that lie within a case."""
-        others = [case_id for case_id, header in self._headers.items() if header and header.modality in NO_SCANS]
+        others = {case_id: tags.modality for case_id, tags in self._headers.items() if tags and not tags.is_scan}
         if others:
-            kinds = sorted({self._headers.pop(case_id).modality for case_id in others})  # type: ignore[union-attr]
-            logger.warning(
-                "%s: no scans by their headers (%s), left out: %s", self.root, ", ".join(kinds), some(others)
-            )
-        self.images = {case_id: self.images[case_id] for case_id in self._headers}
+            kinds, names = ", ".join(sorted(set(others.values()))), some(list(others))
+            logger.warning("%s: no scans by their headers (%s), left out: %s", self.root, kinds, names)
+        for case_id in others:
+            del self.images[case_id], self._headers[case_id]
+
+    def _name_inner_nifti(self) -> None:
         hidden = [case_id for case_id, folder in self.images.items() if _holds_nifti(folder)]
         if hidden:
             text = "%s: NIfTI files within the folders of cases are left out: %s; a label is <id>.nii.gz beside them"

@@ -56,6 +56,7 @@ def sitk_to_array(image: sitk.Image) -> np.ndarray:
     return np.ascontiguousarray(voxels.transpose(3, 2, 1, 0))  # (C, X, Y, Z)
 
 
+@quiet_itk()
 def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
     """Read the one DICOM series of a folder; GDCM orders the slices by position.
 
@@ -70,16 +71,14 @@ def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder; a DICOM case is a folder with the files of one series")
     refuse_broken_links(folder.iterdir())
-    with quiet_itk():
-        series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if len(series) != 1:
         found = f"{len(series)} DICOM series: {', '.join(series)}" if series else "no DICOM series"
         raise ValueError(f"{folder} holds {found}; put the files of exactly one series into each case folder")
     files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
     _refuse_lost_slices(folder, files)
     try:
-        with quiet_itk():
-            image = _read_slice(files[0], folder) if len(files) == 1 else _read_slices(files, folder)
+        image = _read_slice(files[0], folder) if len(files) == 1 else _read_slices(files, folder)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(

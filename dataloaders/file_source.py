@@ -73,8 +73,7 @@ class FileSource(CaseSource):
 
     def case_files(self, case_id: str, *, with_label: bool) -> tuple[Path, ...]:
         """The image file, those of all channels, or those of the series; and the label file."""
-        found = lookup_case(case_id, self.images, self.root)
-        paths = [found] if isinstance(found, Path) else list(found)
+        paths = self._image_paths(case_id)
         files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
         return (*files, *([self.labels[case_id]] if with_label and case_id in self.labels else []))
 
@@ -82,9 +81,14 @@ class FileSource(CaseSource):
     def read_image(self, case_id: str) -> tuple[np.ndarray, np.ndarray, Spacing]:
         """Image (C, X, Y, Z), affine (4, 4) and spacing of a known case."""
 
+    def _image_paths(self, case_id: str) -> list[Path]:
+        """The image file, those of all channels, or the folder of the series."""
+        found = lookup_case(case_id, self.images, self.root)
+        return [found] if isinstance(found, Path) else list(found)
+
     def load(self, case_id: str, *, with_label: bool) -> Volume:
         """Read one case; the label file is not opened unless asked for."""
-        lookup_case(case_id, self.images, self.root)
+        image_file, *_ = self._image_paths(case_id)
         image, affine, spacing = self.read_image(case_id)
         if image.shape[0] != self.in_channels:
             first = next(iter(self.images))
@@ -95,15 +99,13 @@ class FileSource(CaseSource):
         if with_label:
             if case_id not in self.labels:
                 raise FileNotFoundError(f"case {case_id} of {self.root} has no label file; it is an unlabelled case")
-            found = self.images[case_id]  # a file, the folder of a series, or the files of the channels
-            file = found if isinstance(found, Path) else next(iter(found))
             label = read_label(
                 self.labels[case_id],
                 case_id,
                 image=image,
                 affine=affine,
                 num_classes=self.num_classes,
-                image_file=file if file.is_file() else None,
+                image_file=image_file if image_file.is_file() else None,
             )
         return Volume(case_id, image, label, affine, spacing)
 

@@ -6,11 +6,11 @@ import dataclasses
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from dataloaders.base import CaseSource
 from dataloaders.case_lists import read_case_list, some
+from dataloaders.checked_cases import readable_grids
 from dataloaders.orientation import note_stored_axes, stated_axes
 from dataloaders.splits import SplitRequest, TrainingSplit, make_test_ids, of_patients
 from myutils.checkpoint import InferenceBundle
@@ -72,11 +72,7 @@ def warn_of_stored_axes(source: CaseSource, case_ids: Sequence[str], bundle: Inf
     """Name the axes of other data than the training's where the network takes them as stored, as a prediction does."""
     if bundle.preprocess.orientation != "stored" or is_training_data(source, bundle):
         return
-    names = set()
-    for case_id in case_ids:
-        with suppress(ValueError, OSError):  # a file that cannot be read is named when it is scored
-            grid = source.grid(case_id)
-            names.add(stated_axes(grid.affine, grid.oriented))
+    names = {stated_axes(grid.affine, grid.oriented) for grid in readable_grids(source, case_ids).values()}
     if names:
         note_stored_axes(", ".join(sorted(names)))
 

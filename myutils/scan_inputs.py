@@ -13,7 +13,7 @@ import SimpleITK as sitk  # noqa: N813 - its usual name
 
 from dataloaders.base import Volume
 from dataloaders.case_lists import CHANNEL_SUFFIX, is_nifti, refuse_broken_links, some, strip_nifti_suffix
-from dataloaders.dicom import LABEL_FOLDER, NO_SCANS, kind_of, read_tags
+from dataloaders.dicom import LABEL_FOLDER, kind_of, read_tags
 from dataloaders.dicom_series import quiet_itk, read_dicom_series
 from dataloaders.geometry import READ_ERRORS, nifti_channels, read_nifti_channels
 from dataloaders.nifti_folder import list_nifti
@@ -111,7 +111,7 @@ def find_scans(path: Path) -> list[Scan]:
             for folder in folders
             if _holds_series(folder) or not (folder.name == LABEL_FOLDER or list_nifti(folder))
         ]
-        others = [folder for folder in chosen if (tags := read_tags(folder)) and tags.modality in NO_SCANS]
+        others = [folder for folder in chosen if (tags := read_tags(folder)) and not tags.is_scan]
         if others:
             names = some([folder.name for folder in others])
             logger.warning("--input %s: no scans by their headers, as segmentations are, left out: %s", path, names)
@@ -154,15 +154,15 @@ def _holds_one_channel(path: Path) -> bool:
         return True
 
 
+@quiet_itk()
 def _holds_series(folder: Path) -> bool:
     """Whether GDCM finds a series."""
-    with quiet_itk():
-        return bool(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
+    return bool(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
 
 
 def _require_scan(folder: Path) -> None:
     tags = read_tags(folder)
-    if tags and tags.modality in NO_SCANS:
+    if tags and not tags.is_scan:
         raise ValueError(
             f"--input {folder}: {tags.modality} by its header, no scan; pass the series that it belongs to"
         )

@@ -71,8 +71,8 @@ class CovarianceFeaturePools(MeanTeacher):
             nn.Linear(width, width), nn.LayerNorm(width), nn.LeakyReLU(0.2), nn.Linear(width, config.num_dfp)
         )
         steps = required(config.max_iteration, "max_iteration")
-        asked = self.warmup + fraction_rampup(None, steps - self.warmup, _START_SHARE)
-        self.start = asked if config.dfp_start_iter is None else max(self.warmup, config.dfp_start_iter)
+        usual = self.warmup + fraction_rampup(None, steps - self.warmup, _START_SHARE)
+        self.start = usual if config.dfp_start_iter is None else max(self.warmup, config.dfp_start_iter)
         if config.dfp_start_iter is not None and config.dfp_start_iter < self.warmup:
             logger.warning("--dfp_start_iter: nothing is collected in the warm-up; pools start at %d", self.warmup)
         if config.selector_train_iter >= config.dfp_reconstruct_interval:
