@@ -13,7 +13,7 @@ Several processes share the scans out: ``torchrun --nproc_per_node=2 predict_3d.
 
 It writes ``<name>.nii.gz`` (class ids, uint8) and with ``--probabilities`` ``<name>_prob.nii.gz`` (float32, one volume
 per class along the fourth axis), over files of before with ``--existing replace`` alone; ``--existing keep`` goes on
-after an interruption. The field ``descrip`` of their headers tells of the checkpoint. A bad scan is reported and
+after an interruption. The field ``descrip`` of their headers tells of checkpoint and flags. A bad scan is reported and
 skipped; a full disk ends the run. Exit code 0 all done, 1 some failed, 2 refused at the start, 130 stopped. ``--help``
 lists all flags.
 """
@@ -43,13 +43,14 @@ from myutils.distributed import barrier, is_main_rank, join_shares, own_share, s
 from myutils.ensemble import load_together
 from myutils.flags import option
 from myutils.inference import SCAN_ERRORS, InferenceOptions, label_map_from, predict_label_map, predict_probabilities
-from myutils.inference_flags import InferenceFlags, inference_options, start
+from myutils.inference_flags import InferenceFlags, inference_options, other_settings, start
 from myutils.label_files import (
     OutputFolderError,
     are_probabilities,
     is_of_others,
     lies_elsewhere,
     origin_of,
+    said_origin,
     save_in_geometry_of,
     save_volume,
 )
@@ -147,7 +148,7 @@ def prepare(flags: PredictFlags) -> Job:
     options = inference_options(bundle, config, device)
     scans = join_channels(scans, bundle.in_channels)
     kept = kept_parts(config, bundle.facts)
-    origin = origin_of(flags.checkpoint)
+    origin = origin_of(flags.checkpoint, other_settings(bundle, options, kept))
     job = Job(bundle, options, kept, device, scans, flags.output, origin, flags.probabilities, flags.existing)
     require_free_outputs(scans, [path for scan in scans for path in job.outputs(scan)])
     make_folder(flags.output, "--output")
@@ -162,7 +163,8 @@ def without_done(job: Job) -> Job:
     """The job without the scans whose files lie there already.
 
     Raises:
-        ValueError: If there is any of these files and the job does not keep them, or other checkpoints made them.
+        ValueError: If there is any of these files and the job does not keep them, or another checkpoint or other flags
+            made them.
     """
     outputs = {scan: job.outputs(scan) for scan in job.scans}
     there = [path for paths in outputs.values() for path in paths if path.exists()]
@@ -173,8 +175,9 @@ def without_done(job: Job) -> Job:
         )
     if others := [path for path in there if is_of_others(path, job.origin)]:
         raise ValueError(
-            f"{others[0]}, and {len(others) - 1} more, come from another checkpoint, as their headers say; pass that "
-            "one, another --output, or --existing replace"
+            f"{others[0]}, and {len(others) - 1} more, come from another checkpoint or other flags: the header says "
+            f"{said_origin(others[0])}, a new one would say {job.origin}; pass the same, another --output, or "
+            "--existing replace"
         )
     done = set(there)
     for scan, paths in outputs.items():
@@ -188,8 +191,7 @@ def without_done(job: Job) -> Job:
             )
     left = [scan for scan, paths in outputs.items() if not done.issuperset(paths)]
     if there:
-        text = "%d of %d scans are done already, perhaps with other flags: files name their checkpoint alone"
-        logger.info(text, len(job.scans) - len(left), len(job.scans))
+        logger.info("%d of %d scans are done already", len(job.scans) - len(left), len(job.scans))
         if some_files := sum(path in done for scan in left for path in outputs[scan]):
             logger.info("%d files of the others stay as they are; only what is missing is written", some_files)
     return dataclasses.replace(job, scans=left)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from dataloaders.error_text import message_of
-from myutils.build import build_inference
+from myutils.build import build_inference, kept_parts
 from myutils.checkpoint import InferenceBundle
 from myutils.config import RunConfig
 from myutils.distributed import is_main_rank, resolve_amp, stop_process_group
@@ -124,3 +124,22 @@ def inference_options(bundle: InferenceBundle, config: RunConfig, device: torch.
     if config.tta_flips and not bundle.flip_axes:
         raise ValueError("--flips: the network was trained without mirroring along any axis; leave the flag out")
     return build_inference(config, resolve_amp(config.amp, device))
+
+
+def other_settings(bundle: InferenceBundle, options: InferenceOptions, kept: Sequence[int]) -> str:
+    """What of a prediction is not the checkpoint's own choice, as ``overlap=0.75,flips=no``; empty for nothing.
+
+    Precision is left out, which ``--amp auto`` takes from the device.
+    """
+    usual = build_inference(bundle.config, options.amp)
+    parts = {0: "no", bundle.facts.num_classes - 1: "all"}
+    given, own = (
+        {
+            "overlap": f"{chosen.overlap:.3g}",
+            "flips": "".join(map(str, chosen.flips)) or "no",  # axes
+            "views": str(chosen.views or "no"),
+            "largest": parts.get(len(classes), "some"),
+        }
+        for chosen, classes in ((options, kept), (usual, kept_parts(bundle.config, bundle.facts)))
+    )
+    return ",".join(f"{name}={value}" for name, value in given.items() if value != own[name])

@@ -66,27 +66,39 @@ def save_in_geometry_of(path: Path, array: np.ndarray, header: nib.Nifti1Header,
     _save(image_class(array, None, header=copy), path, origin)
 
 
-def origin_of(checkpoints: Sequence[Path]) -> str:
+def origin_of(checkpoints: Sequence[Path], settings: str = "") -> str:
     """What the headers of predictions say of their origin: SHA-256 of the checkpoints' bytes in turn, and their names.
 
-    As much as fits into the 79 characters of a NIfTI header: 16 digits, as ``cat A.pt B.pt | sha256sum`` begins.
+    As much as fits into the 79 characters of a NIfTI header: 16 digits, as ``cat A.pt B.pt | sha256sum`` begins, then
+    in brackets the ``settings`` that are not the checkpoint's own, if any.
     """
     digest = hashlib.sha256()
     for path in checkpoints:
         digest.update(path.read_bytes())
     names = " ".join("/".join(path.resolve().parts[-2:]) for path in checkpoints)
-    return f"{_ORIGIN} {digest.hexdigest()[:16]} {names}"[:79]
+    words = [_ORIGIN, digest.hexdigest()[:16], *([f"[{settings}]"] if settings else []), names]
+    return " ".join(words)[:79]
+
+
+def said_origin(path: Path) -> str | None:
+    """What a file's header says of its origin, as ``origin_of``; None where it does not."""
+    try:
+        header: Any = nib.load(path).header
+        said = header["descrip"].item().decode("ascii", "replace")
+    except (*READ_ERRORS, KeyError):
+        return None  # corrected by hand, say, in another program
+    return said if said.split()[:1] == [_ORIGIN] else None
 
 
 def is_of_others(path: Path, origin: str) -> bool:
-    """Whether a file was predicted by other checkpoints than ``origin`` tells of; False where it does not say."""
-    said = _said_origin(path)
-    return said is not None and said != origin.split()[:2]
+    """Whether other checkpoints or settings than ``origin`` tells of made a file; False where it does not say."""
+    said = said_origin(path)
+    return said is not None and _without_names(said) != _without_names(origin)
 
 
 def are_probabilities(path: Path) -> bool:
     """Whether a file says that a prediction wrote it, and holds the maps of several classes."""
-    return _said_origin(path) is not None and nib.load(path).ndim == 4  # type: ignore[attr-defined]
+    return said_origin(path) is not None and nib.load(path).ndim == 4  # type: ignore[attr-defined]
 
 
 def lies_elsewhere(path: Path, header: nib.Nifti1Header) -> bool:
@@ -101,14 +113,10 @@ def lies_elsewhere(path: Path, header: nib.Nifti1Header) -> bool:
     return shape != header.get_data_shape()[:3] or not np.allclose(affine, wanted, rtol=0, atol=tolerance)
 
 
-def _said_origin(path: Path) -> list[str] | None:
-    """The first two words by which a file's header names its checkpoints; None where it does not."""
-    try:
-        header: Any = nib.load(path).header
-        said = header["descrip"].item().decode("ascii", "replace").split()
-    except (*READ_ERRORS, KeyError):
-        return None  # corrected by hand, say, in another program
-    return said[:2] if said[:1] == [_ORIGIN] else None
+def _without_names(origin: str) -> list[str]:
+    """Digest and settings; a checkpoint may have another name by now."""
+    words = origin.split()
+    return words[: 3 if len(words) > 2 and words[2].startswith("[") else 2]
 
 
 def _save(image: nib.Nifti1Image, path: Path, origin: str) -> None:

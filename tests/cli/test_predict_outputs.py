@@ -99,6 +99,29 @@ def test_a_label_map_tells_of_its_checkpoint_and_is_not_mixed_with_those_of_anot
         assert nib.load(out / f"{name}.nii.gz").header["descrip"].item().decode() == said
 
 
+def test_label_maps_of_other_flags_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cohort, out = write_cohort(tmp_path / "balls", cases=2, labeled=2), tmp_path / "out"
+    run = trained_run(cohort, tmp_path / "run1", method="supervised", labelnum=1)
+    command = ["--input", str(cohort / "images"), "--output", str(out), "--checkpoint", str(run)]
+    flags = ["--overlap", "0.75", "--views", "3", "--no-flips", "--largest_component"]
+    assert predict_3d.main([*command, *flags]) == 0
+    said = f"{hashlib.sha256(run.read_bytes()).hexdigest()[:16]} [overlap=0.75,views=3,largest=all] run1/last.pt"
+    for path in out.iterdir():
+        assert nib.load(path).header["descrip"].item().decode() == f"sha256 {said}"
+    (out / "ball01.nii.gz").unlink()
+    for other in ([], flags[2:], ["--overlap", "0.75"]):
+        with pytest.raises(SystemExit) as refusal:
+            predict_3d.main([*command, *other, "--existing", "keep"])
+        assert refusal.value.code == 2 and not (out / "ball01.nii.gz").exists()
+        assert (
+            f"ball00.nii.gz, and 0 more, come from another checkpoint or other flags: the header says sha256 {said}"
+            in (capsys.readouterr().err)
+        )
+    moved = shutil.move(run, tmp_path / "moved.pt")  # a checkpoint's name is not compared
+    assert predict_3d.main([*command[:-1], str(moved), *flags, "--existing", "keep"]) == 0
+    assert "1 of 2 scans are done already" in capsys.readouterr().err and (out / "ball01.nii.gz").exists()
+
+
 def test_what_lies_in_the_folder_is_not_taken_for_another_scans(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
