@@ -11,17 +11,13 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813 - its usual name
 
 from dataloaders.case_lists import refuse_broken_links, some
+from dataloaders.dicom_frames import is_enhanced, read_frames
+from dataloaders.dicom_grid import LPS_TO_RAS, require_grid, require_one_size
 from dataloaders.geometry import Spacing, affine_spacing
 from dataloaders.say_once import warn_once
 
 logger = logging.getLogger(__name__)
 
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-GAP_TOLERANCE = 0.1  # of the usual slice distance
-SAME_PLACE = 0.01  # mm; no two slices lie closer
-LARGEST_SHIFT = 0.5  # of a pixel, beside the line through the first slice
-LARGEST_TURN = 1e-3  # of a direction's entries between two slices: rounding in the header
-LARGEST_SIZE_GAP = 1e-3  # of a pixel's side between two slices: rounding in the header
 POSITION, ORIENTATION, THICKNESS = "0020|0032", "0020|0037", "0018|0050"
 PIXEL_SIZES = ("0028|0030", "0018|1164", "0018|2010")  # in the body; else at the detector, or on a scanned film
 TAGS = (POSITION, ORIENTATION, THICKNESS, *PIXEL_SIZES)
@@ -66,18 +62,21 @@ def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
     Raises:
         FileNotFoundError: If there is no such folder, or a link in it leads to no file.
         ValueError: If the folder holds no series or several, a DICOM file in it cannot be read, a header has text for a
-            number, the slices lie on no common orthogonal grid, or one file holds several (a multi-frame file).
+            number, the slices lie on no common orthogonal grid, or one file holds several and does not describe them.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder; a DICOM case is a folder with the files of one series")
     refuse_broken_links(folder.iterdir())
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    if len(series) != 1:
-        found = f"{len(series)} DICOM series: {', '.join(series)}" if series else "no DICOM series"
-        raise ValueError(f"{folder} holds {found}; put the files of exactly one series into each case folder")
-    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
-    _refuse_lost_slices(folder, files)
     try:
+        series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+        if len(series) != 1:
+            found = f"{len(series)} DICOM series: {', '.join(series)}" if series else "no DICOM series"
+            raise ValueError(f"{folder} holds {found}; put the files of exactly one series into each case folder")
+        files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
+        _refuse_lost_slices(folder, files)
+        if is_enhanced(files[0]):
+            voxels, affine = read_frames(files, folder)
+            return voxels, affine, affine_spacing(affine, str(folder))
         image = _read_slice(files[0], folder) if len(files) == 1 else _read_slices(files, folder)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
@@ -110,8 +109,8 @@ def _read_slice(file: str, folder: Path) -> sitk.Image:
     image = sitk.ReadImage(file)
     if image.GetDimension() > 2 and (frames := image.GetSize()[2]) > 1:
         raise ValueError(
-            f"{file}: a multi-frame file; where each of its {frames} frames lies, and its scale, is not read; make "
-            "NIfTI of it, as dcm2niix does, or export one file per slice"
+            f"{file}: a multi-frame file; where each of its {frames} frames lies, it does not say; make NIfTI of it, "
+            "as dcm2niix does, or export one file per slice"
         )
     _set_voxel_size(image, [{tag: image.GetMetaData(tag) for tag in TAGS if image.HasMetaDataKey(tag)}], folder)
     return image
@@ -143,7 +142,7 @@ def _read_slices(files: tuple[str, ...], folder: Path) -> sitk.Image:
         warn_once(logger, f"{folder}: slices do not say where they lie; their order and distances are guessed")
         return image
     names = [Path(name).name for name in files]
-    _require_grid(folder, names, positions, directions.reshape(-1, 2, 3), min(image.GetSpacing()[:2]))
+    require_grid(folder, names, positions, directions.reshape(-1, 2, 3), min(image.GetSpacing()[:2]))
     return image
 
 
@@ -168,12 +167,7 @@ def _set_voxel_size(image: sitk.Image, headers: list[Header], folder: Path) -> N
     found = (_numbers(headers, tag, 2, folder) for tag in PIXEL_SIZES)
     sizes = next((positive for size in found if len(positive := size[(size > 0).all(1)])), None)  # (n, 2)
     if sizes is not None:
-        others = sizes[np.abs(sizes / sizes[0] - 1).max(1) > LARGEST_SIZE_GAP]
-        if len(others):
-            raise ValueError(
-                f"{folder}: {len(others)} of {len(headers)} slices have pixels of another size, such as {others[0]} mm "
-                f"beside {sizes[0]} mm; keep the slices of one size, or resample the series to one grid first"
-            )
+        require_one_size(folder, sizes)
         spacing[:2] = sizes[0, ::-1].tolist()  # DICOM has the distance of the rows first
     elif spacing[:2] == [1, 1] or any(tag in header for tag in PIXEL_SIZES for header in headers):
         spacing[:2] = [1.0, 1.0]
@@ -192,46 +186,3 @@ def _warn_of_guess(folder: Path, what: str, tag: str) -> None:
         logger,
         f"{folder}: no {what} is stated, 1 mm is taken, on which all distances in mm depend; write it into tag {tag}",
     )
-
-
-def _require_grid(folder: Path, names: list[str], positions: np.ndarray, directions: np.ndarray, pixel: float) -> None:
-    """Refuse slices that are turned, doubled or shifted against each other; unequal distances are a warning.
-
-    Args:
-        folder: For messages.
-        names: File name per slice.
-        positions: Of each slice's first pixel (N, 3), in mm.
-        directions: Of its rows and columns (N, 2, 3).
-        pixel: Smaller side of a pixel in mm.
-    """
-    turned = np.flatnonzero(np.abs(directions - directions[0]).max((1, 2)) > LARGEST_TURN)
-    if len(turned):
-        raise ValueError(
-            f"{folder}: {len(turned)} of {len(names)} slices have another orientation than {names[0]}, the first is "
-            f"{names[turned[0]]}; keep the slices of one orientation, and move others, such as a localiser, away"
-        )
-    normal = np.cross(*directions[0])
-    normal /= np.linalg.norm(normal)
-    heights = positions @ normal
-    order = np.argsort(heights, kind="stable")
-    gaps = np.diff(heights[order])
-    doubled = np.flatnonzero(gaps < SAME_PLACE)
-    if len(doubled):
-        first, second = (names[order[doubled[0] + k]] for k in (0, 1))
-        raise ValueError(
-            f"{folder}: {len(doubled)} of {len(names)} slices lie where another does, within {SAME_PLACE} mm, such as "
-            f"{second} on {first}; keep one time point, echo or copy per folder, or mend the positions"
-        )
-    beside = positions - positions[0] - np.outer(heights - heights[0], normal)
-    shift = float(np.linalg.norm(beside, axis=1).max())
-    if shift > LARGEST_SHIFT * pixel:
-        raise ValueError(
-            f"{folder}: slices are shifted sideways by up to {shift:.3g} mm, more than {LARGEST_SHIFT:g} of a pixel of "
-            f"{pixel:.3g} mm, as with a tilted gantry; resample the series to an orthogonal grid first"
-        )
-    if np.ptp(gaps) > GAP_TOLERANCE * np.median(gaps):
-        warn_once(
-            logger,
-            f"{folder}: slice distances run from {gaps.min():.4g} to {gaps.max():.4g} mm; a slice may be missing, "
-            "distances in mm are not exact",
-        )

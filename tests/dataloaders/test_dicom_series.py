@@ -6,6 +6,7 @@ from pathlib import Path
 
 import data_makers as make
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk  # noqa: N813 - its usual name
 
@@ -163,10 +164,19 @@ def test_one_slice_without_a_position_is_refused_by_name(tmp_path: Path) -> None
         read_dicom_series(folder)
 
 
-def test_a_multi_frame_file_is_refused(tmp_path: Path) -> None:
+def test_a_multi_frame_file_is_refused_where_it_does_not_describe_its_frames(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    image = sitk.GetImageFromArray(make.counting_image().astype(np.uint8).transpose(2, 1, 0))
-    sitk.WriteImage(image, tmp_path / "a" / "frames.dcm")
+    image, path = (
+        sitk.GetImageFromArray(make.counting_image().astype(np.uint8).transpose(2, 1, 0)),
+        tmp_path / "a/frames.dcm",
+    )
+    image.SetSpacing((0.5, 0.75, 2.0))
+    sitk.WriteImage(image, path)
+    voxels, _, spacing = read_dicom_series(tmp_path / "a")
+    assert np.array_equal(voxels[0], make.counting_image()) and spacing == pytest.approx((0.5, 0.75, 2.0))
+    header = pydicom.dcmread(path)
+    del header.PerFrameFunctionalGroupsSequence
+    header.save_as(path)
     text = rf"frames\.dcm: a multi-frame file; where each of its {image.GetDepth()} frames lies"
     with pytest.raises(ValueError, match=f"{text}.*dcm2niix"):
         read_dicom_series(tmp_path / "a")

@@ -1,0 +1,161 @@
+"""Enhanced DICOM (CT, MR, PET): files of one or many frames, each with its own place and scale, read by pydicom.
+
+The multi-frame functional groups of DICOM PS3.3, section C.7.6.16: what a frame does not say, all frames share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from pydicom.errors import InvalidDicomError
+
+from dataloaders.dicom_grid import LPS_TO_RAS, require_grid, require_one_size
+
+PER_FRAME, SHARED = "PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"
+_PYDICOM_ERRORS = (
+    InvalidDicomError,
+    AttributeError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What one frame says of itself; lengths in mm, places in DICOM's LPS."""
+
+    name: str
+    position: tuple[float, ...]  # of the first pixel
+    direction: tuple[float, ...]  # of rows, then of columns
+    pixel: tuple[float, ...]  # distance of the rows, then of the columns
+    thickness: float  # 0 where it is not stated
+    slope: float
+    intercept: float
+
+
+def is_enhanced(file: str) -> bool:
+    """Whether a DICOM file describes its frames one by one."""
+    try:
+        return PER_FRAME in pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[PER_FRAME])
+    except _PYDICOM_ERRORS:
+        return False
+
+
+def read_frames(files: Sequence[str], folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Stack the frames of a series in the order of their places.
+
+    Returns:
+        Image (1, X, Y, Z) float32 after the rescale slope and intercept of each frame, affine (4, 4) to RAS+ mm.
+
+    Raises:
+        ValueError: If a frame does not say where it lies, frames lie on no common grid or show more than one time
+            point, or pixels are in colour or packed in a way that cannot be read.
+    """
+    frames: list[Frame] = []
+    planes: list[np.ndarray] = []  # (Y, X) each
+    for file in files:
+        header, own, shared = _read(file)
+        described = [_frame(file, number, [part, shared, header]) for number, part in enumerate(own, start=1)]
+        stored = _pixels(header, file)
+        if len(stored) != len(described):
+            raise ValueError(f"{file}: {len(stored)} frames are described as {len(described)}; export the series again")
+        frames += described
+        planes += [
+            frame.slope * plane.astype(np.float32) + np.float32(frame.intercept)
+            for frame, plane in zip(described, stored, strict=True)
+        ]
+    if len({plane.shape for plane in planes}) > 1:
+        raise ValueError(f"{folder}: frames have different numbers of pixels; keep the files of one image")
+    order, affine = _grid(frames, folder)
+    return np.stack([planes[k].T for k in order], axis=-1)[None], affine
+
+
+def _read(file: str) -> tuple[pydicom.FileDataset, list[pydicom.Dataset], pydicom.Dataset]:
+    """A file with what each of its frames says, and what all of them do."""
+    try:
+        header = pydicom.dcmread(file)
+        return header, list(header.get(PER_FRAME) or []), (header.get(SHARED) or [pydicom.Dataset()])[0]
+    except _PYDICOM_ERRORS as error:
+        raise ValueError(f"{file} cannot be read ({error}); export the series again") from error
+
+
+def _frame(file: str, number: int, parts: list[pydicom.Dataset]) -> Frame:
+    """Gather what a frame says itself, else what all share, else what the file says as in plain DICOM.
+
+    Args:
+        file: For messages.
+        number: Of the frame, from 1.
+        parts: Groups of the frame, groups that all share, and the file's header.
+    """
+
+    def numbers(group: str, tag: str) -> tuple[float, ...]:
+        items = next((part.get(group) for part in parts if part.get(group)), parts[-1:])
+        value = items[0].get(tag)
+        return () if value is None else tuple(np.atleast_1d(np.asarray(value, dtype=float)).tolist())
+
+    scale = "PixelValueTransformationSequence"
+    try:
+        frame = Frame(
+            f"{Path(file).name} frame {number}",
+            position=numbers("PlanePositionSequence", "ImagePositionPatient"),
+            direction=numbers("PlaneOrientationSequence", "ImageOrientationPatient"),
+            pixel=numbers("PixelMeasuresSequence", "PixelSpacing"),
+            thickness=(numbers("PixelMeasuresSequence", "SliceThickness") or (0.0,))[0],
+            slope=(numbers(scale, "RescaleSlope") or (1.0,))[0],
+            intercept=(numbers(scale, "RescaleIntercept") or (0.0,))[0],
+        )
+    except _PYDICOM_ERRORS as error:
+        raise ValueError(
+            f"{file}: frame {number} has no number where one belongs ({error}); export the series again"
+        ) from error
+    found = {"position": (frame.position, 3), "orientation": (frame.direction, 6), "pixel size": (frame.pixel, 2)}
+    lacking = [what for what, (values, count) in found.items() if len(values) != count or not np.isfinite(values).all()]
+    if lacking or min(frame.pixel) <= 0:
+        raise ValueError(
+            f"{file}: frame {number} does not state its {' and '.join(lacking or ['pixel size'])}; make NIfTI of the "
+            "series, as dcm2niix does, or export it again"
+        )
+    return frame
+
+
+def _pixels(header: pydicom.FileDataset, file: str) -> np.ndarray:
+    """Stored values (N, Y, X)."""
+    try:
+        samples, pixels = header.get("SamplesPerPixel", 1), header.pixel_array
+    except _PYDICOM_ERRORS as error:
+        reason = str(error).strip().splitlines()[0].rstrip(":") if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{file}: the pixels cannot be read ({reason}); where they are compressed, pip install python-gdcm, make "
+            "NIfTI of the series, as dcm2niix does, or export it without compression"
+        ) from error
+    if samples != 1:
+        raise ValueError(f"{file}: pixels are in colour; export a series of grey values")
+    return pixels if pixels.ndim == 3 else pixels[None]
+
+
+def _grid(frames: list[Frame], folder: Path) -> tuple[list[int], np.ndarray]:
+    """Order of the frames along the normal of their planes, and the affine (4, 4) of the stack."""
+    positions = np.array([frame.position for frame in frames])
+    directions = np.array([frame.direction for frame in frames]).reshape(-1, 2, 3)
+    pixels = np.array([frame.pixel for frame in frames])
+    require_one_size(folder, pixels)
+    normal = np.cross(*directions[0])
+    order = np.argsort(positions @ normal, kind="stable").tolist()
+    if len(frames) > 1:
+        require_grid(folder, [frame.name for frame in frames], positions, directions, float(pixels[0].min()))
+        step = (positions[order[-1]] - positions[order[0]]) / (len(frames) - 1)
+    elif frames[0].thickness > 0:
+        step = normal * frames[0].thickness
+    else:
+        raise ValueError(f"{folder}: a single frame without a slice thickness; export a volume")
+    affine = np.eye(4)
+    affine[:3, :3] = np.stack([directions[0, 0] * pixels[0, 1], directions[0, 1] * pixels[0, 0], step], axis=1)
+    affine[:3, 3] = positions[order[0]]
+    return order, LPS_TO_RAS @ affine
