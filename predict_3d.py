@@ -102,6 +102,13 @@ class Job:
         """Whether files of before stay, and their scans are left out."""
         return self.existing == "keep"
 
+    @property
+    def how_to_go_on(self) -> str:
+        """What to do about the scans that are left."""
+        if self.existing == "replace":
+            return "those not replaced yet are of before; --existing replace begins anew"
+        return "--existing keep does the others"
+
     def outputs(self, scan: Scan) -> tuple[Path, ...]:
         """Files that a scan gives: the label map and, where asked for, the probabilities."""
         names = [f"{scan.name}.nii.gz"] + [f"{scan.name}_prob.nii.gz"] * self.probabilities
@@ -119,10 +126,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if failed and is_main_rank():
             logger.error("failed: %s", ", ".join(failed))
     except OutputFolderError as error:
-        logger.error("error: %s; --existing keep does the others then", error)
+        logger.error("error: %s; %s", error, job.how_to_go_on)
         return 1
     except KeyboardInterrupt:
-        logger.info("stopped; the label maps in %s are whole, --existing keep does the others", job.folder)
+        logger.info("stopped; the label maps in %s are whole, %s", job.folder, job.how_to_go_on)
         return 130
     finally:
         stop_process_group()

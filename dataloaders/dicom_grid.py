@@ -45,8 +45,7 @@ def require_grid(folder: Path, names: list[str], positions: np.ndarray, directio
             f"{folder}: {len(turned)} of {len(names)} slices have another orientation than {names[0]}, the first is "
             f"{names[turned[0]]}; keep the slices of one orientation, and move others, such as a localiser, away"
         )
-    normal = np.cross(*directions[0])
-    normal /= np.linalg.norm(normal)
+    normal = np.cross(*directions[0]) / np.linalg.norm(np.cross(*directions[0]))
     heights = positions @ normal
     order = np.argsort(heights, kind="stable")
     gaps = np.diff(heights[order])
@@ -55,7 +54,8 @@ def require_grid(folder: Path, names: list[str], positions: np.ndarray, directio
         first, second = (names[order[doubled[0] + k]] for k in (0, 1))
         raise ValueError(
             f"{folder}: {len(doubled)} of {len(names)} slices lie where another does, within {SAME_PLACE} mm, such as "
-            f"{second} on {first}; keep one time point, echo or copy per folder, or mend the positions"
+            f"{second} on {first}; keep one time point, echo or copy per folder (where one file has several, dcm2niix "
+            "makes a NIfTI file of each), or mend the positions"
         )
     beside = positions - positions[0] - np.outer(heights - heights[0], normal)
     shift = float(np.linalg.norm(beside, axis=1).max())
@@ -65,8 +65,5 @@ def require_grid(folder: Path, names: list[str], positions: np.ndarray, directio
             f"{pixel:.3g} mm, as with a tilted gantry; resample the series to an orthogonal grid first"
         )
     if np.ptp(gaps) > GAP_TOLERANCE * np.median(gaps):
-        warn_once(
-            logger,
-            f"{folder}: slice distances run from {gaps.min():.4g} to {gaps.max():.4g} mm; a slice may be missing, "
-            "distances in mm are not exact",
-        )
+        text = f"{folder}: slice distances run from {gaps.min():.4g} to {gaps.max():.4g} mm; a slice may be missing, "
+        warn_once(logger, text + "distances in mm are not exact")

@@ -127,7 +127,7 @@ def inference_options(bundle: InferenceBundle, config: RunConfig, device: torch.
 
 
 def other_settings(bundle: InferenceBundle, options: InferenceOptions, kept: Sequence[int]) -> str:
-    """What of a prediction is not the checkpoint's own choice, as ``overlap=0.75,flips=no``; empty for nothing.
+    """What of a prediction is not the checkpoint's own choice, as ``overlap=0.75,flips=no``; else ``own``.
 
     Precision is left out, which ``--amp auto`` takes from the device.
     """
@@ -135,11 +135,11 @@ def other_settings(bundle: InferenceBundle, options: InferenceOptions, kept: Seq
     parts = {0: "no", bundle.facts.num_classes - 1: "all"}
     given, own = (
         {
-            "overlap": f"{chosen.overlap:.3g}",
+            "overlap": f"{chosen.overlap:.6g}",
             "flips": "".join(map(str, chosen.flips)) or "no",  # axes
             "views": str(chosen.views or "no"),
             "largest": parts.get(len(classes), "some"),
         }
         for chosen, classes in ((options, kept), (usual, kept_parts(bundle.config, bundle.facts)))
     )
-    return ",".join(f"{name}={value}" for name, value in given.items() if value != own[name])
+    return ",".join(f"{name}={value}" for name, value in given.items() if value != own[name]) or "own"

@@ -66,18 +66,17 @@ def save_in_geometry_of(path: Path, array: np.ndarray, header: nib.Nifti1Header,
     _save(image_class(array, None, header=copy), path, origin)
 
 
-def origin_of(checkpoints: Sequence[Path], settings: str = "") -> str:
+def origin_of(checkpoints: Sequence[Path], settings: str = "own") -> str:
     """What the headers of predictions say of their origin: SHA-256 of the checkpoints' bytes in turn, and their names.
 
     As much as fits into the 79 characters of a NIfTI header: 16 digits, as ``cat A.pt B.pt | sha256sum`` begins, then
-    in brackets the ``settings`` that are not the checkpoint's own, if any.
+    in brackets the ``settings`` that are not the checkpoint's own.
     """
     digest = hashlib.sha256()
     for path in checkpoints:
         digest.update(path.read_bytes())
     names = " ".join("/".join(path.resolve().parts[-2:]) for path in checkpoints)
-    words = [_ORIGIN, digest.hexdigest()[:16], *([f"[{settings}]"] if settings else []), names]
-    return " ".join(words)[:79]
+    return f"{_ORIGIN} {digest.hexdigest()[:16]} [{settings}] {names}"[:79]
 
 
 def said_origin(path: Path) -> str | None:
@@ -93,7 +92,7 @@ def said_origin(path: Path) -> str | None:
 def is_of_others(path: Path, origin: str) -> bool:
     """Whether other checkpoints or settings than ``origin`` tells of made a file; False where it does not say."""
     said = said_origin(path)
-    return said is not None and _without_names(said) != _without_names(origin)
+    return said is not None and said.split()[:3] != origin.split()[:3]  # names may be others by now
 
 
 def are_probabilities(path: Path) -> bool:
@@ -111,12 +110,6 @@ def lies_elsewhere(path: Path, header: nib.Nifti1Header) -> bool:
     wanted = header.get_best_affine()
     tolerance = GRID_TOLERANCE * float(voxel_sizes(wanted).min())
     return shape != header.get_data_shape()[:3] or not np.allclose(affine, wanted, rtol=0, atol=tolerance)
-
-
-def _without_names(origin: str) -> list[str]:
-    """Digest and settings; a checkpoint may have another name by now."""
-    words = origin.split()
-    return words[: 3 if len(words) > 2 and words[2].startswith("[") else 2]
 
 
 def _save(image: nib.Nifti1Image, path: Path, origin: str) -> None:

@@ -83,7 +83,7 @@ def test_a_label_map_tells_of_its_checkpoint_and_is_not_mixed_with_those_of_anot
     first, second = (trained_run(cohort, tmp_path / f"run{seed}", seed=seed, **settings) for seed in (1, 2))
     command = ["--input", str(cohort / "images"), "--output", str(out), "--checkpoint"]
     assert predict_3d.main([*command, str(first), "--probabilities"]) == 0
-    said = f"sha256 {hashlib.sha256(first.read_bytes()).hexdigest()[:16]} run1/last.pt"
+    said = f"sha256 {hashlib.sha256(first.read_bytes()).hexdigest()[:16]} [own] run1/last.pt"
     for path in out.iterdir():
         assert nib.load(path).header["descrip"].item().decode() == said
     (out / "ball01.nii.gz").unlink()
@@ -95,7 +95,7 @@ def test_a_label_map_tells_of_its_checkpoint_and_is_not_mixed_with_those_of_anot
     assert predict_3d.main([*command, str(first), str(second), "--existing", "replace"]) == 0
     both = hashlib.sha256(first.read_bytes() + second.read_bytes()).hexdigest()[:16]
     for name in ("ball00", "ball01"):
-        said = f"sha256 {both} run1/last.pt run2/last.pt"
+        said = f"sha256 {both} [own] run1/last.pt run2/last.pt"
         assert nib.load(out / f"{name}.nii.gz").header["descrip"].item().decode() == said
 
 

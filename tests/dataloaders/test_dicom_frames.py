@@ -81,10 +81,22 @@ def test_frames_in_any_order_are_the_volume_of_the_slices(
     expected = read_dicom_series(make.write_dicom(tmp_path / "slices", voxels, direction=direction))
     header = enhanced(voxels, direction)
     shuffle(header, [2, 0, 3, 1])
+    header.PixelData += bytes(200)  # which belong to no frame
     image, affine, spacing = read_dicom_series(save(tmp_path / "frames", header))
     assert np.array_equal(image, expected[0]) and image.dtype == np.float32
     np.testing.assert_allclose(affine, expected[1], atol=1e-6)
     assert spacing == pytest.approx(expected[2]) and not caplog.text
+
+
+def test_a_slight_shift_is_straightened_as_that_of_slices_is(tmp_path: Path) -> None:
+    voxels = make.counting_image()
+    expected = read_dicom_series(make.write_dicom(tmp_path / "slices", voxels, shift=0.06))
+    header = enhanced(voxels)
+    for k in range(4):
+        move(header, k, [ORIGIN[0] + 0.06 * k, ORIGIN[1], ORIGIN[2] + 2 * k])
+    image, affine, _ = read_dicom_series(save(tmp_path / "frames", header))
+    assert np.array_equal(image, expected[0])
+    np.testing.assert_allclose(affine, expected[1], atol=1e-6)
 
 
 def test_each_frame_has_its_own_scale_or_that_of_all(tmp_path: Path) -> None:
@@ -166,6 +178,37 @@ def in_colour(header: Dataset) -> None:
     header.PixelData = header.PixelData * 3
 
 
+def inverted(header: Dataset) -> None:
+    header.PhotometricInterpretation = "MONOCHROME1"
+
+
+def skewed(header: Dataset) -> None:
+    header.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence = group(
+        ImageOrientationPatient=[1, 0, 0, 0.5, 0.866, 0]
+    )
+
+
+def without_a_slope(header: Dataset) -> None:
+    header.PerFrameFunctionalGroupsSequence[3].PixelValueTransformationSequence = group(RescaleSlope=0)
+
+
+def two_stacks(header: Dataset) -> None:
+    for k, frame in enumerate(header.PerFrameFunctionalGroupsSequence):
+        frame.FrameContentSequence = group(StackID=str(1 + k // 2), TemporalPositionIndex=1)
+
+
+def two_times_apart(header: Dataset) -> None:
+    for k, frame in enumerate(header.PerFrameFunctionalGroupsSequence):
+        frame.FrameContentSequence = group(StackID="1", TemporalPositionIndex=1 + k // 2)
+
+
+def everywhere_at_once(header: Dataset) -> None:
+    header.ImagePositionPatient = list(ORIGIN)
+    for frame in header.PerFrameFunctionalGroupsSequence:
+        del frame.PlanePositionSequence
+        frame.FrameContentSequence = group(StackID="1")
+
+
 def cut_off(header: Dataset) -> None:
     header.PixelData = header.PixelData[:100]
 
@@ -180,15 +223,21 @@ def described_less(header: Dataset) -> None:
         (two_times, r"2 of 4 slices lie where another does, within 0.01 mm, such as 0\.dcm frame 3 on 0\.dcm frame 1"),
         (tilted, "slices are shifted sideways by up to 3 mm"),
         (turned, r"1 of 4 slices have another orientation than 0\.dcm frame 1, the first is 0\.dcm frame 3"),
-        (nowhere, r"0\.dcm: frame 3 does not state its position; make NIfTI"),
+        (nowhere, r"0\.dcm: frame 3 does not state a usable position; make NIfTI"),
         (
             of_another_size,
             r"1 of 4 slices have pixels of another size, such as \[0.75 0.6 ?\] mm beside \[0.75 0.5 ?\]",
         ),
-        (without_a_size, r"0\.dcm: frame 2 does not state its pixel size"),
-        (in_colour, r"0\.dcm: pixels are in colour"),
+        (without_a_size, r"0\.dcm: frame 2 does not state a usable pixel size"),
+        (in_colour, r"0\.dcm: pixels are RGB, not MONOCHROME2"),
+        (inverted, r"0\.dcm: pixels are MONOCHROME1, not MONOCHROME2"),
+        (skewed, r"0\.dcm: frame 1 does not state a usable orientation"),
+        (without_a_slope, r"0\.dcm: frame 4 does not state a usable rescale slope and intercept"),
+        (two_stacks, "a: frames belong to 2 stacks; make NIfTI"),
+        (two_times_apart, "a: frames belong to 2 time points; make NIfTI"),
+        (everywhere_at_once, r"0\.dcm: frame 1 does not state a usable position"),
         (cut_off, r"0\.dcm: the pixels cannot be read \(.*\); where they are compressed, pip install python-gdcm"),
-        (described_less, r"0\.dcm: 4 frames are described as 3"),
+        (described_less, r"0\.dcm: of 4 frames, 3 say where they lie"),
     ],
 )
 def test_frames_without_a_common_grid_are_refused(tmp_path: Path, change: Callable[[Dataset], None], text: str) -> None:
