@@ -1,7 +1,8 @@
 """Covariance dynamic feature pools: how the channels of reliable features vary together, and losses built on it.
 
-Contract: everything in float32; statistics are sums over the stored features, so no N x N matrix is ever made; what the
-pool stores is detached, and every loss here has a gradient into the features it is given.
+Contract: everything in float32, but for the moments of classes, which are float64; statistics are sums over the stored
+features, so no N x N matrix is ever made; what the pool stores is detached, and every loss here has a gradient into the
+features it is given.
 
 Source: the trainer's original design (covariance dynamic feature pool); the correlation consistency is CORN's,
 arXiv:2410.15916.
@@ -39,11 +40,13 @@ def moments(features: Tensor, weights: Tensor | None = None) -> Moments:
     """
     weights = torch.ones_like(features[:, 0]) if weights is None else weights.to(features)
     total = weights.sum().clamp(min=1)
-    mean = (weights @ features) / total  # (E,)
-    centred = (features - mean) * weights.sqrt()[:, None]  # (N, E)
+    nearly = (weights @ features.detach()) / total  # (E,), but for rounding, which would make constants vary
+    shifted = features - nearly
+    rest = (weights @ shifted) / total
+    mean, centred = nearly + rest, (shifted - rest) * weights.sqrt()[:, None]  # (E,), (N, E)
     covariance = centred.T @ centred / total  # (E, E)
     variance = covariance.diagonal()
-    varies = variance > _SMALLEST_DEVIATION**2
+    varies = variance > (_SMALLEST_DEVIATION * (1 + mean.abs())).square()  # of less float32 shows but its rounding
     deviation = variance.where(varies, 1.0).sqrt()  # the root of a constant channel's 0 would have no gradient
     both = varies[:, None] & varies
     correlation = (covariance / (deviation[:, None] * deviation)).where(both, 0.0)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Box = tuple[slice, slice, slice]
 WindowFunction = Callable[[Tensor], Tensor]  # windows (B, C, x, y, z) to class scores (B, K, x, y, z)
 
 
@@ -71,12 +72,14 @@ def stitched_rows(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Class scores of a whole image, a few rows along X at a time, in order.
 
-    A voxel's scores are the mean over the windows that show it, with Gaussian weights about each window's centre. All
+    A voxel's scores are the mean over the windows that show it, with Gaussian weights about each window's centre. Of
+    windows that show nothing but each channel's least value one is scored, for equal windows have equal scores. All
     rows share one buffer, so use or copy them before the next ones are asked for;
     ``myutils.inference.sliding_window_probabilities`` gives whole maps.
 
     Args:
-        scores: Called with windows on ``device``; of a network, ``lambda windows: network(windows).logits``.
+        scores: Called with windows on ``device``, each scored by itself; of a network, ``lambda windows:
+            network(windows).logits``.
         image: (C, X, Y, Z), float32; one smaller than the window is padded with its least value, evenly on both sides.
         num_classes: Number of scores K of a voxel.
         window: Extent of a window in voxels.
@@ -99,22 +102,46 @@ def stitched_rows(
         for found, w, n in zip(starts, window, size, strict=True)
     ]
     band, first = image.new_zeros(num_classes, window[0], *size[1:]), 0  # the rows from ``first`` on
-    places = list(product(*(range(len(found)) for found in starts)))  # those along X change last
-    for begin in range(0, len(places), window_batch):
-        chosen = places[begin : begin + window_batch]
-        boxes = [tuple(slice(s[i], s[i] + w) for s, i, w in zip(starts, at, window, strict=True)) for at in chosen]
-        found = scores(torch.stack([image[(slice(None), *box)] for box in boxes]).to(device)).to(image.device)
-        for at, box, values in zip(chosen, boxes, found, strict=True):
-            done = box[0].start - first
-            if done:
-                yield _inside(band[:, :done], first, inner)
-                band[:, : window[0] - done] = band[:, done:].clone()
-                band[:, window[0] - done :] = 0
-                first = box[0].start
-            along_x, along_y, along_z = (part[i] for part, i in zip(weights, at, strict=True))
-            weight = along_x[:, None, None] * (along_y[:, None] * along_z)  # (x, y, z)
-            band[:, :, box[1], box[2]].addcmul_(values, weight)
+    along = [[slice(start, start + w) for start in s] for s, w in zip(starts, window, strict=True)]
+    boxes: list[Box] = list(product(along[0], along[1], along[2]))  # those along X change last
+    empty = _empty_windows(image, boxes)
+    found = _scored_windows(scores, image, boxes, empty, window_batch, device)
+    for box, bells, values in zip(boxes, product(*weights), found, strict=True):
+        done = box[0].start - first
+        if done:
+            yield _inside(band[:, :done], first, inner)
+            band[:, : window[0] - done] = band[:, done:].clone()
+            band[:, window[0] - done :] = 0
+            first = box[0].start
+        weight = bells[0][:, None, None] * (bells[1][:, None] * bells[2])  # (x, y, z)
+        band[:, :, box[1], box[2]].addcmul_(values, weight)
     yield _inside(band, first, inner)
+
+
+def _empty_windows(image: Tensor, boxes: list[Box]) -> list[bool]:
+    """Whether a window shows nothing but each channel's least value: background without noise, a CT's clipped air."""
+    least = image.amin((1, 2, 3))[:, None, None, None]
+    planes: dict[int, Tensor] = {}  # where the windows that begin there along X show something, (Y, Z)
+    for along_x, _, _ in boxes:
+        if along_x.start not in planes:
+            planes[along_x.start] = (image[:, along_x] != least).any(0).any(0).cpu()
+    return [not bool(planes[along_x.start][along_y, along_z].any()) for along_x, along_y, along_z in boxes]
+
+
+def _scored_windows(
+    scores: WindowFunction, image: Tensor, boxes: list[Box], empty: list[bool], window_batch: int, device: torch.device
+) -> Iterator[Tensor]:
+    """Scores (K, x, y, z) of each window in turn; empty ones are alike, and the first of them is scored alone."""
+
+    def run(chosen: list[Box]) -> Tensor:
+        return scores(torch.stack([image[(slice(None), *box)] for box in chosen]).to(device)).to(image.device)
+
+    shown = [box for box, nothing in zip(boxes, empty, strict=True) if not nothing]
+    batches = (shown[begin : begin + window_batch] for begin in range(0, len(shown), window_batch))
+    found = (values for batch in batches for values in run(batch))
+    of_empty = run([boxes[empty.index(True)]])[0] if any(empty) else None
+    for nothing in empty:
+        yield of_empty if nothing and of_empty is not None else next(found)
 
 
 def _padded(image: Tensor, window: tuple[int, int, int]) -> tuple[Tensor, list[slice]]:

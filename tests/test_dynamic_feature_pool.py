@@ -50,6 +50,30 @@ def test_moments_of_a_constant_channel_and_of_fewer_samples_than_channels() -> N
     assert torch.isfinite(moments(torch.zeros(0, 6)).correlation).all()
 
 
+@pytest.mark.parametrize("count", [512, 50_000])
+@pytest.mark.parametrize("constant", [0.1, 0.7, -10.1])
+def test_a_constant_channel_is_found_whatever_its_value(count: int, constant: float) -> None:
+    torch.manual_seed(0)
+    features = torch.randn(count, 4)
+    features[:, 2] = constant
+    found = moments(features)
+    assert found.deviation[2] == 1.0 and (found.correlation[2] == 0).all()
+    assert found.mean[2].item() == pytest.approx(constant, rel=1e-6)
+    kept = torch.arange(count) % 3 > 0
+    features[~kept, 2] = 5.0  # which do not count
+    assert (moments(features, kept).correlation[:, 2] == 0).all()
+
+
+def test_moments_of_a_channel_far_from_zero() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(5000, 3, dtype=torch.float64) * torch.tensor([1e-2, 1.0, 1.0]) + torch.tensor(
+        [30.0, 0.0, 2.0]
+    )
+    found = moments(features.float())
+    assert np.allclose(found.deviation, features.numpy().std(0), rtol=1e-3)
+    assert np.allclose(found.correlation, np.corrcoef(features.numpy().T), atol=1e-3)
+
+
 def test_leading_patterns_are_the_largest_eigenvectors() -> None:
     axes = torch.linalg.qr(torch.randn(4, 4)).Q
     matrix = axes @ torch.diag(torch.tensor([0.1, 5.0, 2.0, 1.0])) @ axes.T

@@ -203,7 +203,7 @@ def test_neighbouring_windows_overlap_as_asked() -> None:
     for overlap, windows in ((0.5, 2), (0.75, 3)):  # of 4 voxels, over 6: steps of 2 and of 1
         network = VoxelwiseNetwork()
         options = InferenceOptions((4, 4, 4), overlap=overlap, window_batch=1)
-        sliding_window_probabilities(network, torch.zeros(1, 6, 4, 4), options, CPU)
+        sliding_window_probabilities(network, torch.rand(1, 6, 4, 4), options, CPU)
         assert len(network.shapes) == windows
 
 

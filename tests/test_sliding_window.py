@@ -81,6 +81,32 @@ def test_rows_equal_a_naive_loop(size: tuple[int, int, int], window_batch: int) 
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("window_batch", [1, 3])
+def test_windows_that_show_nothing_are_scored_once(window_batch: int) -> None:
+    torch.manual_seed(0)
+    image = torch.tensor([-1.0, 4.0])[:, None, None, None].repeat(1, 20, 8, 9)
+    image[:, 9:12, 2:4, 1:3] += torch.rand(2, 3, 2, 2)
+    settings = {"window": (4, 4, 4), "overlap": 0.5, "sigma": 0.2, "device": CPU}
+    seen: list[Tensor] = []
+
+    def scores(windows: Tensor) -> Tensor:
+        seen.extend(windows)
+        return torch.cat([window_score(windows[:, :1]), windows[:, 1:] ** 2], 1)
+
+    found = torch.zeros(3, 20, 8, 9)
+    for rows, values in stitched_rows(scores, image, 3, window_batch=window_batch, **settings):  # type: ignore[arg-type]
+        found[:, rows] = values
+    background = torch.tensor([-1.0, 4.0])[:, None, None, None]
+    shown = [bool((window != background).any()) for window in seen]
+    assert sum(shown) == 3 * 2 * 2 and len(shown) == sum(shown) + 1  # of 9 * 3 * 4 windows
+    noisy = image.clone()  # a least value elsewhere: no window is empty
+    noisy[:, 0, 0, 0] -= 1e-6
+    seen.clear()
+    for rows, values in stitched_rows(scores, noisy, 3, window_batch=window_batch, **settings):  # type: ignore[arg-type]
+        torch.testing.assert_close(found[:, rows], values, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 9 * 3 * 4
+
+
 def test_no_whole_map_is_held() -> None:
     """Twice as long an image takes no larger store for the scores."""
     settings = {"window": (8, 4, 4), "overlap": 0.5, "sigma": 0.2, "window_batch": 2, "device": CPU}
