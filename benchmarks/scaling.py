@@ -4,8 +4,9 @@
 
 The threads are shared out among the ranks, so that every setting has the same cores; the batch is the same over all
 ranks (strong scaling), or with ``--weak`` that much on each. On CUDA each rank has its own device and threads matter
-little. Printed: the median over rounds of the median seconds per step, patches per second, and the efficiency: patches
-per second against the first setting, divided by the ratio of ranks on CUDA, where ranks add devices.
+little. Printed: the median over rounds of the median seconds per step, steps and patches per second, and the
+efficiency: patches per second against the first setting, divided by the ratio of ranks on CUDA, where ranks add
+devices.
 """
 
 from __future__ import annotations
@@ -36,14 +37,16 @@ def main() -> None:
     first = settings.ranks[0]
     lines = [f"torch {torch.__version__}, {settings.threads} threads in all, {settings.rounds} rounds, in turn"]
     lines.append(
-        f"{'ranks':>5s}{'threads each':>14s}{'batch':>7s}{'s per step':>12s}{'patches/s':>11s}{'efficiency':>12s}"
+        f"{'ranks':>5s}{'threads each':>14s}{'batch':>7s}{'s per step':>12s}{'steps/s':>9s}{'patches/s':>11s}"
+        f"{'efficiency':>12s}"
     )
     rates = {ranks: batch_of(settings, ranks) / statistics.median(found) for ranks, found in seconds.items()}
     for ranks, rate in rates.items():
         efficiency = rate / rates[first] / (ranks / first if cuda else 1)
         lines.append(
             f"{ranks:5d}{threads_of(settings, ranks):14d}{batch_of(settings, ranks):7d}"
-            f"{statistics.median(seconds[ranks]):12.4f}{rate:11.2f}{efficiency:12.2f}"
+            f"{statistics.median(seconds[ranks]):12.4f}{1 / statistics.median(seconds[ranks]):9.3f}{rate:11.2f}"
+            f"{efficiency:12.2f}"
         )
     sys.stdout.write("\n".join(lines) + "\n")
 
