@@ -151,9 +151,7 @@ class RunConfig:
     memory_interval: int = option(8, "steps between refills of the memory by the teacher", low=1, group=PROTOTYPES)
     embedding_dim: int = option(64, "width of the projection and prediction heads", low=4, group=PROTOTYPES)
 
-    dfp_start_iter: int | None = option(
-        None, "step of the first pools; else 20 % of the steps after the warm-up", low=0, group=DFP
-    )
+    dfp_start_iter: int | None = option(None, "step of the first pools; else after a fifth of all", low=0, group=DFP)
     dfp_reconstruct_interval: int = option(200, "steps between rebuilds of the pools", low=1, group=DFP)
     selector_train_iter: int = option(20, "steps after a rebuild that train the pool selector", low=1, group=DFP)
     max_global_features: int = option(50_000, "features kept over all classes", low=4, group=DFP)
