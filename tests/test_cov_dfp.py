@@ -37,6 +37,8 @@ def test_cov_dfp_weights_follow_the_stage_and_the_pool_fills() -> None:
     assert int(built.pool.sizes.sum()) == int(built.pool.count.sum())
     assert method(use_dfp=False)(random_batch(), 3).terms["dfp_anchor"].weight == 0.0
     assert ["dfp_selector_accuracy" in output.scalars for output in seen] == [False, False, True, True]
+    assert [output.scalars["dfp_stage"].item() for output in seen] == [1, 1, 2, 3]
+    assert [seen[-1].scalars[f"dfp_pool_{index}"].item() for index in range(8)] == built.pool.sizes.tolist()
 
 
 def test_cov_dfp_without_pools_pulls_and_pushes_nothing() -> None:

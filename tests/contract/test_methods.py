@@ -17,16 +17,16 @@ from helpers_runs import (
     random_batch,
     small_config,
     small_method,
+    small_trainer,
     whole_and_resumed,
 )
 
 from myutils.build import DataFacts, build_method, build_network
 from myutils.config import RunConfig
-from myutils.finite_watch import FiniteWatch
 from myutils.methods.base import METHODS, LossTerm, Method, StepOutput, unread_flags
 from myutils.prototype_forms import LOSS_FORMS
 from myutils.prototype_term import PrototypeTerm
-from networks.base import Branch, SegmentationNetwork
+from networks.base import NETWORKS, Branch, SegmentationNetwork
 
 CASES = [(name, prototypes) for name in METHODS.names() for prototypes in (False, True)]
 RESUMED = ("bcp", "cov_dfp", "cps")  # two phases, pools, a second network; test_trainer.py has the mean teacher
@@ -165,13 +165,14 @@ def test_method_takes_a_warm_up_step(name: str) -> None:
     assert [p.shape for module in busy for p in module.parameters() if p.requires_grad and p.grad is None] == []
 
 
+@pytest.mark.parametrize("model", NETWORKS.names())
 @pytest.mark.parametrize("name", METHODS.names())
-def test_method_runs_multi_channel(name: str) -> None:
+def test_method_runs_multi_channel_with_every_network(name: str, model: str) -> None:
     source = BallSource(channels=2)
-    config = small_config(source, method=name)
+    config = small_config(source, method=name, model=model, use_contrastive_prototype=True)
     method = build_method(config, DataFacts.of(source))
     output = method(batch_for(method, channels=2), 0)
-    assert torch.isfinite(output.total())
+    assert torch.isfinite(output.total()) and "contrastive_loss" in output.terms
 
 
 @pytest.mark.parametrize("name", METHODS.names())
@@ -181,17 +182,20 @@ def test_method_inference_network_needs_no_gradient_graph_of_the_teacher(name: s
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS.names() if not METHODS.get(name).on_host])
-def test_method_step_never_makes_the_host_wait(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_method_step_never_makes_the_host_wait(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device every read of a value, and every shape that depends on one, is an error."""
+    changes = {"use_contrastive_prototype": True, "memory_interval": 1, "warmup_iteration": 0, "dfp_start_iter": 0}
+    trainer = small_trainer(BallSource(), tmp_path, method=name, selector_train_iter=2, **changes)
+    batch = batch_for(trainer.method)
+    trainer.train_step(trainer.method, batch, 0)  # moments are made; cov_dfp builds its pools, where a step may wait
+    meta = torch.device("meta")
+    trainer.method.to(meta)
+    trainer.device, trainer.watch.eager = meta, False  # as on a GPU
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # unknown to that device
-    method = make(name, True).to("meta").train()
-    batch = batch_for(method)
-    watch = FiniteWatch(eager=False, advice=str)
-    for number in (0, 3):
-        output = method(batch.to(torch.device("meta")), number)
-        output.total().backward()
-        watch.record(number, (), {key: term.value for key, term in output.terms.items()})
-        method.after_step(number)
+    for number in (1, 3):  # the second and the third stage of cov_dfp
+        assert trainer.train_step(trainer.method, batch.to(meta), number).total().device == meta
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        trainer.watch.check()  # reads, and is for the steps that log
 
 
 class Recorder:
