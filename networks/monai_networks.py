@@ -1,10 +1,12 @@
-"""MONAI's DynUNet and SegResNet behind the project's contract, taken apart into encoder, decoder and classifier."""
+"""MONAI's DynUNet and SegResNet behind the project's contract, taken apart into encoder, decoder and classifier.
+
+MONAI is imported where one of them is built: that takes two seconds of a start, which other networks need not wait for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from monai.networks.nets import DynUNet, SegResNet
 from torch import Tensor, nn
 
 from networks.base import NETWORKS, Branch, Decoder, SegmentationNetwork, Triple
@@ -58,6 +60,8 @@ class DynUNet3D(SegmentationNetwork):
         flat_levels: Triple = (0, 0, 0),
     ) -> None:
         super().__init__(in_channels, num_classes, flat_levels)
+        from monai.networks.nets import DynUNet
+
         levels = len(filters)
         self.feature_dim, self.coarse_dims = filters[0], filters[-2:0:-1]
         self.stride = total_stride(levels, flat_levels)
@@ -86,6 +90,8 @@ class SegResNet3D(SegmentationNetwork):
 
     def __init__(self, in_channels: int, num_classes: int, filters: int = 16) -> None:
         super().__init__(in_channels, num_classes)
+        from monai.networks.nets import SegResNet
+
         self.feature_dim, self.coarse_dims = filters, (4 * filters, 2 * filters)
         self.stride = (8, 8, 8)
         whole = SegResNet(spatial_dims=3, init_filters=filters, in_channels=in_channels, out_channels=num_classes)
