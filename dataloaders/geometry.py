@@ -7,6 +7,7 @@ import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def read_nifti_channels(paths: Sequence[Path], case_id: str) -> tuple[np.ndarray
 
 def nifti_channels(path: Path) -> int:
     """Number of channels C of a NIfTI file, from its header alone; errors as in ``read_nifti``."""
-    shape = _open_nifti(path).shape
+    shape = _header_of(path).shape
     _require_axes(shape, path)
     return 1 if len(shape) == 3 else int(shape[-1])
 
@@ -99,7 +100,7 @@ def nifti_grid(path: Path) -> Grid:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not a NIfTI image, not 3D or 4D, or its affine is not invertible.
     """
-    image = _open_nifti(path)
+    image = _header_of(path)
     affine = _affine_mm(image)
     affine_spacing(affine, str(path))
     _require_axes(image.shape, path)
@@ -135,6 +136,19 @@ def _contradiction(header: nib.Nifti1Header, shape: Sequence[int], unit: float) 
     if gap <= _CONTRADICTION * float(voxel_sizes(sform).min()):
         return None
     return f"its qform and sform place a corner of the image {unit * gap:.3g} mm apart"
+
+
+def _header_of(path: Path) -> nib.Nifti1Image:
+    """``_open_nifti`` for the header's sake: a start asks each file for several things, and reads it once."""
+    if not path.is_file():
+        return _open_nifti(path)  # which says so
+    state = path.stat()
+    return _opened(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=4096)
+def _opened(path: Path, changed: int, size: int) -> nib.Nifti1Image:
+    return _open_nifti(path)
 
 
 def _open_nifti(path: Path) -> nib.Nifti1Image:

@@ -265,3 +265,14 @@ def test_files_of_channels_follow_each_other_on_one_grid(tmp_path: Path) -> None
     for other in (moved, make.write_nifti(tmp_path / "cut.nii", voxels[1:])):
         with pytest.raises(ValueError, match=rf"case a: .*{other.name} is not on the grid of .*a_0\.nii; resample it"):
             read_nifti_channels([first, other], "a")
+
+
+def test_a_header_is_read_once_until_its_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, load, opened = make.write_nifti(tmp_path / "a.nii.gz", make.counting_image()), nib.load, []
+    monkeypatch.setattr(nib, "load", lambda name: opened.append(name) or load(name))
+    for _ in range(2):
+        assert nifti_channels(path) == 1 and nifti_grid(path).shape == (6, 5, 4)
+    assert opened == [path]
+    make.write_nifti(path, make.counting_image((6, 5, 4, 3)), 2 * make.AFFINE)
+    assert nifti_channels(path) == 3 and np.array_equal(nifti_grid(path).affine[:3], 2 * make.AFFINE[:3])
+    assert opened == [path, path]
