@@ -169,7 +169,9 @@ def test_method_takes_a_warm_up_step(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS.names())
 def test_method_runs_multi_channel_with_every_network(name: str, model: str) -> None:
     source = BallSource(channels=2)
-    config = small_config(source, method=name, model=model, use_contrastive_prototype=True)
+    levels = NETWORKS.get(model)(2, 3).coarse_dims
+    changes = {} if levels else {"deep_supervision": False}  # which best has by default
+    config = small_config(source, method=name, model=model, use_contrastive_prototype=True, **changes)
     method = build_method(config, DataFacts.of(source))
     output = method(batch_for(method, channels=2), 0)
     assert torch.isfinite(output.total()) and "contrastive_loss" in output.terms
