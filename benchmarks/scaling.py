@@ -40,13 +40,13 @@ def main() -> None:
         f"{'ranks':>5s}{'threads each':>14s}{'batch':>7s}{'s per step':>12s}{'steps/s':>9s}{'patches/s':>11s}"
         f"{'efficiency':>12s}"
     )
-    rates = {ranks: batch_of(settings, ranks) / statistics.median(found) for ranks, found in seconds.items()}
+    medians = {ranks: statistics.median(found) for ranks, found in seconds.items()}
+    rates = {ranks: batch_of(settings, ranks) / median for ranks, median in medians.items()}
     for ranks, rate in rates.items():
         efficiency = rate / rates[first] / (ranks / first if cuda else 1)
         lines.append(
             f"{ranks:5d}{threads_of(settings, ranks):14d}{batch_of(settings, ranks):7d}"
-            f"{statistics.median(seconds[ranks]):12.4f}{1 / statistics.median(seconds[ranks]):9.3f}{rate:11.2f}"
-            f"{efficiency:12.2f}"
+            f"{medians[ranks]:12.4f}{1 / medians[ranks]:9.3f}{rate:11.2f}{efficiency:12.2f}"
         )
     sys.stdout.write("\n".join(lines) + "\n")
 

@@ -20,15 +20,7 @@ from pydicom.errors import InvalidDicomError
 from dataloaders.dicom_grid import LARGEST_TURN, LPS_TO_RAS, require_grid, require_one_size
 
 PER_FRAME, SHARED = "PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"
-_PYDICOM_ERRORS = (
-    InvalidDicomError,
-    AttributeError,
-    KeyError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+_PYDICOM_ERRORS = (InvalidDicomError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ def require_grid(folder: Path, names: list[str], positions: np.ndarray, directio
             f"{folder}: {len(turned)} of {len(names)} slices have another orientation than {names[0]}, the first is "
             f"{names[turned[0]]}; keep the slices of one orientation, and move others, such as a localiser, away"
         )
-    normal = np.cross(*directions[0]) / np.linalg.norm(np.cross(*directions[0]))
+    normal = np.cross(*directions[0])
+    normal /= np.linalg.norm(normal)
     heights = positions @ normal
     order = np.argsort(heights, kind="stable")
     gaps = np.diff(heights[order])

@@ -9,6 +9,7 @@ of scores for 512 x 512 x 400 voxels and 5 classes where the band takes 0.4, and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -136,12 +137,15 @@ def _scored_windows(
     def run(chosen: list[Box]) -> Tensor:
         return scores(torch.stack([image[(slice(None), *box)] for box in chosen]).to(device)).to(image.device)
 
+    @cache
+    def of_empty() -> Tensor:
+        return run([boxes[empty.index(True)]])[0]
+
     shown = [box for box, nothing in zip(boxes, empty, strict=True) if not nothing]
     batches = (shown[begin : begin + window_batch] for begin in range(0, len(shown), window_batch))
     found = (values for batch in batches for values in run(batch))
-    of_empty = run([boxes[empty.index(True)]])[0] if any(empty) else None
     for nothing in empty:
-        yield of_empty if nothing and of_empty is not None else next(found)
+        yield of_empty() if nothing else next(found)
 
 
 def _padded(image: Tensor, window: tuple[int, int, int]) -> tuple[Tensor, list[slice]]:

@@ -166,10 +166,8 @@ def test_one_slice_without_a_position_is_refused_by_name(tmp_path: Path) -> None
 
 def test_a_multi_frame_file_is_refused_where_it_does_not_describe_its_frames(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    image, path = (
-        sitk.GetImageFromArray(make.counting_image().astype(np.uint8).transpose(2, 1, 0)),
-        tmp_path / "a/frames.dcm",
-    )
+    path = tmp_path / "a" / "frames.dcm"
+    image = sitk.GetImageFromArray(make.counting_image().astype(np.uint8).transpose(2, 1, 0))
     image.SetSpacing((0.5, 0.75, 2.0))
     sitk.WriteImage(image, path)
     voxels, _, spacing = read_dicom_series(tmp_path / "a")
