@@ -1,4 +1,7 @@
-"""One picture of a run: slices with labels and predictions side by side, and the loss curves below."""
+"""One picture of a run: slices with labels and predictions side by side, and the loss curves below.
+
+matplotlib is imported where something is drawn: a training draws at its end, and need not start later for it.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 PANEL_INCHES = 2.6
 INK, MUTED = "#222222", "#777777"
@@ -61,6 +59,9 @@ def save_overlay(
     Raises:
         ValueError: If there is no case, or a map differs from its image in shape.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     _check_cases(cases)
     columns = 1 + max(len(case.maps) for case in cases)
     curve_height = 2.4 if loss_curves else 0.0
@@ -87,6 +88,8 @@ def save_overlay(
 
 def class_colours(num_classes: int) -> np.ndarray:
     """One RGB colour per class (K, 3); the background is black and never drawn."""
+    from matplotlib import colormaps
+
     colormap: Any = colormaps["tab10" if num_classes <= 11 else "tab20"]
     base = np.array(colormap.colors)
     foreground = base[np.arange(max(0, num_classes - 1)) % len(base)]
@@ -162,12 +165,13 @@ def _draw_labels(axes: Any, labels: np.ndarray, colours: np.ndarray, shown: dict
     border[:, :-1] |= labels[:, 1:] != labels[:, :-1]
     border[:-1] |= labels[1:] != labels[:-1]
     alpha = np.where(labels == 0, 0.0, np.where(border, 0.9, 0.4))
-    fill = ListedColormap(colours)(np.clip(labels, 0, len(colours) - 1).astype(int))  # (rows, columns, 4)
-    fill[..., 3] = alpha
-    axes.imshow(fill, **shown)
+    fill = colours[np.clip(labels, 0, len(colours) - 1).astype(int)]  # (rows, columns, 3)
+    axes.imshow(np.concatenate([fill, alpha[..., None]], axis=2), **shown)
 
 
 def _draw_legend(block: Any, class_names: Sequence[str], colours: np.ndarray, columns: int) -> None:
+    from matplotlib.patches import Patch
+
     handles = [Patch(color=tuple(colours[i]), label=class_names[i]) for i in range(1, len(class_names))]
     if handles:
         block.legend(handles=handles, loc="center", ncols=min(columns, len(handles)), frameon=False, fontsize=9)
