@@ -95,11 +95,12 @@ def fitting_patch(
     """
     steps = spacing or survey.spacing
     sizes = [round(extent / step, 3) for extent, step in zip(survey.extent, steps, strict=True)]
+    held = [math.ceil(size / part) * part for size, part in zip(sizes, parts, strict=True)]
     if usual is not None:
-        held = [math.ceil(size / part) * part for size, part in zip(sizes, parts, strict=True)]
-        x, y, z = (min(side, max(2 * part, limit)) for side, limit, part in zip(usual, held, parts, strict=True))
+        x, y, z = map(min, usual, held)
         return x, y, z
-    patch = [max(2 * part, int(size) // part * part) for size, part in zip(sizes, parts, strict=True)]
+    least = [min(2 * part, limit) for part, limit in zip(parts, held, strict=True)]
+    patch = [max(low, int(size) // part * part) for low, size, part in zip(least, sizes, parts, strict=True)]
     while math.prod(patch) > _PATCH_VOXELS and (long := [i for i in range(3) if patch[i] > 2 * parts[i]]):
         longest = max(long, key=lambda i: patch[i] * steps[i])
         patch[longest] -= parts[longest]

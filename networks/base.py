@@ -7,6 +7,7 @@ encoder hands over, with any network.
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
@@ -20,6 +21,8 @@ from networks.checkpointing import checkpoint_blocks, is_checkpointed
 from networks.layers import ChannelsLastConv3d, mend_layers
 
 Triple = tuple[int, int, int]
+
+_FEWEST_DEEPEST = 4  # voxels at the bottleneck
 
 
 class SegmentationOutput(NamedTuple):
@@ -219,16 +222,21 @@ class SegmentationNetwork(Segmenter):
             raise ValueError(f"{type(self).__name__}: the decoder's coarse levels have {widths} channels; {stated}")
 
     def pad(self, values: Tensor) -> Tensor:
-        """Values (..., X, Y, Z) with zeros around them, as ``forward`` pads its input: to multiples of ``stride``."""
+        """Values (..., X, Y, Z) with zeros around them, as ``forward`` pads its input: to multiples of ``stride``.
+
+        A small input gets more, so that four voxels are left at the bottleneck.
+        """
         missing = self._missing(values.shape[-3:])
         padding = [side for gap in missing[::-1] for side in (gap // 2, gap - gap // 2)]
         return functional.pad(values, padding) if any(missing) else values
 
     def _missing(self, size: torch.Size) -> list[int]:
         """Voxels that an input lacks along each axis."""
-        # Two strides at least: instance normalisation needs more than one voxel at the bottleneck.
-        wanted = [max(2 * step, -(-n // step) * step) for n, step in zip(size, self.stride, strict=True)]
-        return [target - n for target, n in zip(wanted, size, strict=True)]
+        deepest = [-(-n // step) for n, step in zip(size, self.stride, strict=True)]
+        for axis in range(3):  # instance normalisation makes +1 and -1 of two voxels, and has nothing to go by with one
+            if math.prod(deepest) < _FEWEST_DEEPEST:
+                deepest[axis] = max(2, deepest[axis])
+        return [count * step - n for count, step, n in zip(deepest, self.stride, size, strict=True)]
 
 
 def make_network(

@@ -94,7 +94,7 @@ def test_a_patch_of_thick_slices_needs_no_padding() -> None:
     assert fitting_patch(cine, None, parts=(8, 8, 2)) == (160, 160, 10)
     assert fitting_patch(cine, None) == (128, 128, 16)
     assert fitting_patch(cine, None, (112, 112, 80), (8, 8, 2)) == (112, 112, 10)
-    assert fitting_patch(Survey((9.0, 30.0, 2.0), (1.0, 1.0, 2.0)), None, parts=(8, 8, 1)) == (16, 24, 2)
+    assert fitting_patch(Survey((9.0, 30.0, 2.0), (1.0, 1.0, 2.0)), None, parts=(8, 8, 1)) == (16, 24, 1)
 
 
 class Thick(BallSource):

@@ -40,6 +40,27 @@ def test_network_returns_logits_and_features_of_the_input_size(name: str, size: 
 
 
 @pytest.mark.parametrize("name", NETWORKS.names())
+@pytest.mark.parametrize(
+    ("strides", "padded"),
+    [
+        ((4, 4, 1), (4, 4, 1)),
+        ((2, 1, 2), (2, 1, 2)),
+        ((2, 1, 1), (2, 2, 1)),
+        ((1, 1, 3), (2, 1, 3)),
+        ((1, 1, 1), (2, 2, 1)),
+    ],
+)
+def test_input_is_padded_to_whole_strides_and_four_voxels_at_the_bottleneck(
+    name: str, strides: tuple[int, int, int], padded: tuple[int, int, int]
+) -> None:
+    network = NETWORKS.get(name)(1, 2)
+    short = [count * step - 1 for count, step in zip(strides, network.stride, strict=True)]
+    expected = [count * step for count, step in zip(padded, network.stride, strict=True)]
+    with torch.device("meta"):
+        assert list(network.pad(torch.zeros(2, 1, *short)).shape[2:]) == expected
+
+
+@pytest.mark.parametrize("name", NETWORKS.names())
 def test_network_classifies_its_own_features(name: str) -> None:
     network = NETWORKS.get(name)(1, 2).eval()
     output = network(torch.randn(1, 1, 32, 32, 32))  # no padding: the features are the classifier's own input

@@ -65,7 +65,8 @@ def test_nothing_labelled_gives_no_range() -> None:
         ((183, 140, 88), (0.625, 0.625, 0.625), (64, 64, 64)),  # a large case is cut to a cube
         ((512, 512, 100), (0.8, 0.8, 2.5), (96, 96, 24)),  # 77, 77 and 60 mm
         ((320, 320, 18), (0.6, 0.6, 3.6), (128, 128, 16)),  # few thick slices: 64^3 voxels in all
-        ((9, 30, 20), (1.0, 1.0, 1.0), (16, 24, 16)),  # no network takes less than 16
+        ((9, 30, 20), (1.0, 1.0, 1.0), (16, 24, 16)),  # two strides where the case is longer than one
+        ((7, 30, 20), (1.0, 1.0, 1.0), (8, 24, 16)),  # one where it is not
     ],
 )
 def test_fitting_patch_by_hand(shape: tuple, spacing: tuple, patch: tuple) -> None:
@@ -116,7 +117,7 @@ def test_a_customary_patch_is_cut_down_to_the_cases_alone() -> None:
 def test_only_what_is_open_is_filled() -> None:
     source = ScanSource()
     chosen = fit_to_cases(resolve_config(RunConfig(), source), source, ["ball00"])
-    assert (chosen.flat_levels, chosen.patch_size) == ((0, 1, 1), (1000, 8, 8))
+    assert (chosen.flat_levels, chosen.patch_size) == ((0, 1, 1), (1000, 4, 4))
     assert chosen.ct_range == pytest.approx((104.0, 995.0), abs=1)
     given = fit_to_cases(small_config(source, ct_range=(-100.0, 200.0)), source, ["ball00"])
     assert (given.patch_size, given.ct_range) == ((16, 16, 16), (-100.0, 200.0))
