@@ -36,7 +36,7 @@ _TARGETS_PER_CLASS = 2000
 _LARGEST_MAPPED = 128  # files of one process: each map holds one open, and some systems allow 256 of these
 _UNFINISHED = ".new-"  # first letters of an entry's name until it is whole
 _ABANDONED_AFTER = 3600.0  # seconds without a change
-_FORMAT = 4  # of an entry; a change makes old entries unreadable
+_FORMAT = 5  # of an entry; a change makes old entries unreadable
 
 
 @dataclass(frozen=True)

@@ -6,20 +6,17 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
-from scipy import ndimage
 
 from dataloaders.base import Volume
 from dataloaders.class_names import MODALITIES
 from dataloaders.orientation import ORIENTATIONS, Turn, in_order, turned, warn_if_oblique
+from dataloaders.resampling import SPLINE_ORDER, resample, resample_labels, resampled_affine
 from dataloaders.say_once import warn_once
 
 logger = logging.getLogger(__name__)
 
-SplineOrder = Literal[0, 1, 3]
-SPLINE_ORDER: dict[str, SplineOrder] = {"linear": 1, "cubic": 3}
 CT_PERCENTILES = (0.5, 99.5)
 FEWEST_VOXELS = 4  # along an axis, after resampling of at least twice as many
 AIR = -900  # in Hounsfield units; MR has no values like it
@@ -38,7 +35,8 @@ class Preprocess:
     Args:
         modality: "mr" (z-score) or "ct" (clip, then scale).
         spacing: Voxel size in mm to work at, along the turned axes; None to keep each image's own.
-        interpolation: "linear" or "cubic", for the image, within its own range; labels take the nearest voxel.
+        interpolation: "linear" or "cubic", for the image, within its own range; of a label the class with the largest
+            linear weight is taken.
         ct_range: Values that CT is clipped to and that become -2 and 2, in every case alike: Hounsfield units mean the
             same everywhere. None to clip each case to percentiles of its own and take the z-score.
         orientation: "ras" for axes that run right, forward and up, as closely as they go; "stored" for the file's.
@@ -101,7 +99,7 @@ class Preprocess:
         image = np.stack([resample(channel, size, ratio, order=order) for channel in image])
         label = volume.label
         if label is not None:
-            label = resample(label, size, ratio, order=0)
+            label = resample_labels(label, size, ratio)
         affine = resampled_affine(volume.affine, shape, size, ratio)
         return Volume(volume.case_id, image, label, affine, self.spacing)
 
@@ -202,41 +200,5 @@ def z_score(values: np.ndarray, foreground: np.ndarray, limits: tuple[float, flo
     return scaled
 
 
-def resample(
-    array: np.ndarray, size: tuple[int, ...], ratio: tuple[float, ...], *, order: SplineOrder, rows: slice | None = None
-) -> np.ndarray:
-    """Sample an array (X, Y, Z) on a grid with the same centre.
-
-    Args:
-        array: Values; the type is kept.
-        size: Voxels of the new grid per axis.
-        ratio: Voxel size of the new grid over that of the old one, per axis.
-        order: Spline order: 0 nearest, 1 linear, 3 cubic, which would overshoot at edges and is kept within the array's
-            range; the border value continues beyond the border.
-        rows: Part of the new grid along X; all of it by default.
-    """
-    rows = rows or slice(0, size[0])
-    if tuple(size) == array.shape and all(abs(step - 1) < 1e-9 for step in ratio):
-        return array[rows].copy()
-    sampled = np.empty((rows.stop - rows.start, *size[1:]), dtype=array.dtype)
-    start = _first_voxel(array.shape, size, ratio) + np.array([rows.start * ratio[0], 0, 0])
-    ndimage.affine_transform(array, np.asarray(ratio), start, output=sampled, order=order, mode="nearest")
-    return sampled.clip(array.min(), array.max()) if order > 1 else sampled
-
-
-def resampled_affine(
-    affine: np.ndarray, old_size: tuple[int, ...], new_size: tuple[int, ...], ratio: tuple[float, ...]
-) -> np.ndarray:
-    """Affine (4, 4) of the grid on which ``resample`` samples."""
-    step = np.diag([*ratio, 1.0])
-    step[:3, 3] = _first_voxel(old_size, new_size, ratio)
-    return affine @ step
-
-
 def _working_shape(shape: tuple[int, ...], ratio: tuple[float, ...]) -> tuple[int, ...]:
     return tuple(max(1, round(count / step)) for count, step in zip(shape, ratio, strict=True))
-
-
-def _first_voxel(old_size: tuple[int, ...], new_size: tuple[int, ...], ratio: tuple[float, ...]) -> np.ndarray:
-    """Where the new grid's first voxel lies, in old voxel indices, if both grids share their centre."""
-    return (np.array(old_size) - 1) / 2 - (np.array(new_size) - 1) / 2 * np.array(ratio)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +9,8 @@ import pytest
 import torch
 
 from dataloaders.base import Volume
-from dataloaders.preprocess import Preprocess, foreground_mask, resample, resampled_affine, z_score
+from dataloaders.preprocess import Preprocess, foreground_mask, z_score
+from dataloaders.resampling import resample, resampled_affine
 
 SLOPE = np.array([2.0, -1.0, 0.5])  # of a linear field, per mm
 
@@ -257,24 +257,6 @@ def test_restore_without_spacing_changes_nothing_but_the_type() -> None:
 def test_restore_refuses_another_grid(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"case case7: probabilities have shape .* expected \(K, 3, 4, 5\)"):
         Preprocess("mr").restore(np.zeros(shape), volume_of(np.zeros((1, 3, 4, 5))))
-
-
-def test_same_grid_is_copied_untouched() -> None:
-    array = np.random.default_rng(0).random((3, 4, 5))
-    copy = resample(array, (3, 4, 5), (1.0, 1.0, 1.0), order=3)
-    assert np.array_equal(copy, array) and copy is not array
-
-
-def test_nearest_sampling_by_a_naive_loop() -> None:
-    array = np.arange(4 * 3 * 2, dtype=np.uint8).reshape(4, 3, 2)
-    sampled = resample(array, (6, 2, 3), (0.7, 1.4, 0.7), order=0)
-    for index in itertools.product(range(6), range(2), range(3)):
-        at = [
-            (old - 1) / 2 + (k - (new - 1) / 2) * step
-            for k, old, new, step in zip(index, (4, 3, 2), (6, 2, 3), (0.7, 1.4, 0.7), strict=True)
-        ]
-        nearest = tuple(min(max(int(np.floor(p + 0.5)), 0), n - 1) for p, n in zip(at, (4, 3, 2), strict=True))
-        assert sampled[index] == array[nearest]
 
 
 def test_probabilities_of_a_single_slice_that_is_turned_can_be_handed_to_torch() -> None:

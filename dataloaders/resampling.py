@@ -1,0 +1,90 @@
+"""Images and labels on a grid of other voxels with the same centre."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from scipy import ndimage
+
+SplineOrder = Literal[1, 3]
+SPLINE_ORDER: dict[str, SplineOrder] = {"linear": 1, "cubic": 3}
+
+
+def resample(
+    array: np.ndarray, size: tuple[int, ...], ratio: tuple[float, ...], *, order: SplineOrder, rows: slice | None = None
+) -> np.ndarray:
+    """Sample an array (X, Y, Z) on a grid with the same centre.
+
+    Args:
+        array: Values; the type is kept.
+        size: Voxels of the new grid per axis.
+        ratio: Voxel size of the new grid over that of the old one, per axis.
+        order: Spline order: 1 linear, 3 cubic, which would overshoot at edges and is kept within the array's range; the
+            border value continues beyond the border.
+        rows: Part of the new grid along X; all of it by default.
+    """
+    rows = rows or slice(0, size[0])
+    if _is_same_grid(array, size, ratio):
+        return array[rows].copy()
+    sampled = np.empty((rows.stop - rows.start, *size[1:]), dtype=array.dtype)
+    start = _first_voxel(array.shape, size, ratio) + np.array([rows.start * ratio[0], 0, 0])
+    ndimage.affine_transform(array, np.asarray(ratio), start, output=sampled, order=order, mode="nearest")
+    return sampled.clip(array.min(), array.max()) if order > 1 else sampled
+
+
+def resample_labels(labels: np.ndarray, size: tuple[int, ...], ratio: tuple[float, ...]) -> np.ndarray:
+    """Class ids (X, Y, Z) on a grid with the same centre: each voxel's class has the largest linear weight there.
+
+    Where two classes weigh the same, as halfway between two voxels, the lower id wins at every second voxel and the
+    higher one at the others: one side alone, which is what the nearest voxel comes to, would move or swell a structure.
+    """
+    if _is_same_grid(labels, size, ratio):
+        return labels.copy()
+    starts = _first_voxel(labels.shape, size, ratio)
+    (below_x, part_x), (below_y, part_y), (below_z, part_z) = (
+        _between(start + np.arange(count) * step, old)
+        for start, count, step, old in zip(starts, size, ratio, labels.shape, strict=True)
+    )
+    parity = np.add.outer(np.arange(size[1]), np.arange(size[2])) % 2
+    sampled = np.empty(size, labels.dtype)
+    for x, row in enumerate(sampled):
+        corners = labels[below_x[:, x]][:, below_y][..., below_z].swapaxes(
+            2, 3
+        )  # (2, 2, Y, 2, Z), then (2, 2, 2, Y, Z)
+        corners = corners.reshape(8, *size[1:])
+        row[...] = corners[0]
+        y, z = np.nonzero((corners != corners[0]).any(0))
+        near = corners[:, y, z]  # (8, N)
+        weights = np.einsum("i,jn,kn->ijkn", part_x[:, x], part_y[:, y], part_z[:, z]).reshape(8, -1)
+        votes = ((near[:, None] == near) * weights).sum(1).round(6)
+        higher = np.where((parity[y, z] + x) % 2, 1, -1)
+        row[y, z] = near[np.lexsort((near * higher, votes), axis=0)[-1], np.arange(len(y))]
+    return sampled
+
+
+def resampled_affine(
+    affine: np.ndarray, old_size: tuple[int, ...], new_size: tuple[int, ...], ratio: tuple[float, ...]
+) -> np.ndarray:
+    """Affine (4, 4) of the grid on which ``resample`` samples."""
+    step = np.diag([*ratio, 1.0])
+    step[:3, 3] = _first_voxel(old_size, new_size, ratio)
+    return affine @ step
+
+
+def _is_same_grid(array: np.ndarray, size: tuple[int, ...], ratio: tuple[float, ...]) -> bool:
+    return tuple(size) == array.shape and all(abs(step - 1) < 1e-9 for step in ratio)
+
+
+def _first_voxel(old_size: tuple[int, ...], new_size: tuple[int, ...], ratio: tuple[float, ...]) -> np.ndarray:
+    """Where the new grid's first voxel lies, in old voxel indices, if both grids share their centre."""
+    return (np.array(old_size) - 1) / 2 - (np.array(new_size) - 1) / 2 * np.array(ratio)
+
+
+def _between(at: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The two of ``count`` voxels that places (N,) along an axis lie between, and the weight of each: (2, N) both."""
+    at = at.clip(0, count - 1)
+    below = np.floor(at + 1e-6).astype(int).clip(max=max(0, count - 2))
+    above = (below + 1).clip(max=count - 1)
+    part = at - below
+    return np.stack([below, above]), np.stack([1 - part, part])
