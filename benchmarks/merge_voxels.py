@@ -16,6 +16,7 @@ out. The left atrium of docs/results.md, and its thick slices::
 from __future__ import annotations
 
 import argparse
+import re
 from itertools import chain
 from pathlib import Path
 
@@ -47,17 +48,34 @@ def main() -> None:
 
 
 def write_folder(source: CaseSource, factor: Triple, folder: Path, *, ties: str = "lower") -> None:
-    """All labelled cases, in the source's order (their names are numbered), with blocks of voxels as one."""
+    """All labelled cases with blocks of voxels as one, in the order of ``file_names``."""
     for kind in ("images", "labels"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
     (folder / "classes.txt").write_text("\n".join(source.class_names) + "\n", encoding="utf-8")
-    for number, case_id in enumerate(source.labeled_ids()):
+    for case_id, name in file_names(source).items():
         merged = merge(source.load(case_id, with_label=True), factor, source.num_classes, ties=ties)
         channels = merged.image[0] if len(merged.image) == 1 else np.moveaxis(merged.image, 0, -1)
         for kind, array in (("images", channels), ("labels", merged.label)):
             image = nib.Nifti1Image(array, merged.affine)
             image.header.set_xyzt_units("mm")
-            nib.save(image, folder / kind / f"{number:03d}_{case_id}.nii.gz")
+            nib.save(image, folder / kind / f"{name}.nii.gz")
+
+
+def file_names(source: CaseSource) -> dict[str, str]:
+    """A name per labelled case, numbered in the source's order.
+
+    Where the source knows a case's patient by more than its id, the name begins with a BIDS subject, by which the
+    ``nifti`` format keeps the patient's cases together.
+    """
+    cases = source.labeled_ids()
+    digits = max(3, len(str(len(cases))))
+    names, subjects = {}, dict.fromkeys(map(source.patient, cases))
+    numbers = {patient: f"{number:0{digits}d}" for number, patient in enumerate(subjects)}
+    for number, case_id in enumerate(cases):
+        patient = source.patient(case_id)
+        subject = f"sub-{numbers[patient]}{re.sub('[^A-Za-z0-9]', '', patient)}_" if patient != case_id else ""
+        names[case_id] = f"{subject}{number:0{digits}d}_{case_id}"
+    return names
 
 
 def merge(volume: Volume, factor: Triple, num_classes: int, *, ties: str = "lower") -> Volume:

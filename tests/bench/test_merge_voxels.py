@@ -27,6 +27,20 @@ def test_thick_slices_are_means_of_thin_ones_in_the_same_place(tmp_path: Path) -
     assert NiftiFolder(tmp_path).case_ids() == ["000_ball00"]
 
 
+class Patients(BallSource):
+    """Two cases of each patient."""
+
+    def patient(self, case_id: str) -> str:
+        return f"P-{int(case_id[4:]) // 2}"
+
+
+def test_cases_of_a_patient_stay_together_in_the_new_folder(tmp_path: Path) -> None:
+    merge_voxels.write_folder(Patients(cases=4, labeled=4), (2, 2, 2), tmp_path)
+    made = NiftiFolder(tmp_path)
+    assert made.case_ids() == [f"sub-00{n // 2}P{n // 2}_00{n}_ball0{n}" for n in range(4)]
+    assert [made.patient(case_id) for case_id in made.case_ids()] == ["sub-000P0"] * 2 + ["sub-001P1"] * 2
+
+
 def test_merged_voxels_are_blocks_of_small_ones() -> None:
     rng = np.random.default_rng(0)
     label = rng.integers(0, 3, (5, 4, 7)).astype(np.uint8)
