@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813 - its usual name
 
 from dataloaders.base import SOURCES
 from dataloaders.case_lists import is_nifti, refuse_broken_links, some
 from dataloaders.class_names import choose_modality, fit_class_names, plausible_flips, stated_class_names
 from dataloaders.dicom_series import read_dicom_series
+from dataloaders.dicom_tags import kind_of, read_tags
 from dataloaders.file_source import FileSource
 from dataloaders.geometry import Spacing
 from dataloaders.nifti_folder import list_labels, list_nifti
@@ -21,21 +20,6 @@ from dataloaders.nifti_folder import list_labels, list_nifti
 logger = logging.getLogger(__name__)
 
 LABEL_FOLDER = "labels"
-MODALITY_TAG = "0008|0060"
-PATIENT_TAG = "0010|0020"
-_NO_SCANS = frozenset({"SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO", "REG", "DOC"})  # modalities
-
-
-class Tags(NamedTuple):
-    """What a series says of itself, "" where it does not: modality in capitals, and PatientID."""
-
-    modality: str
-    patient: str
-
-    @property
-    def is_scan(self) -> bool:
-        """Not so of segmentations, dose maps, reports and the like."""
-        return self.modality not in _NO_SCANS
 
 
 @SOURCES.register("dicom")
@@ -156,25 +140,3 @@ class DicomFolders(FileSource):
 
 def _holds_nifti(folder: Path) -> bool:
     return any(is_nifti(path.name) for path in folder.iterdir())
-
-
-def kind_of(stated: str) -> str:
-    """How a DICOM modality is normalised: "ct" or "mr", which stands for all others."""
-    return "ct" if stated == "CT" else "mr"
-
-
-def read_tags(folder: Path) -> Tags | None:
-    """From the folder's first DICOM header; None without a DICOM file."""
-    for path in sorted(folder.iterdir()):
-        reader = sitk.ImageFileReader()
-        reader.SetImageIO("GDCMImageIO")
-        reader.SetFileName(str(path))
-        try:
-            reader.ReadImageInformation()
-        except RuntimeError:  # not a DICOM file, such as a note beside the slices
-            continue
-        modality, patient = (
-            reader.GetMetaData(tag).strip() if reader.HasMetaDataKey(tag) else "" for tag in (MODALITY_TAG, PATIENT_TAG)
-        )
-        return Tags(modality.upper(), patient)
-    return None

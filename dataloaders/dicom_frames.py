@@ -6,6 +6,7 @@ The multi-frame functional groups of DICOM PS3.3, section C.7.6.16: what a frame
 from __future__ import annotations
 
 import logging
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +16,21 @@ from typing import Any
 
 import numpy as np
 import pydicom
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from dataloaders.dicom_grid import LARGEST_TURN, LPS_TO_RAS, require_grid, require_one_size
 
 PER_FRAME, SHARED = "PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"
-_PYDICOM_ERRORS = (InvalidDicomError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+_PYDICOM_ERRORS = (
+    BytesLengthException,
+    InvalidDicomError,
+    AttributeError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,16 @@ def is_enhanced(file: str) -> bool:
             return PER_FRAME in pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[PER_FRAME])
     except _PYDICOM_ERRORS:
         return False
+
+
+def header_texts(file: str, *names: str) -> tuple[str, ...]:
+    """Elements of a header, of an old file without the mark of DICOM too; "" each where there is none to read."""
+    try:
+        with _quiet():
+            header = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=list(names))
+            return tuple(str(header.get(name) or "").strip() for name in names)
+    except (*_PYDICOM_ERRORS, OSError):
+        return ("",) * len(names)
 
 
 def read_frames(files: Sequence[str], folder: Path) -> tuple[np.ndarray, np.ndarray]:

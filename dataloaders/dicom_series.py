@@ -13,6 +13,7 @@ import SimpleITK as sitk  # noqa: N813 - its usual name
 from dataloaders.case_lists import refuse_broken_links, some
 from dataloaders.dicom_frames import is_enhanced, read_frames
 from dataloaders.dicom_grid import LPS_TO_RAS, require_grid, require_one_size
+from dataloaders.dicom_tags import tags_of
 from dataloaders.geometry import Spacing, affine_spacing
 from dataloaders.say_once import warn_once
 
@@ -91,14 +92,17 @@ def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
 
 
 def _refuse_lost_slices(folder: Path, files: tuple[str, ...]) -> None:
-    """Raise a ValueError for a DICOM file outside the series: GDCM leaves damaged slices out without a word."""
+    """Raise a ValueError for a DICOM file outside the series: GDCM leaves damaged slices out without a word.
+
+    A structure set or a report beside the slices is none of them.
+    """
     kept = {Path(name).name for name in files} | {"DICOMDIR"}
     for path in sorted(folder.iterdir()):
         if path.name in kept or path.name.startswith(".") or not path.is_file():
             continue
         with path.open("rb") as file:
             marked = file.read(132)[128:] == b"DICM"
-        if marked or path.suffix.lower() == ".dcm":
+        if (marked or path.suffix.lower() == ".dcm") and tags_of(path).is_scan:
             raise ValueError(
                 f"{path} is no readable slice of the series; export it again, or remove it if it is no slice"
             )

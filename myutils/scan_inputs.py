@@ -13,8 +13,9 @@ import SimpleITK as sitk  # noqa: N813 - its usual name
 
 from dataloaders.base import Volume
 from dataloaders.case_lists import CHANNEL_SUFFIX, is_nifti, refuse_broken_links, some, strip_nifti_suffix
-from dataloaders.dicom import LABEL_FOLDER, kind_of, read_tags
+from dataloaders.dicom import LABEL_FOLDER
 from dataloaders.dicom_series import quiet_itk, read_dicom_series
+from dataloaders.dicom_tags import kind_of, read_tags
 from dataloaders.geometry import READ_ERRORS, nifti_channels, read_nifti_channels
 from dataloaders.nifti_folder import list_nifti
 

@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813 - its usual name
+from pydicom.data import get_testdata_file
 
 from dataloaders.dicom import DicomFolders
 from dataloaders.dicom_series import read_dicom_series
@@ -180,6 +181,21 @@ def test_what_is_no_scan_is_left_out_by_name(tmp_path: Path, caplog: pytest.LogC
     shutil.rmtree(tmp_path / "c")
     with pytest.raises(FileNotFoundError, match="has no case folders"):
         DicomFolders(tmp_path, num_classes=2)
+
+
+@pytest.mark.parametrize(("file", "modality"), [("rtplan", "RTPLAN"), ("rtstruct", "RTSTRUCT"), ("reportsi", "SR")])
+def test_what_has_no_pixels_is_left_out_by_name_too(
+    file: str, modality: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make.write_dicom(tmp_path / "a", make.counting_image())
+    for folder in ("a", "b"):  # beside the slices of a case it is no matter
+        (tmp_path / folder).mkdir(exist_ok=True)
+        shutil.copy(str(get_testdata_file(f"{file}.dcm", download=False)), tmp_path / folder / "0000.dcm")
+    (tmp_path / "b" / "note.txt").write_text("exported")
+    source = DicomFolders(tmp_path, num_classes=2)
+    assert source.case_ids() == ["a"] and source.load("a", with_label=False).image.ndim == 4
+    assert f"no scans by their headers ({modality}), left out: 'b'" in caplog.text
+    assert [scan.name for scan in find_scans(tmp_path)] == ["a"]
 
 
 def test_class_names_come_from_the_root(tmp_path: Path) -> None:
