@@ -15,8 +15,10 @@ from dataloaders.say_once import warn_once
 logger = logging.getLogger(__name__)
 
 MODALITIES = ("mr", "ct")
-_SIDE = re.compile(r"(?<![a-z])(left|right|lh|rh|l|r)(?![a-z])")
-_SIDE_ALONE = re.compile(rf"{_SIDE.pattern}(?!\d)")  # where no other name tells: the vertebra L1 is on no side
+_NEW_WORD = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=\b[LR])(?=[A-Z][a-z])")  # in leftKidney and LKidney
+_SHORT_SIDE = r"(?<![a-z])(lh|rh|lt|rt|l|r|sin|dex|sinister|dexter)(?![a-z])"
+_SIDE = re.compile(rf"left|right|{_SHORT_SIDE}")
+_SIDE_ALONE = re.compile(rf"(?<![a-z])(left|right)|{_SHORT_SIDE}(?!\d)")  # no other name tells: vertebra L1 has none
 
 
 def read_dataset_json(path: Path) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def plausible_flips(names: Sequence[str]) -> tuple[int, ...]:
     """Axes along which a case may be mirrored: left-right, but where the names of two classes differ by that alone."""
     known: dict[str, str] = {}
     for name in names:
-        other = known.setdefault(_SIDE.sub("*", name.lower()), name)
+        other = known.setdefault(_SIDE.sub("*", _words(name)), name)
         if other.lower() != name.lower():
             warn_once(
                 logger,
@@ -80,7 +82,12 @@ def plausible_flips(names: Sequence[str]) -> tuple[int, ...]:
 
 def sided_names(names: Sequence[str]) -> list[str]:
     """The names that hold a side, but for letters with a number."""
-    return [name for name in names if _SIDE_ALONE.search(name.lower())]
+    return [name for name in names if _SIDE_ALONE.search(_words(name))]
+
+
+def _words(name: str) -> str:
+    """A name in small letters, with spaces where capitals stood for them."""
+    return _NEW_WORD.sub(" ", name).lower()
 
 
 def fit_class_names(names: tuple[str, ...] | None, num_classes: int | None, where: str) -> tuple[str, ...]:
