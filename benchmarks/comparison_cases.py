@@ -30,6 +30,9 @@ def choose_cases(settings: argparse.Namespace, source: CaseSource) -> Cases:
     ids = ids[: settings.cases]
     if settings.pool is None:
         tested = source.official_test() if settings.cases is None else None
+        if tested and official is None:  # its cases are among the labelled ones
+            tested_too = set(of_patients(source, ids, tested))
+            ids = [case_id for case_id in ids if case_id not in tested_too]
         settings.pool = len(ids) if tested else _whole_patients(source, ids, len(ids) * 4 // 5)
         ids += tested or ()
     if not 0 < settings.pool < len(ids):

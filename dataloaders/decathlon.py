@@ -67,7 +67,9 @@ class DecathlonFolder(FileSource):
         if not cases:
             raise FileNotFoundError(f"{root}: neither 'training' in dataset.json nor imagesTr/ names a NIfTI image")
         training = {case_id: images for case_id, (images, _) in cases.items()}
-        others = {k: v for k, v in further_images(root, content).items() if k not in training}
+        further = further_images(root, content)
+        _refuse_shared_ids(root, training, further)
+        others = {case_id: images for case_id, images in further.items() if case_id not in training}
         self.images = training | others
         self.labels = {case_id: label for case_id, (_, label) in cases.items() if label is not None}
         of_others = list_nifti(root / "labelsTs")
@@ -91,6 +93,20 @@ class DecathlonFolder(FileSource):
     def grid(self, case_id: str) -> Grid:
         """From the header of the first channel."""
         return nifti_grid(lookup_case(case_id, self.images, self.root)[0])
+
+
+def _refuse_shared_ids(root: Path, training: dict[str, tuple[Path, ...]], further: dict[str, tuple[Path, ...]]) -> None:
+    """Raise a ValueError where a test image has the id of another training image: one of them would be left out."""
+    shared = [
+        case_id
+        for case_id in further.keys() & training.keys()
+        if [path.resolve() for path in further[case_id]] != [path.resolve() for path in training[case_id]]
+    ]
+    if shared:
+        raise ValueError(
+            f"{root}: {some(sorted(shared))} name training and test images both; rename those of imagesTs/ and their "
+            "labels, no two cases can have the same name"
+        )
 
 
 def training_cases(root: Path, content: dict[str, Any]) -> CaseTable:

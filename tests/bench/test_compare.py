@@ -96,6 +96,20 @@ def test_a_test_list_of_the_data_is_the_test(tmp_path: Path) -> None:
     assert developed == (["ball03"], ["ball01"])
 
 
+def test_a_test_of_the_data_without_a_train_list_leaves_its_patients_out_of_the_pool(tmp_path: Path) -> None:
+    class Tested(BallSource):  # one visit of a test patient is among the training images
+        def official_test(self) -> tuple[str, ...]:
+            return ("ball04", "ball05")
+
+        def patient(self, case_id: str) -> str:
+            return {"ball01": "ball05"}.get(case_id, case_id)
+
+    settings = make_settings(tmp_path, dataset_name="ball", cases=None, pool=None, labelnum=[2])
+    pool, test = choose_cases(settings, Tested())
+    assert test == ["ball04", "ball05"] and pool == ["ball00", "ball02", "ball03", *UNLABELED]
+    assert (settings.pool, settings.labels) == (3, 3)
+
+
 def test_a_patient_s_cases_follow_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BallSource, "patient", lambda self, case_id: str(int(case_id[-1]) % 3))  # two visits of three
     settings = make_settings(tmp_path, dataset_name="ball", dataset_path=None, cases=None, pool=4, labelnum=[2])

@@ -91,6 +91,17 @@ def test_labelled_images_of_the_test_folder_are_the_test(tmp_path: Path, caplog:
     assert make_test_ids(source, request, split) == ("t1",)
 
 
+def test_a_test_image_with_the_name_of_a_training_image_is_refused(tmp_path: Path) -> None:
+    for name in ("a_0000", "b_0000"):
+        write_case(tmp_path, name)
+    describe(tmp_path, training=[entry("b_0000")], test=["./imagesTr/b_0000.nii.gz"])  # the same file: no other case
+    assert DecathlonFolder(tmp_path).case_ids() == ["b_0000"]
+    make.write_nifti(tmp_path / "imagesTs/b_0000.nii.gz", make.counting_image())
+    describe(tmp_path, channel_names={"0": "T1"})
+    with pytest.raises(ValueError, match=r"'b' name training and test images both; rename those of imagesTs/"):
+        DecathlonFolder(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
