@@ -244,7 +244,8 @@ def read_label(
     stored, shape = voxels[0], image.shape[1:]
     gap = float(np.abs(label_affine - affine).max())
     limit = GRID_TOLERANCE * float(voxel_sizes(affine).min())
-    if gap > limit and nifti_grid(path).oriented:
+    image_placed = image_file is None or nifti_grid(image_file).oriented
+    if gap > limit and nifti_grid(path).oriented and image_placed:
         ours, theirs = Turn.of(affine, "ras"), Turn.of(label_affine, "ras")
         grids = ours.affine_forth(affine, shape), theirs.affine_forth(label_affine, stored.shape)
         if np.abs(grids[0] - grids[1]).max() <= limit and ours.values_forth(shape) == theirs.values_forth(stored.shape):
@@ -255,7 +256,7 @@ def read_label(
             f"case {case_id}: label {path} has neither qform nor sform, so that its place in space is not known; copy "
             "the image's, or resample it if it was drawn on another grid"
         )
-    if gap > limit and image_file is not None and not nifti_grid(image_file).oriented:
+    if gap > limit and not image_placed:
         raise ValueError(
             f"case {case_id}: image {image_file} has neither qform nor sform, so that it cannot be told whether label "
             f"{path} lies on it; copy the label's, or resample the label if it was drawn on another grid"

@@ -231,6 +231,16 @@ def test_an_image_without_a_place_is_named_before_its_label(tmp_path: Path) -> N
         source.load("a", with_label=True)
 
 
+def test_a_label_is_not_turned_onto_an_image_without_a_place(tmp_path: Path) -> None:
+    image = make.write_nifti(tmp_path / "images" / "a.nii.gz", make.counting_image())
+    make.forget_orientation(image)
+    centred = np.eye(4)  # where the affine that nibabel makes up for the image would lie, but for its mirrored X
+    centred[:3, 3] = -(np.array(make.counting_image().shape) - 1) / 2
+    make.write_nifti(tmp_path / "labels" / "a.nii.gz", make.corner_label(), centred)
+    with pytest.raises(ValueError, match=r"image .*images/a\.nii\.gz has neither qform nor sform"):
+        NiftiFolder(tmp_path, num_classes=2).load("a", with_label=True)
+
+
 def test_class_ids_may_be_off_by_rounding(tmp_path: Path) -> None:
     path = make.write_nifti(tmp_path / "a.nii.gz", make.corner_label() * np.float32(1.00001))
     image = make.counting_image()[None]
