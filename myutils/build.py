@@ -250,7 +250,8 @@ def build_network(config: RunConfig, facts: DataFacts) -> SegmentationNetwork:
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
         logger.warning(
             "%s has batch normalisation: labelled and unlabelled patches share its statistics, several processes do "
-            "not, so that their number matters; instance normalisation has neither",
+            "not, so that their number matters, and each further pass of a step moves its averages, that of ss_net's "
+            "adversarial images too; instance normalisation has none of this",
             config.model,
         )
     mend_layers(network, channels_last=False if config.compile else None)  # its normalisation cannot be compiled

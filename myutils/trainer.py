@@ -134,6 +134,7 @@ class Trainer:
                     self.state.step = step + 1
                     bar.update()
                     self.finish_step(log, bar, batch, output)
+                    del output  # its logits are not to lie beside the next step's
                 if self._stop_now(self.max_iteration):  # in the last validation, or the one that a resume began with
                     raise TrainingInterrupted
             if first < self.max_iteration:
@@ -144,9 +145,8 @@ class Trainer:
 
     def train_step(self, network: nn.Module, batch: Batch, step: int) -> StepOutput:
         """Forward, backward, optimizer and teacher; a pure function of the weights, the patches and (seed, step)."""
-        config = self.state.config
-        torch.manual_seed(derive_seed(config.seed, step, 0))  # equal on all ranks: see myutils.rank_batch
-        lr = poly_lr(required(config.base_lr, "base_lr"), step, self.max_iteration)
+        torch.manual_seed(derive_seed(self.state.config.seed, step, 0))  # equal on all ranks: see myutils.rank_batch
+        lr = poly_lr(required(self.state.config.base_lr, "base_lr"), step, self.max_iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.optimizer.zero_grad(set_to_none=True)

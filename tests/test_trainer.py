@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,20 @@ def test_trainer_resumes_bit_identically(tmp_path: Path, method: str, optimizer:
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[key])), key
+
+
+def test_a_step_s_output_is_gone_when_the_next_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, logits = Trainer.train_step, []
+
+    def watched(trainer: Trainer, *given: object) -> object:
+        assert all(last() is None for last in logits)
+        output = step(trainer, *given)  # type: ignore[arg-type]
+        logits.append(weakref.ref(output.logits_l))
+        return output
+
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    small_trainer(BallSource(), tmp_path, log_every=3).fit()
+    assert len(logits) == 4
 
 
 def test_sgd_trains_through_a_warm_up_that_leaves_parameters_without_gradient(tmp_path: Path) -> None:
