@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from myutils import prototype_losses
 from myutils.prototype_losses import mean_over
 from myutils.prototype_memory import unit_vectors
 
@@ -31,7 +33,8 @@ def class_similarities(form: str, units: Tensor, memory: Tensor, memory_weights:
 def infonce_similarities(units: Tensor, memory: Tensor, memory_weights: Tensor) -> Tensor:
     """Similarity of each voxel to each class: ``log sum_j v_cj exp(<f, m_cj> / T)``, T = 0.1.
 
-    Source: van den Oord et al. 2018, arXiv:1807.03748, with every memory vector of a class as a positive.
+    Source: van den Oord et al. 2018, arXiv:1807.03748, with every memory vector of a class as a positive. With many
+    classes voxels take turns, and what the gradient needs is computed anew for it.
 
     Args:
         units: Features of length 1 (N, E).
@@ -41,9 +44,20 @@ def infonce_similarities(units: Tensor, memory: Tensor, memory_weights: Tensor) 
     Returns:
         (N, K), at most 10; near ``ABSENT`` for an empty class.
     """
-    scores = torch.einsum("ne,kme->nkm", units, unit_vectors(memory)) / TEMPERATURE
-    filled = memory_weights > 0
+    vectors, filled = unit_vectors(memory), memory_weights > 0
     log_weights = memory_weights.where(filled, 1.0).log().where(filled, ABSENT)
+    rows = max(1, prototype_losses.VALUES_AT_ONCE // filled.numel())
+    if len(units) <= rows:
+        return _soft_maximum(units, vectors, log_weights)
+    parts = [
+        checkpoint(_soft_maximum, part, vectors, log_weights, use_reentrant=False, preserve_rng_state=False)
+        for part in units.split(rows)
+    ]
+    return torch.cat(parts)
+
+
+def _soft_maximum(units: Tensor, vectors: Tensor, log_weights: Tensor) -> Tensor:
+    scores = torch.einsum("ne,kme->nkm", units, vectors) / TEMPERATURE
     return (scores + log_weights).logsumexp(2)
 
 

@@ -15,7 +15,7 @@ from myutils.prototype_memory import unit_vectors
 
 _SMALLEST_SQUARE = 1e-12
 _LEAK = 0.2
-_VALUES_AT_ONCE = 2**25  # of a map of selectors times vectors times features: 128 MB
+VALUES_AT_ONCE = 2**25  # of a map that grows with classes times vectors: 128 MB
 
 
 def build_selector(feature_dim: int) -> nn.Sequential:
@@ -64,7 +64,7 @@ def own_class_logits(
     logits = vectors.new_zeros(vectors.shape[0])  # (N,)
     if stacked:
         member = class_membership(class_labels, len(selectors))  # (K, N)
-        at_once = max(1, _VALUES_AT_ONCE // max(1, vectors.numel()))
+        at_once = max(1, VALUES_AT_ONCE // max(1, vectors.numel()))
         for first in range(0, len(selectors), at_once):
             some = selectors[first : first + at_once]
             if len(some) == len(selectors):

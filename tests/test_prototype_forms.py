@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from myutils import prototype_losses
 from myutils.contrastive_prototype_manager import ContrastivePrototypeManager
 from myutils.prototype_forms import ABSENT, class_centres, class_contrast, infonce_similarities, multiproto_similarities
 
@@ -31,6 +32,24 @@ def test_infonce_equals_the_naive_loop() -> None:
                 cosine = float(units[n] @ memory[k, m] / memory[k, m].norm())
                 total += float(weights[k, m]) * math.exp(cosine / 0.1)
             assert found[n, k].item() == pytest.approx(math.log(total), rel=1e-4)
+
+
+def test_infonce_of_many_classes_takes_turns_and_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    memory, weights = torch.randn(2, 3, 4), torch.tensor([[0.2, 0.3, 0.5], [0.5, 0.5, 0.0]], requires_grad=True)
+    units = functional.normalize(torch.randn(5, 4), dim=1).requires_grad_()
+
+    def learned() -> tuple[list[torch.Tensor], int]:
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v.numel()) or v, lambda v: v):
+            found = infonce_similarities(units, memory, weights)
+        return [found, *torch.autograd.grad(found[:, 0].square().sum(), (units, weights))], max(kept)
+
+    whole, kept = learned()
+    monkeypatch.setattr(prototype_losses, "VALUES_AT_ONCE", 2 * 2 * 3)
+    in_turns, kept_in_turns = learned()
+    torch.testing.assert_close(in_turns, whole)
+    assert (kept, kept_in_turns) == (5 * 2 * 3, 2 * 3 * 4)  # the scores; no more than the memory
 
 
 def test_multiproto_takes_the_nearest_of_the_centres() -> None:

@@ -118,7 +118,7 @@ def test_selectors_of_many_classes_take_turns_and_learn_the_same(monkeypatch: py
         return [logits, *torch.autograd.grad(logits.square().sum(), [rows, *selectors.parameters()])]
 
     whole = learned()
-    monkeypatch.setattr(prototype_losses, "_VALUES_AT_ONCE", at_once * vectors.numel())
+    monkeypatch.setattr(prototype_losses, "VALUES_AT_ONCE", at_once * vectors.numel())
     monkeypatch.setattr(prototype_losses, "stacked_logits", spy)
     for ours, theirs in zip(learned(), whole, strict=True):
         torch.testing.assert_close(ours, theirs)
