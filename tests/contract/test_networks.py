@@ -44,13 +44,13 @@ def test_network_returns_logits_and_features_of_the_input_size(name: str, size: 
     ("strides", "padded"),
     [
         ((4, 4, 1), (4, 4, 1)),
-        ((2, 1, 2), (2, 1, 2)),
-        ((2, 1, 1), (2, 2, 1)),
-        ((1, 1, 3), (2, 1, 3)),
-        ((1, 1, 1), (2, 2, 1)),
+        ((3, 1, 3), (3, 1, 3)),
+        ((2, 2, 1), (2, 2, 2)),
+        ((1, 1, 3), (2, 2, 3)),
+        ((1, 1, 1), (2, 2, 2)),
     ],
 )
-def test_input_is_padded_to_whole_strides_and_four_voxels_at_the_bottleneck(
+def test_input_is_padded_to_whole_strides_and_eight_voxels_at_the_bottleneck(
     name: str, strides: tuple[int, int, int], padded: tuple[int, int, int]
 ) -> None:
     network = NETWORKS.get(name)(1, 2)
