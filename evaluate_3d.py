@@ -86,7 +86,7 @@ class EvaluateFlags(InferenceFlags):
     """All flags of this script."""
 
     output_dir: Path | None = option(
-        None, help="folder for the results; else the folder evaluation beside the checkpoint", group="files"
+        None, help="folder for the results; else evaluation/SPLIT beside the checkpoint", group="files"
     )
     dataset_name: str | None = option(None, help="data format; else the checkpoint's", group=DATA)
     dataset_path: Path | None = option(None, help="folder of the data set; else the checkpoint's", group=DATA)

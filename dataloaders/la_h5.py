@@ -30,8 +30,9 @@ class LeftAtriumH5(H5Source):
     defaults = TrainingDefaults(patch_size=(112, 112, 80), max_iteration=6000, labelnum=8)
 
     def list_folders(self) -> tuple[Path, ...]:
-        """The root; for the release's folder of cases, which its own loaders take for the root, also the one around."""
-        return (self.root, self.root.resolve().parent) if self.root.resolve().name == CASE_FOLDER else (self.root,)
+        """The root and the folder of cases; where that is the root, as for the release's loaders, the one around."""
+        around = (self.root.resolve().parent,) if self.root.resolve().name == CASE_FOLDER else ()
+        return (self.root, self.root / CASE_FOLDER, *around)
 
     @staticmethod
     def find_files(root: Path) -> dict[str, Path]:

@@ -108,7 +108,7 @@ class RunConfig:
         None, "the decoder's coarser levels learn the labels too (not cps, mc_net); else on for best", group=METHOD
     )
     soft_labels: bool = option(
-        True, "mean_teacher: learn the teacher's probabilities, not only its confident classes", group=METHOD
+        True, "mean_teacher, best, cov_dfp: learn the teacher's probabilities, not only its sure classes", group=METHOD
     )
     copy_paste: bool = option(True, "paste boxes of other patches into unlabelled ones", group=METHOD)
     paste_unlabeled: float | None = option(
@@ -151,7 +151,7 @@ class RunConfig:
     memory_interval: int = option(8, "steps between refills of the memory by the teacher", low=1, group=PROTOTYPES)
     embedding_dim: int = option(64, "width of the projection and prediction heads", low=4, group=PROTOTYPES)
 
-    dfp_start_iter: int | None = option(None, "step of the first pools; else after a fifth of all", low=0, group=DFP)
+    dfp_start_iter: int | None = option(None, "first pools; else a fifth of the steps after warm-up", low=0, group=DFP)
     dfp_reconstruct_interval: int = option(200, "steps between rebuilds of the pools", low=1, group=DFP)
     selector_train_iter: int = option(20, "steps after a rebuild that train the pool selector", low=1, group=DFP)
     max_global_features: int = option(50_000, "features kept over all classes", low=4, group=DFP)
@@ -209,7 +209,7 @@ class RunConfig:
     )
     checkpoint_activations: bool = option(False, "compute activations twice: less memory, more time", group=RUN)
     compile: bool = option(False, "torch.compile the networks: a C++ compiler, minutes at the start", group=RUN)
-    deterministic: bool = option(True, "only deterministic kernels, on CUDA too", group=RUN)
+    deterministic: bool = option(True, "deterministic kernels where torch has them, on CUDA too", group=RUN)
     num_workers: int = option(
         0, "processes that prepare batches, each with a case cache; 0: the trainer itself", low=0, high=256, group=RUN
     )

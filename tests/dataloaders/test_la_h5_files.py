@@ -50,6 +50,10 @@ def test_lists_are_found_from_the_folder_of_cases_too(tmp_path: Path) -> None:
     assert source.case_ids() == ["b", "a", "c"] and source.official_test() == ("c",)
     (cases / "test.list").write_text("a\n")
     assert source.official_test() == ("a",)
+    for name in ("train.list", "test.list"):
+        (tmp_path / name).rename(cases / name)
+    inside = LeftAtriumH5(tmp_path, voxel_size=VOXEL)
+    assert inside.case_ids() == ["b", "a", "c"] and inside.official_test() == ("c",)
     elsewhere = cases.rename(tmp_path / "mine")
     (elsewhere / "test.list").unlink()
     assert LeftAtriumH5(elsewhere, voxel_size=VOXEL).official_test() is None
