@@ -72,7 +72,8 @@ class Preprocess:
         bad = volume.image.size - int(np.isfinite(volume.image).sum())
         if bad:
             raise ValueError(
-                f"case {volume.case_id}: {bad} voxels are NaN or infinite; repair the file, or leave the case out"
+                f"case {volume.case_id}: {bad} voxels are NaN or infinite, or beyond the 3.4e38 of float32; repair the "
+                "file, or leave the case out"
             )
         for number, channel in enumerate(volume.image):
             low = channel.min(initial=np.inf)

@@ -68,7 +68,7 @@ def _name_padding(patch: Triple, shapes: Sequence[Sequence[int]], stride: Triple
     if any(side > enough for side, enough in zip(patch, needed, strict=True)):
         fitting = " ".join(str(min(pair)) for pair in zip(patch, needed, strict=True))
         logger.warning(
-            "--patch_size %s: no labelled case has more than %s voxels, the rest is padding; %s holds them all",
+            "--patch_size %s: no labelled case has more than %s voxels, the rest is padding; %s shows as much of them",
             " ".join(map(str, patch)),
             " x ".join(map(str, largest)),
             fitting,

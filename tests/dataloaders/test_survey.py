@@ -157,7 +157,7 @@ def test_a_patch_that_no_case_fills_is_named(
     assert ("is padding" in caplog.text) == (fitting is not None)
     if fitting is not None:
         limit = "no labelled case has more than 20 x 18 x 16 voxels, the rest is padding"
-        assert f"--patch_size {' '.join(map(str, patch))}: {limit}; {fitting} holds them all" in caplog.text
+        assert f"--patch_size {' '.join(map(str, patch))}: {limit}; {fitting} shows as much of them" in caplog.text
 
 
 def test_a_ct_without_any_structure_keeps_percentiles_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
