@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dataloaders.base import CaseSource
 from dataloaders.case_lists import some
-from dataloaders.splits import of_patients
+from dataloaders.splits import of_other_patients, of_patients
 
 Cases = tuple[list[str], list[str]]
 
@@ -31,8 +31,7 @@ def choose_cases(settings: argparse.Namespace, source: CaseSource) -> Cases:
     if settings.pool is None:
         tested = source.official_test() if settings.cases is None else None
         if tested and official is None:  # its cases are among the labelled ones
-            tested_too = set(of_patients(source, ids, tested))
-            ids = [case_id for case_id in ids if case_id not in tested_too]
+            ids = of_other_patients(source, ids, tested)
         settings.pool = len(ids) if tested else _whole_patients(source, ids, len(ids) * 4 // 5)
         ids += tested or ()
     if not 0 < settings.pool < len(ids):
@@ -47,8 +46,7 @@ def choose_cases(settings: argparse.Namespace, source: CaseSource) -> Cases:
         raise ValueError(f"test cases {some(unknown)} have no label; choose others with --pool and --cases")
     if official is None:
         further = [case_id for case_id in source.case_ids() if case_id not in labeled]
-        tested_too = set(of_patients(source, further, test))
-        pool += [case_id for case_id in further if case_id not in tested_too]
+        pool += of_other_patients(source, further, test)
     return pool, test
 
 

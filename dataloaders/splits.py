@@ -106,8 +106,7 @@ def make_training_split(source: CaseSource, request: SplitRequest) -> TrainingSp
     val_list = _listed(source, request.val_list, needs_label=True)
     _reject_overlap(labeled_list or (), val_list or (), f"{request.labeled_list} and {request.val_list}")
     pool = _pool(source, request, claimed={*(labeled_list or ()), *(val_list or ())})
-    reserved = set(of_patients(source, pool, val_list or ()))
-    pool = [case_id for case_id in pool if case_id not in reserved]
+    pool = of_other_patients(source, pool, val_list or ())
     labeled = list(labeled_list) if labeled_list is not None else _first_labeled(source, pool, request.labelnum)
     if (val := val_list) is None:
         labeled, val = _split_validation(labeled, request.val_num)
@@ -139,8 +138,7 @@ def make_test_ids(source: CaseSource, request: SplitRequest, training_split: Tra
         if train is None:
             test = _held_out(source, request)
         else:
-            seen = set(of_patients(source, source.labeled_ids(), used.union(train)))
-            test = tuple(case_id for case_id in source.labeled_ids() if case_id not in seen)
+            test = tuple(of_other_patients(source, source.labeled_ids(), used.union(train)))
     if not test:
         why = "every labelled case is of a training case's patient" if source.labeled_ids() else "no case has a label"
         raise ValueError(
@@ -180,9 +178,7 @@ def _pool(source: CaseSource, request: SplitRequest, claimed: set[str]) -> list[
             raise ValueError(
                 f"the test list and another list name cases of one patient: {some(shared)}; keep them in one of the two"
             )
-    ids = _ordered(source, source.case_ids(), request.seed)
-    tested = set(of_patients(source, ids, test))
-    return [case_id for case_id in ids if case_id not in tested]
+    return of_other_patients(source, _ordered(source, source.case_ids(), request.seed), test)
 
 
 def _held_out(source: CaseSource, request: SplitRequest) -> tuple[str, ...]:
@@ -192,8 +188,7 @@ def _held_out(source: CaseSource, request: SplitRequest) -> tuple[str, ...]:
         *(_listed(source, request.val_list, needs_label=True) or ()),
     )
     ids = source.labeled_ids()
-    taken = set(of_patients(source, ids, claimed))
-    free = [case_id for case_id in _ordered(source, ids, request.seed) if case_id not in taken]
+    free = of_other_patients(source, _ordered(source, ids, request.seed), claimed)
     return tuple(of_patients(source, free, free[: max(1, len(ids) // HELD_OUT_SHARE)]))
 
 
@@ -209,6 +204,12 @@ def of_patients(source: CaseSource, ids: Iterable[str], others: Iterable[str]) -
     """Those of ``ids`` whose patient is the patient of one of the ``others``."""
     patients = {source.patient(case_id) for case_id in others}
     return [case_id for case_id in ids if source.patient(case_id) in patients]
+
+
+def of_other_patients(source: CaseSource, ids: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Those of ``ids`` whose patient is the patient of none of the ``others``."""
+    patients = {source.patient(case_id) for case_id in others}
+    return [case_id for case_id in ids if source.patient(case_id) not in patients]
 
 
 def _first_labeled(source: CaseSource, pool: Sequence[str], labelnum: int | None) -> list[str]:
