@@ -67,12 +67,11 @@ def file_names(source: CaseSource) -> dict[str, str]:
     Where the source knows a case's patient by more than its id, the name begins with a BIDS subject, by which the
     ``nifti`` format keeps the patient's cases together.
     """
-    cases = source.labeled_ids()
-    digits = max(3, len(str(len(cases))))
-    names, subjects = {}, dict.fromkeys(map(source.patient, cases))
-    numbers = {patient: f"{number:0{digits}d}" for number, patient in enumerate(subjects)}
-    for number, case_id in enumerate(cases):
-        patient = source.patient(case_id)
+    patients = {case_id: source.patient(case_id) for case_id in source.labeled_ids()}
+    digits = max(3, len(str(len(patients))))
+    numbers = {patient: f"{number:0{digits}d}" for number, patient in enumerate(dict.fromkeys(patients.values()))}
+    names = {}
+    for number, (case_id, patient) in enumerate(patients.items()):
         subject = f"sub-{numbers[patient]}{re.sub('[^A-Za-z0-9]', '', patient)}_" if patient != case_id else ""
         names[case_id] = f"{subject}{number:0{digits}d}_{case_id}"
     return names

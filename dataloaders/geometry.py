@@ -244,7 +244,7 @@ def read_label(
     stored, shape = voxels[0], image.shape[1:]
     gap = float(np.abs(label_affine - affine).max())
     limit = GRID_TOLERANCE * float(voxel_sizes(affine).min())
-    image_placed = image_file is None or nifti_grid(image_file).oriented
+    image_placed = gap <= limit or image_file is None or nifti_grid(image_file).oriented
     if gap > limit and nifti_grid(path).oriented and image_placed:
         ours, theirs = Turn.of(affine, "ras"), Turn.of(label_affine, "ras")
         grids = ours.affine_forth(affine, shape), theirs.affine_forth(label_affine, stored.shape)

@@ -46,19 +46,16 @@ def resample_labels(labels: np.ndarray, size: tuple[int, ...], ratio: tuple[floa
         _between(start + np.arange(count) * step, old)
         for start, count, step, old in zip(starts, size, ratio, labels.shape, strict=True)
     )
-    parity = np.add.outer(np.arange(size[1]), np.arange(size[2])) % 2
     sampled = np.empty(size, labels.dtype)
     for x, row in enumerate(sampled):
-        corners = labels[below_x[:, x]][:, below_y][..., below_z].swapaxes(
-            2, 3
-        )  # (2, 2, Y, 2, Z), then (2, 2, 2, Y, Z)
-        corners = corners.reshape(8, *size[1:])
+        corners = labels[below_x[:, x]][:, below_y][..., below_z]  # (2, 2, Y, 2, Z)
+        corners = corners.swapaxes(2, 3).reshape(8, *size[1:])
         row[...] = corners[0]
         y, z = np.nonzero((corners != corners[0]).any(0))
         near = corners[:, y, z]  # (8, N)
         weights = np.einsum("i,jn,kn->ijkn", part_x[:, x], part_y[:, y], part_z[:, z]).reshape(8, -1)
         votes = ((near[:, None] == near) * weights).sum(1).round(6)
-        higher = np.where((parity[y, z] + x) % 2, 1, -1)
+        higher = np.where((x + y + z) % 2, 1, -1)
         row[y, z] = near[np.lexsort((near * higher, votes), axis=0)[-1], np.arange(len(y))]
     return sampled
 
