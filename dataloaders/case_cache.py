@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -65,7 +66,10 @@ class PreparedCase:
 
 
 class CaseCache:
-    """Preprocessed cases, in memory up to ``limit_bytes`` (the least recently used give way), and in a ``store``."""
+    """Preprocessed cases, in memory up to ``limit_bytes`` (the least recently used give way), and in a ``store``.
+
+    Once a case that gave way is wanted again, a warning says how many fit and what would keep them all.
+    """
 
     def __init__(
         self, source: CaseSource, preprocess: Preprocess, limit_bytes: int = 4 << 30, store: CaseStore | None = None
@@ -73,6 +77,8 @@ class CaseCache:
         self._source, self._preprocess, self._limit, self._store = source, preprocess, limit_bytes, store
         self._cases: OrderedDict[tuple[str, bool], PreparedCase] = OrderedDict()
         self._bytes, self._mapped = 0, 0
+        self._dropped: set[tuple[str, bool]] = set()
+        self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the cases: what is sent to a loader's worker would be a copy of its own, maps of files included."""
@@ -84,12 +90,27 @@ class CaseCache:
         if key in self._cases:
             self._cases.move_to_end(key)
             return self._cases[key]
+        if key in self._dropped and not self._warned:
+            self._warn_of_rereading()
         case = self._prepared(case_id, with_label)
         self._cases[key] = case
         self._count(case, 1)
         while (self._bytes > self._limit or self._mapped > _LARGEST_MAPPED) and len(self._cases) > 1:
+            if self._bytes > self._limit:
+                self._dropped.add(next(iter(self._cases)))
             self._count(self._cases.popitem(last=False)[1], -1)
         return case
+
+    def _warn_of_rereading(self) -> None:
+        self._warned = True
+        wanted = len(self._source.case_ids()) * self._bytes / max(1, len(self._cases)) / 2**30
+        logger.warning(
+            "%d prepared cases fill the %.3g GB that a process keeps; the others are read from their files again at "
+            "each use: --cache_gb %d keeps all on the disk, uncompressed",
+            len(self._cases),
+            self._limit / 2**30,
+            math.ceil(1.1 * wanted),
+        )
 
     def _count(self, case: PreparedCase, sign: int) -> None:
         self._bytes += sign * case.memory_bytes

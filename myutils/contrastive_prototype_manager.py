@@ -296,5 +296,4 @@ class ContrastivePrototypeManager(PrototypeMemory):
         if self.prototype_loss == "ssnet":
             return losses.class_to_class_loss(units, feature_weights, memory, memory_weights, taking_part)
         similarities = forms.class_similarities(self.prototype_loss, units, memory, memory_weights)
-        unused = 0.0 * memory_weights.sum()  # multiproto weighs no memory: its selectors stay on the graph
-        return unused + forms.class_contrast(similarities, class_labels, feature_weights, taking_part)
+        return forms.class_contrast(similarities, class_labels, feature_weights, taking_part)

@@ -25,9 +25,8 @@ def class_similarities(form: str, units: Tensor, memory: Tensor, memory_weights:
 
     ``memory_weights`` (K, M) sum to 1 over a class's filled slots and are zero elsewhere.
     """
-    if form == "infonce":
-        return infonce_similarities(units, memory, memory_weights)
-    return multiproto_similarities(units, memory, memory_weights > 0)
+    similarities = infonce_similarities if form == "infonce" else multiproto_similarities
+    return similarities(units, memory, memory_weights)
 
 
 def infonce_similarities(units: Tensor, memory: Tensor, memory_weights: Tensor) -> Tensor:
@@ -61,52 +60,52 @@ def _soft_maximum(units: Tensor, vectors: Tensor, log_weights: Tensor) -> Tensor
     return (scores + log_weights).logsumexp(2)
 
 
-def multiproto_similarities(units: Tensor, memory: Tensor, used: Tensor) -> Tensor:
+def multiproto_similarities(units: Tensor, memory: Tensor, memory_weights: Tensor) -> Tensor:
     """Similarity of each voxel to each class: ``max_p <f, c_kp> / T`` over a few prototypes per class, T = 0.1.
 
-    The prototypes are spherical k-means centres of the class's memory; the nearest one pulls, as in MPER (2025,
-    arXiv:2503.14343). No gradient flows into them.
+    The prototypes are the directions of the weighted sums of each cluster of the class's memory; the nearest one pulls,
+    as in MPER (2025, arXiv:2503.14343).
 
     Args:
         units: Features of length 1 (N, E).
         memory: (K, M, E).
-        used: Filled slots (K, M), bool, from slot 0.
+        memory_weights: (K, M), rows sum to 1 or are zero (an empty class), filled from slot 0.
 
     Returns:
         (N, K), at most 10; near ``ABSENT`` for an empty class.
     """
-    centres, valid = class_centres(memory.detach(), used)
+    vectors = unit_vectors(memory)
+    members = memory_clusters(vectors.detach(), memory_weights > 0)
+    centres = unit_vectors(torch.einsum("kmp,km,kme->kpe", members.to(vectors), memory_weights, vectors))
     scores = torch.einsum("ne,kpe->nkp", units, centres) / TEMPERATURE
-    return scores.masked_fill(~valid, ABSENT).amax(2)
+    return scores.masked_fill(~members.any(1), ABSENT).amax(2)
 
 
 @torch.no_grad()
-def class_centres(memory: Tensor, used: Tensor, count: int = _CENTRES) -> tuple[Tensor, Tensor]:
+def memory_clusters(vectors: Tensor, used: Tensor, count: int = _CENTRES) -> Tensor:
     """Spherical k-means of each class's vectors, started at the first and then the farthest ones; no random draw.
 
     Args:
-        memory: (K, M, E).
+        vectors: Of length 1 (K, M, E).
         used: (K, M), bool.
-        count: Centres P per class, fewer where the memory holds fewer vectors.
+        count: Clusters P per class, fewer where the memory holds fewer vectors.
 
     Returns:
-        Unit centres (K, P, E), and which are in use (K, P), bool.
+        Which cluster each vector that is in use belongs to (K, M, P), bool.
     """
-    vectors = unit_vectors(memory)
     classes, slots, _ = vectors.shape
     count = min(count, slots)
-    rows = torch.arange(classes, device=memory.device)
+    rows = torch.arange(classes, device=vectors.device)
     centres = vectors[:, :1]  # (K, 1, E)
     for _ in range(count - 1):
         nearest = torch.einsum("kme,kpe->kmp", vectors, centres).amax(2).masked_fill(~used, float("inf"))  # (K, M)
         centres = torch.cat([centres, vectors[rows, nearest.argmin(1)].unsqueeze(1)], dim=1)
     for _ in range(_LLOYD_STEPS):
         own = torch.einsum("kme,kpe->kmp", vectors, centres).argmax(2)  # (K, M)
-        member = torch.nn.functional.one_hot(own, count) * used.unsqueeze(2)  # (K, M, P)
-        sums = torch.einsum("kmp,kme->kpe", member.to(vectors), vectors)
-        centres = unit_vectors(sums).where(member.any(1).unsqueeze(2), centres)
-    valid = torch.arange(count, device=memory.device) < used.sum(1, keepdim=True)
-    return centres, valid
+        members = torch.nn.functional.one_hot(own, count).bool() & used.unsqueeze(2)  # (K, M, P)
+        sums = torch.einsum("kmp,kme->kpe", members.to(vectors), vectors)
+        centres = unit_vectors(sums).where(members.any(1).unsqueeze(2), centres)
+    return members
 
 
 def class_contrast(similarities: Tensor, class_labels: Tensor, feature_weights: Tensor, taking_part: Tensor) -> Tensor:

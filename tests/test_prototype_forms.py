@@ -10,7 +10,13 @@ from torch.nn import functional
 
 from myutils import prototype_losses
 from myutils.contrastive_prototype_manager import ContrastivePrototypeManager
-from myutils.prototype_forms import ABSENT, class_centres, class_contrast, infonce_similarities, multiproto_similarities
+from myutils.prototype_forms import (
+    ABSENT,
+    class_contrast,
+    infonce_similarities,
+    memory_clusters,
+    multiproto_similarities,
+)
 
 
 def manager(form: str, **settings: object) -> ContrastivePrototypeManager:
@@ -54,25 +60,33 @@ def test_infonce_of_many_classes_takes_turns_and_learns_the_same(monkeypatch: py
 
 def test_multiproto_takes_the_nearest_of_the_centres() -> None:
     vectors = torch.tensor([[1.0, 0.0], [0.98, 0.02], [0.0, 1.0], [0.02, 0.98], [-1.0, 0.0], [-0.7, -0.7]])
-    used = torch.ones(1, 6, dtype=torch.bool)
-    centres, valid = class_centres(vectors[None], used, count=4)
-    assert valid.all()
-    assert centres.norm(dim=2).flatten().tolist() == pytest.approx([1.0] * 4)
-    similarities = multiproto_similarities(torch.tensor([[0.0, 1.0]]), vectors[None], used)
-    nearest = max(float(centre[1]) for centre in centres[0])
-    assert similarities.item() == pytest.approx(nearest / 0.1)
-    assert nearest > 0.99
+    weights = torch.tensor([[0.1, 0.1, 0.3, 0.1, 0.2, 0.2]], requires_grad=True)
+    clusters = memory_clusters(functional.normalize(vectors, dim=1)[None], weights > 0)
+    assert sorted(tuple(cluster.nonzero().flatten().tolist()) for cluster in clusters[0].T) == [
+        (0, 1),
+        (2, 3),
+        (4,),
+        (5,),
+    ]
+    similarities = multiproto_similarities(torch.tensor([[0.0, 1.0]]), vectors[None], weights)
+    last = vectors[3] / vectors[3].norm()
+    centre = 0.3 * vectors[2] + 0.1 * last  # the cluster that looks up, the third three times as much as the fourth
+    assert similarities.item() == pytest.approx(float(centre[1] / centre.norm()) / 0.1)
+    (gradient,) = torch.autograd.grad(similarities, weights)
+    assert gradient[0, 2] > 0 > gradient[0, 3], "the voxel would have more of the one that looks straight up"
+    assert gradient[0, [0, 1, 4, 5]].tolist() == [0.0] * 4
 
 
-def test_centres_of_fewer_vectors_than_asked_for() -> None:
+def test_clusters_of_fewer_vectors_than_asked_for() -> None:
     memory = torch.zeros(2, 6, 3)
     memory[0, :2] = torch.eye(3)[:2]
-    used = torch.zeros(2, 6, dtype=torch.bool)
-    used[0, :2] = True
-    centres, valid = class_centres(memory, used)
-    assert valid.tolist() == [[True, True, False, False], [False] * 4]
-    assert {tuple(centre.tolist()) for centre in centres[0, :2]} == {(1.0, 0.0, 0.0), (0.0, 1.0, 0.0)}
-    assert (multiproto_similarities(torch.eye(3), memory, used)[:, 1] == ABSENT).all()
+    weights = torch.zeros(2, 6)
+    weights[0, :2] = 0.5
+    clusters = memory_clusters(memory, weights > 0)
+    assert clusters.sum(1).tolist() == [[1, 1, 0, 0], [0] * 4]
+    similarities = multiproto_similarities(torch.eye(3), memory, weights)
+    assert similarities[:, 0].tolist() == pytest.approx([10.0, 10.0, 0.0])
+    assert (similarities[:, 1] == ABSENT).all()
 
 
 def test_contrast_equals_the_naive_loop_and_leaves_out_what_takes_no_part() -> None:
@@ -99,14 +113,13 @@ def test_form_pulls_a_feature_to_its_own_class(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["infonce", "multiproto"])
-def test_form_trains_the_feature_selectors(form: str) -> None:
+def test_form_trains_the_selectors(form: str) -> None:
     built = manager(form, use_learned_selector=True)
     selectors, memory_selectors = built.get_selectors()
     assert selectors is not None and memory_selectors is not None
     built.contrastive_class_to_class_learned_memory(torch.randn(30, 8), torch.arange(30) % 3).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in selectors.parameters())
-    if form == "infonce":  # the centres of multiproto weigh all memory vectors alike
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in memory_selectors.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in memory_selectors.parameters())
 
 
 @pytest.mark.parametrize("form", ["infonce", "multiproto"])

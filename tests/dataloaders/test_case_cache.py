@@ -33,6 +33,18 @@ def test_cache_holds_at_most_its_limit() -> None:
     assert cache.get("ball04", with_label=False) is cache.get("ball04", with_label=False)
 
 
+def test_cache_says_once_that_cases_are_read_again(caplog: pytest.LogCaptureFixture) -> None:
+    source = BallSource()
+    cache = CaseCache(source, Preprocess("mr"), limit_bytes=60_000)
+    for case_id in source.case_ids()[:5]:
+        cache.get(case_id, with_label=False)
+    assert caplog.messages == [], "each was read once"
+    for case_id in source.case_ids()[:5]:
+        cache.get(case_id, with_label=False)
+    (said,) = caplog.messages
+    assert said.startswith("2 prepared cases fill") and "--cache_gb" in said
+
+
 def test_each_channel_has_its_own_outside(tmp_path: Path) -> None:
     source = BallSource(channels=2)
     store = CaseStore(tmp_path, 1 << 30)
