@@ -1,4 +1,8 @@
-"""Command-line flags from a dataclass: one field, one flag, grouped help, and "did you mean" for a typo."""
+"""Command-line flags from a dataclass: one field, one flag, grouped help, and "did you mean" for a typo.
+
+Our own, since a field's limits must hold for flags, for settings from Python and for runs that are resumed, with one
+message: the parsers that read dataclasses look at the command line alone.
+"""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def profile_training(trainer: Trainer, steps: int) -> dict[str, float]:
             timer.watch(module, "forward", name)
     timer.watch(trainer, "backward", "backward")
     timer.watch(trainer, "update_weights", "gradient norm and optimizer")
-    timer.watch(method, "after_step", "teacher update, memory")
+    timer.watch(method, "after_step", "averages of teacher and heads")
     timer.watch(trainer, "finish_step", "logging")
     load = trainer.loader
 

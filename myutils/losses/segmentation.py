@@ -1,4 +1,7 @@
-"""Dice + cross-entropy for true labels, gated pseudo-labels and soft ones; gradients reach the logits only."""
+"""Dice + cross-entropy for true labels, gated pseudo-labels and soft ones; gradients reach the logits only.
+
+MONAI's losses know neither gates nor the patches of other ranks, and count a class that no patch of the batch has.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ Source: Chen et al. 2021, arXiv:2106.01226. With ``y_a``, ``y_b`` the most proba
 
     L_u = CE(p_a, y_b) + CE(p_b, y_a)      on unlabelled patches
 
-Deviations: on unlabelled patches only, as SSL4MIS does in 3D; weak views without CutMix. The first network segments.
+Deviations: on unlabelled patches only, with a weight of 0.1 that ramps up, as SSL4MIS does in 3D (published: 1.5 or 6,
+constant); weak views without CutMix. The first network segments.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ distance z to the surface, negative inside and divided by its largest value on e
 
 the last on labelled and unlabelled patches.
 
-Deviations: one distance map per foreground class instead of one; an absent class has distance 1 (published: 0); voxels
-at the surface keep their distance (published: 0); the head is a 1x1x1 convolution with tanh on any network's decoder
-features.
+Deviations: ``w`` is 0.1 (published: 1); one distance map per foreground class instead of one; an absent class has
+distance 1 (published: 0); voxels at the surface keep their distance (published: 0); the head is a 1x1x1 convolution
+with tanh on any network's decoder features.
 """
 
 from __future__ import annotations

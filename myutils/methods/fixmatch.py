@@ -6,8 +6,8 @@ are dropped, with the same target::
 
     L_u = mean_v [c_v > threshold] CE(p_strong, y_weak)      or the mean of this and the dropped stream's
 
-Deviations: ``--confidence_threshold`` is 0.8 for every method here (published: 0.95); one strong stream instead of
-UniMatch's two; no CutMix.
+Deviations: ``--confidence_threshold`` is 0.8 for every method here (published: 0.95); the weight ramps
+up (published: constant); one strong stream instead of UniMatch's two; no CutMix.
 """
 
 from __future__ import annotations
