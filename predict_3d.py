@@ -33,6 +33,7 @@ from nibabel import Nifti1Header
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from dataloaders.case_lists import some
 from dataloaders.error_text import reason_of
 from dataloaders.geometry import READ_ERRORS, states_orientation
 from dataloaders.orientation import note_stored_axes, stated_axes
@@ -48,6 +49,7 @@ from myutils.label_files import (
     OutputFolderError,
     are_probabilities,
     is_of_others,
+    is_whole,
     lies_elsewhere,
     origin_of,
     said_origin,
@@ -175,6 +177,9 @@ def without_done(job: Job) -> Job:
     """
     outputs = {scan: job.outputs(scan) for scan in job.scans}
     there = [path for paths in outputs.values() for path in paths if path.exists()]
+    if job.keeps_files and (cut_off := [path for path in there if not is_whole(path)]):
+        logger.warning("cannot be read and is written anew: %s", some([str(path) for path in cut_off]))
+        there = [path for path in there if path not in cut_off]
     if there and not job.keeps_files:
         raise ValueError(
             f"{there[0]} exists already, and {len(there) - 1} more; pass another --output, --existing replace, or "
@@ -259,7 +264,7 @@ def segment(scan: Scan, job: Job) -> None:
     elif not oriented:
         logger.warning("%s does not say how it lies in the body, and may be mirrored to the network", scan.path)
     for path, array in zip(job.outputs(scan), arrays, strict=True):
-        if job.keeps_files and path.exists():
+        if job.keeps_files and path.exists() and is_whole(path):
             continue
         if header is None:
             save_volume(path, array, volume.affine, job.origin)

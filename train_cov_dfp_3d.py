@@ -36,16 +36,18 @@ from dataloaders.error_text import message_of
 from dataloaders.orientation import warn_of_unstated
 from dataloaders.splits import make_test_ids, make_training_split
 from myutils.announce import describe, how_to_go_on, list_files
-from myutils.build import DataFacts, build_preprocess, build_source, resolve_config
+from myutils.build import DataFacts, build_preprocess, build_source
 from myutils.checkpoint import RunState, read_checkpoint
 from myutils.config import RunConfig
 from myutils.distributed import RankInfo, any_rank, barrier, broadcast_object, start_process_group, stop_process_group
+from myutils.evaluation_cases import warn_if_moved
 from myutils.finite_watch import NonFiniteLossError
 from myutils.fitting import fit_to_cases, require_headers, require_sizes
 from myutils.flags import SuggestingParser, add_flags, given_flags
 from myutils.methods.base import METHODS
 from myutils.registry import closest_hint
 from myutils.report import draw_run, evaluate_run
+from myutils.resolving import resolve_config
 from myutils.run_folder import claim_folder, refuse_used_name, write_json
 from myutils.run_log import setup_logging
 from myutils.score_table import format_table
@@ -80,14 +82,18 @@ def train(parser: SuggestingParser, given: dict[str, Any]) -> int:
     try:
         trainer = prepare(given)
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        stop_process_group()
-        parser.error(message_of(error))
+        try:
+            parser.error(message_of(error))
+        finally:  # said first: the other ranks may wait elsewhere
+            stop_process_group(failed=True)
     except KeyboardInterrupt:
         stop_process_group()
         logger.info("stopped before the first step")
         return 130
+    failed = True
     try:
         run(trainer)
+        failed = False
     except NonFiniteLossError as error:
         logger.error("error: %s", error)
         return 1
@@ -98,7 +104,7 @@ def train(parser: SuggestingParser, given: dict[str, Any]) -> int:
         logger.info("%s\n%s", str(stop) or "stopped at once", how_to_go_on(trainer))
         return 130
     finally:
-        stop_process_group()
+        stop_process_group(failed=failed)
     return 0
 
 
@@ -201,6 +207,12 @@ def resume_run(config: RunConfig, given: dict[str, Any], ranks: RankInfo, device
         )
     trainer = Trainer.resume(source, folder, ranks, device)
     trainer.state.config = stored
+    trainer.read_labels()
+    if trainer.state.facts != trained and ranks.is_main:
+        logger.warning(
+            "the labels have changed since this run began: what they say now counts for the largest components, and "
+            "best.pt was chosen by those of before; start a new --exp if it matters"
+        )
     return trainer
 
 
@@ -218,8 +230,11 @@ def baseline_trainer(trainer: Trainer) -> Trainer:
     folder, config = trainer.folder / "baseline", trainer.state.config
     if (folder / "last.pt").exists():
         baseline = Trainer.resume(trainer.source, folder, trainer.ranks, trainer.device)
+        before = baseline.state
+        if (before.split.digest, before.config.seed) != (trainer.state.split.digest, config.seed):
+            raise ValueError(f"{folder} holds the baseline of another run; move it away, and --resume trains a new one")
         kept = {name: getattr(config, name) for name in KEPT_FROM_FLAGS if name != "baseline"}
-        baseline.state.config = dataclasses.replace(baseline.state.config, **kept)
+        before.config, before.facts = dataclasses.replace(before.config, **kept), trainer.state.facts
     else:
         brought = METHODS.get(config.method).defaults.get("deep_supervision", False)
         config = dataclasses.replace(
@@ -260,6 +275,8 @@ def evaluate(trained: dict[str, Path], trainer: Trainer) -> None:
             raise ValueError(f"trained, but not scored: {error} (--resume takes a --test_list)") from error
         logger.warning("training is done; no evaluation: %s", error)
         return
+    if trainer.ranks.is_main:
+        warn_if_moved(test_ids, folder)
     outcome = {name: evaluate_run(path, source, test_ids, trainer.device) for name, path in trained.items()}
     if not trainer.ranks.is_main:
         return

@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from dataloaders.base import CaseSource
-from myutils.build import build_source, resolve_config
+from myutils.build import build_source
 from myutils.config import EVALUATION, RunConfig
 from myutils.fitting import fit_to_cases
 from myutils.flags import SuggestingParser, add_flags, flags_of, given_flags
+from myutils.resolving import resolve_config
 
 Flags = tuple[str, ...]
 

@@ -33,12 +33,13 @@ import torch
 from dataloaders.base import TrainingDefaults
 from dataloaders.patches import Batch
 from dataloaders.splits import TrainingSplit
-from myutils.build import DataFacts, build_network, resolve_config
+from myutils.build import DataFacts, build_network
 from myutils.checkpoint import RunState
 from myutils.config import RunConfig
 from myutils.distributed import RankInfo, autocast, peak_memory_mb, resolve_amp, start_process_group
 from myutils.flags import SuggestingParser, add_flags, given_flags
 from myutils.losses.segmentation import dice_ce_loss
+from myutils.resolving import resolve_config
 from myutils.trainer import Trainer
 from networks.layers import mend_layers
 

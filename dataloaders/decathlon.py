@@ -6,6 +6,7 @@ Source: Simpson et al. 2019 (MSD), arXiv:1902.09063; Isensee et al. 2021 (nnU-Ne
 from __future__ import annotations
 
 import logging
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,11 @@ def _image_files(root: Path, images: list[str]) -> tuple[Path, ...]:
     if len(files) == 1 and not files[0].is_file():
         stem = strip_nifti_suffix(files[0].name)
         ending = files[0].name[len(stem) :]
-        files = sorted(files[0].parent.glob(f"{stem}_[0-9][0-9][0-9][0-9]{ending}")) or files
+        files = sorted(files[0].parent.glob(f"{escape(stem)}_[0-9][0-9][0-9][0-9]{ending}")) or files
+        numbered = [files[0].with_name(f"{stem}_{number:04d}{ending}") for number in range(len(files))]
+        if files[0].is_file() and files != numbered:
+            names = some([path.name for path in files])
+            raise ValueError(f"{files[0].parent}: {stem!r} has {names}; number its channels from 0000 on, each once")
     missing = [path for path in files if not path.is_file()]
     if missing:
         listed = f"{missing[0]} is listed in {root / 'dataset.json'} but does not exist"

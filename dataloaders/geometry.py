@@ -45,6 +45,7 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
             4D, or its affine not invertible.
     """
     image = _open_nifti(path)
+    _require_axes(image.shape, path)
     kind = image.get_data_dtype().kind
     if kind == "c":
         raise ValueError(f"{path}: the voxels are complex numbers; export the magnitude image")
@@ -101,9 +102,9 @@ def nifti_grid(path: Path) -> Grid:
         ValueError: If it is not a NIfTI image, not 3D or 4D, or its affine is not invertible.
     """
     image = _header_of(path)
+    _require_axes(image.shape, path)
     affine = _affine_mm(image)
     affine_spacing(affine, str(path))
-    _require_axes(image.shape, path)
     x, y, z = image.shape[:3]
     return Grid((x, y, z), affine, states_orientation(image.header))
 

@@ -13,26 +13,20 @@ from torch import nn
 
 from dataloaders.base import SOURCES, CaseSource, Volume
 from dataloaders.case_cache import CaseCache, CaseStore
-from dataloaders.case_lists import read_case_list, some
 from dataloaders.checked_cases import require_sound
-from dataloaders.patients import name_patients, nameless_cases
+from dataloaders.patients import name_patients
 from dataloaders.preprocess import Preprocess
-from dataloaders.splits import make_training_split
 from dataloaders.transforms import AugmentOptions
 from myutils.components import survey_parts
 from myutils.config import RunConfig, required
-from myutils.config_checks import idle_flags
 from myutils.inference import InferenceOptions
-from myutils.methods.base import COMMON_DEFAULTS, METHODS, Method, unread_flags
+from myutils.methods.base import METHODS, Method
 from myutils.muon import Muon, split_kernels
 from networks.base import NETWORKS, SegmentationNetwork, make_network
 from networks.checkpointing import checkpoint_blocks
 from networks.layers import mend_layers
 
 logger = logging.getLogger(__name__)
-
-# Learning rate and weight decay per optimizer; AdamW's and Muon's were searched (docs/search.md), SGD's are usual ones.
-OPTIMIZER_DEFAULTS = {"adamw": (0.003, 0.3), "sgd": (0.1, 1e-4), "muon": (0.003, 0.3)}
 
 
 @dataclass(frozen=True)
@@ -91,100 +85,6 @@ def build_source(config: RunConfig) -> CaseSource:
     if config.patient_pattern:
         name_patients(source, config.patient_pattern)
     return source
-
-
-def resolve_config(config: RunConfig, source: CaseSource) -> RunConfig:
-    """Fill every setting that was left to the data set, and check what depends on it.
-
-    ``fit_to_cases`` fills those that ask for a look at the cases.
-
-    Raises:
-        ValueError: If the model, the method or a size does not fit.
-    """
-    for registry, name in ((NETWORKS, config.model), (METHODS, config.method)):
-        registry.get(name)
-    if config.patient_pattern and (nameless := nameless_cases(source)):
-        raise ValueError(
-            f"--patient_pattern {config.patient_pattern!r}: finds no patient in {some(nameless)}; pass one that "
-            "matches every case id, or leave it out to go by what the data say"
-        )
-    defaults = source.defaults
-    base_lr, weight_decay = OPTIMIZER_DEFAULTS[config.optimizer]
-    labelnum = config.labelnum if config.labelnum is not None else defaults.labelnum
-    if labelnum is None:
-        split = make_training_split(source, config.split_request())
-        labelnum = len(split.labeled) + len(split.val) * (config.val_list is None)
-    listed = labelnum if config.labeled_list is None else len(read_case_list(config.labeled_list))
-    method = METHODS.get(config.method)
-    labeled_bs = config.labeled_bs or max(1, config.batch_size // 2)
-    flip_axes = config.flip_axes if config.flip_axes is not None else tuple(source.flip_axes)
-    max_iteration = config.max_iteration or defaults.max_iteration
-    chosen = [field.name for field in dataclasses.fields(config) if getattr(config, field.name) != field.default]
-    config = _with_method_defaults(config, method, flip_axes, max_iteration)
-    prototypes = bool(config.use_contrastive_prototype)
-    kind = f"on --method {config.method}{'' if prototypes else ' without prototypes'}"
-    idle = {kind: unread_flags(method, prototypes=prototypes)} | idle_flags(vars(config) | {"labeled_bs": labeled_bs})
-    if not method.uses_unlabeled:
-        idle["without unlabelled patches"] = {"labeled_bs", "place_prior", "memory_from_unlabeled"}
-    if source.stores_voxel_size:
-        idle["on files that store their voxel size"] = {"voxel_size"}
-    for reason, flags in idle.items():
-        if named := ", ".join(f"--{name}" for name in chosen if name in flags):
-            logger.warning("without effect %s: %s", reason, named)
-    if method.uses_unlabeled and required(config.warmup_iteration, "warmup_iteration") >= max_iteration:
-        raise ValueError(
-            f"--warmup_iteration {config.warmup_iteration}: leaves none of the {max_iteration} steps (--max_iteration) "
-            "for unlabelled patches; pass fewer, or --method supervised"
-        )
-    if config.optimizer == "muon" and config.muon_interval > max_iteration:
-        raise ValueError(
-            f"--muon_interval {config.muon_interval}: no kernel would move in {max_iteration} steps (--max_iteration); "
-            "pass a smaller one, such as 4"
-        )
-    if (config.strong_views or 1) > 1 and not method.uses_strong_views:
-        raise ValueError(f"--strong_views {config.strong_views}: {config.method} has no use for strong views")
-    if config.feature_perturbation and "feature_perturbation" not in method.reads:
-        raise ValueError(f"--feature_perturbation: {config.method} has no stream whose features it drops")
-    if config.deep_supervision and not method.deepens:
-        raise ValueError(f"--deep_supervision: {config.method} has several decoders; use another --method")
-    if config.paste_unlabeled and "paste_unlabeled" not in method.reads:
-        raise ValueError(f"--paste_unlabeled {config.paste_unlabeled}: {config.method} pastes no unlabelled boxes")
-    if config.perturbed_share != 1 and "perturbed_share" not in method.reads:
-        raise ValueError(f"--perturbed_share {config.perturbed_share}: {config.method} has no boxes to leave out")
-    modality = config.modality or source.modality
-    if config.ct_range is not None and modality != "ct":
-        raise ValueError(f"--ct_range: these data are {modality}; add --modality ct if they are CT, or leave it out")
-    if method.uses_unlabeled and labeled_bs >= config.batch_size:
-        raise ValueError(f"--batch_size {config.batch_size}: {config.method} needs at least 2, one patch unlabelled")
-    return dataclasses.replace(
-        config,
-        labelnum=labelnum,
-        labeled_bs=labeled_bs,
-        max_iteration=max_iteration,
-        base_lr=config.base_lr if config.base_lr is not None else base_lr,
-        weight_decay=config.weight_decay if config.weight_decay is not None else weight_decay,
-        modality=modality,
-        flip_axes=flip_axes,
-        baseline=config.baseline if config.baseline is not None else config.dataset_name == "demo",
-        exp=config.exp or f"{config.dataset_name}_{config.method}_{listed}labels_seed{config.seed}",
-    )
-
-
-def _with_method_defaults(
-    config: RunConfig, method: type[Method], flip_axes: tuple[int, ...], max_iteration: int
-) -> RunConfig:
-    """What the user left open and the method decides; mirroring only where the data have an axis for it."""
-    if unknown := sorted(set(method.defaults) - set(COMMON_DEFAULTS)):
-        raise ValueError(f"{method.__name__}.defaults has {some(unknown)}; known: {', '.join(COMMON_DEFAULTS)}")
-    if unknown := sorted(method.reads - {field.name for field in dataclasses.fields(config)}):
-        raise ValueError(f"{method.__name__}.reads has {some(unknown)}; name flags of the trainer")
-    wanted = {**COMMON_DEFAULTS, **method.defaults}
-    wanted["warmup_iteration"] = round(wanted.pop("warmup_share") * max_iteration)
-    wanted["tta_flips"] = wanted["tta_flips"] and bool(flip_axes) and config.tta_views == 1
-    for name in ("teacher_flips", "tta_flips"):
-        if getattr(config, name) and not flip_axes:
-            raise ValueError(f"--{name}: there is no axis to mirror along; name some with --flip_axes, or leave it out")
-    return dataclasses.replace(config, **{name: v for name, v in wanted.items() if getattr(config, name) is None})
 
 
 def kept_parts(config: RunConfig, facts: DataFacts) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,8 +98,6 @@ def write_checkpoint(path: Path, state: RunState, tensors: dict[str, Any]) -> No
     try:
         with whole_file(path) as partial, partial.open("wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         kept = f"; the checkpoint of before is still at {path}" if path.exists() else ""
         reason = str(error).partition("\n")[0]

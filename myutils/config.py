@@ -21,7 +21,7 @@ OPTIMISATION, AUGMENTATION, RUN, EVALUATION = "optimisation", "augmentation", "r
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All settings of one run. A field that is None takes the data set's own default (``resolved``)."""
+    """All settings of one run; ``resolving.resolve_config`` fills those that are None from the data or the method."""
 
     dataset_name: str = option("demo", "data format: demo, LA, ACDC, decathlon, nifti, dicom", group=DATA)
     dataset_path: Path | None = option(None, "folder of the data set; else none, for demo", group=DATA)

@@ -104,14 +104,14 @@ def start_process_group(gpu: int | None = None) -> tuple[RankInfo, torch.device]
     device = select_device(gpu, info.local_rank)
     join_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
-        _require_own_gpu()
+        _require_own_gpu(device)
     return info, device
 
 
-def _require_own_gpu() -> None:
+def _require_own_gpu(device: torch.device) -> None:
     """Raise a ValueError where the first message over NCCL fails, as it does where two processes share a GPU."""
     try:
-        dist.barrier()
+        dist.barrier(device_ids=[device.index])  # older torch guesses another
     except dist.DistBackendError as error:
         reason, count = f"the processes cannot talk over NCCL: {str(error).strip()}", torch.cuda.device_count()
         if "Duplicate GPU" in reason:
@@ -138,9 +138,13 @@ def in_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def stop_process_group() -> None:
-    """Leave the process group, if one was joined."""
-    if in_group():
+def stop_process_group(*, failed: bool = False) -> None:
+    """Leave the process group, if one was joined.
+
+    A rank that ``failed`` alone does not take leave over NCCL, which may wait for ranks that wait for this one: they
+    end when ``torchrun`` sees it gone.
+    """
+    if in_group() and not (failed and dist.get_backend() == "nccl"):
         gc.collect()  # DDP modules lie in reference cycles, and each holds the group
         dist.destroy_process_group()
 

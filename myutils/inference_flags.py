@@ -104,9 +104,11 @@ def start(
     setup_logging(is_main=True)
     try:
         job = prepare(flags)
-    except (ValueError, OSError) as error:
-        stop_process_group()
-        parser.error(message_of(error))
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        try:
+            parser.error(message_of(error))
+        finally:  # said first: the other ranks may wait elsewhere
+            stop_process_group(failed=True)
     except KeyboardInterrupt:
         stop_process_group()
         logger.info("stopped before the first case; nothing was written")

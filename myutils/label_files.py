@@ -95,6 +95,15 @@ def is_of_others(path: Path, origin: str) -> bool:
     return said is not None and said.split()[:3] != origin.split()[:3]  # names may be others by now
 
 
+def is_whole(path: Path) -> bool:
+    """Whether all voxels of a file can be read: a copy that was cut off, or a full disk, leaves less."""
+    try:
+        np.asarray(nib.load(path).dataobj)  # type: ignore[attr-defined]
+    except READ_ERRORS:
+        return False
+    return True
+
+
 def are_probabilities(path: Path) -> bool:
     """Whether a file says that a prediction wrote it, and holds the maps of several classes."""
     return said_origin(path) is not None and nib.load(path).ndim == 4  # type: ignore[attr-defined]

@@ -17,16 +17,29 @@ except ImportError:  # not on Windows, where nothing is locked
     fcntl = None  # type: ignore[assignment]
 
 
+_OF_A_RUN = ("baseline", "test", "evaluation", "metrics.jsonl", "tensorboard")  # would pass for the new run's
+
+
 def refuse_used_name(folder: Path) -> None:
-    """Raise a ValueError if the user's choice of a folder holds a run already."""
+    """Raise a ValueError if the user's choice of a folder holds a run already, or what is left of one."""
     if (folder / "last.pt").exists():
         raise ValueError(
             f"--exp {folder.name}: {folder} holds a run already; add --resume to go on with it, or choose another name"
+        )
+    if (folder / "best.pt").exists():
+        raise ValueError(
+            f"--exp {folder.name}: {folder} holds best.pt of a run whose last.pt is gone; evaluate_3d.py and "
+            "predict_3d.py take it, but no training goes on from it; choose another name"
         )
     if (folder / "config.json").exists():
         raise ValueError(
             f"--exp {folder.name}: {folder} holds a run that has not reached its first checkpoint; "
             "choose another name, or delete the folder if nothing runs in it"
+        )
+    if left := [name for name in _OF_A_RUN if (folder / name).exists()]:
+        raise ValueError(
+            f"--exp {folder.name}: {folder} holds {', '.join(left)} of another run; choose another name, or delete the "
+            "folder"
         )
 
 

@@ -11,6 +11,7 @@ from dataloaders.checked_cases import KeptCases, load_case
 from dataloaders.preprocess import Preprocess
 from myutils import build
 from myutils.checkpoint import RunState
+from myutils.distributed import own_share
 from myutils.evaluation import evaluate_cases, summarise
 from networks.base import Segmenter
 
@@ -32,9 +33,15 @@ class Validation:
         self._inference = build.build_inference(state.config, amp)
 
     def check(self) -> None:
-        """Read and prepare every case, so that a wrong one is named before training; errors of both."""
+        """Read and prepare every case, so that a wrong one is named before training; errors of both.
+
+        What this rank scores later is kept.
+        """
+        mine = {*own_share(self._state.split.val)}
         for case_id in self._state.split.val:
-            self._preprocess(load_case(self._source, case_id, with_label=True))
+            kept = case_id in mine
+            volume = self._kept.load(case_id) if kept else load_case(self._source, case_id, with_label=True)
+            self._preprocess(volume)
 
     def dice(self, network: Segmenter) -> float:
         """Mean Dice over cases and classes, 0..1; the ranks share the cases out. Errors of ``evaluate_cases``.

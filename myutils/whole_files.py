@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +15,12 @@ _PREFIX = ".partial_"
 def whole_file(path: Path) -> Iterator[Path]:
     """A hidden file of this process beside ``path``, with its suffix, that takes its name where nothing went wrong."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{_PREFIX}{os.getpid()}_{path.name}")
+    short = f"{zlib.crc32(os.fsencode(path.name)):08x}{path.name[-12:]}"  # a long name would be too long with a prefix
+    partial = path.with_name(f"{_PREFIX}{os.getpid()}_{short}")
     try:
         yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())  # else a power cut may leave the name without the content
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

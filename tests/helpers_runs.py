@@ -17,11 +17,12 @@ from benchmarks.comparison_tables import METRICS
 from dataloaders.base import CaseSource
 from dataloaders.patches import Batch
 from dataloaders.splits import make_training_split
-from myutils.build import DataFacts, build_method, resolve_config
+from myutils.build import DataFacts, build_method
 from myutils.checkpoint import RunState
 from myutils.config import RunConfig
 from myutils.distributed import RankInfo
 from myutils.methods.base import Method, StepOutput
+from myutils.resolving import resolve_config
 from myutils.trainer import Trainer
 from networks.base import Branch, SegmentationNetwork, SegmentationOutput
 

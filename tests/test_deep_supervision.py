@@ -117,5 +117,5 @@ def test_a_network_without_coarse_levels_is_refused() -> None:
 
 @pytest.mark.parametrize("name", [name for name in METHODS.names() if not METHODS.get(name).deepens])
 def test_methods_of_several_decoders_refuse(name: str) -> None:
-    with pytest.raises(ValueError, match=f"--deep_supervision: {name} has several decoders; use another --method"):
+    with pytest.raises(ValueError, match=f"--deep_supervision: {name} has several decoders; leave it out"):
         small_config(BallSource(), method=name, deep_supervision=True)

@@ -131,13 +131,24 @@ def test_start_process_group_refuses_one_gpu_for_several_processes(monkeypatch: 
 
 
 def test_processes_that_share_a_gpu_are_told_how_many_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
+    def fail(device_ids: list[int]) -> None:
+        assert device_ids == [1]
         raise torch.distributed.DistBackendError("NCCL error in: x.cpp:1\nDuplicate GPU detected : rank 1 and rank 0")
 
     monkeypatch.setattr(distributed.dist, "barrier", fail)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match=r"(?s)NCCL: .*Duplicate GPU detected.*at most 1 here \(--nproc_per_node 1\)"):
-        distributed._require_own_gpu()
+        distributed._require_own_gpu(torch.device("cuda", 1))
+
+
+def test_a_rank_that_fails_alone_does_not_wait_for_the_others_over_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[bool] = []
+    monkeypatch.setattr(distributed, "in_group", lambda: True)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: left.append(True))
+    for backend, expected in (("nccl", []), ("gloo", [True])):
+        monkeypatch.setattr(distributed.dist, "get_backend", lambda backend=backend: backend)
+        distributed.stop_process_group(failed=True)
+        assert left == expected
 
 
 def test_peak_memory_where_the_system_does_not_state_it(monkeypatch: pytest.MonkeyPatch) -> None:

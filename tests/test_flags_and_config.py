@@ -13,11 +13,12 @@ from helpers_runs import small_config
 
 from dataloaders.base import SOURCES
 from dataloaders.transforms import AugmentOptions
-from myutils.build import DataFacts, build_augmentation, build_inference, build_network, resolve_config
+from myutils.build import DataFacts, build_augmentation, build_inference, build_network
 from myutils.config import RunConfig
 from myutils.fitting import fit_to_cases
 from myutils.flags import SuggestingParser, add_flags, check_limits, given_flags, option
 from myutils.inference_flags import InferenceFlags
+from myutils.resolving import resolve_config
 
 PROMISED = """dataset_name dataset_path exp model method max_iteration batch_size labeled_bs base_lr labelnum seed gpu
 deterministic patch_size embedding_dim consistency consistency_rampup ema_decay confidence_threshold

@@ -13,9 +13,10 @@ from torch import nn
 
 from dataloaders.base import Grid, Volume
 from dataloaders.survey import Survey, fitting_flat_levels, fitting_patch
-from myutils.build import DataFacts, build_network, resolve_config
+from myutils.build import DataFacts, build_network
 from myutils.checkpoint import load_for_inference
 from myutils.fitting import fit_to_cases
+from myutils.resolving import resolve_config
 from networks.base import NETWORKS, make_network
 
 # Sizes along Z of the kernels with two flat levels, from the finest level to the coarsest and back, without those that

@@ -11,12 +11,12 @@ from helpers_runs import random_batch, small_method
 from torch.nn import functional
 
 from dataloaders.patches import Batch
-from myutils.build import resolve_config
 from myutils.config import RunConfig
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.base import LossTerm, Method, StepOutput
 from myutils.prototype_term import IGNORE
 from myutils.pseudo_labels import PseudoLabels
+from myutils.resolving import resolve_config
 
 
 def value(method: Method, batch: Batch, name: str) -> float:

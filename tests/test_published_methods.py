@@ -13,7 +13,7 @@ from helpers_runs import random_batch, small_config, small_method
 from torch import nn
 from torch.nn import functional
 
-from myutils.build import build_augmentation, resolve_config
+from myutils.build import build_augmentation
 from myutils.config import RunConfig
 from myutils.methods.base import METHODS, Method
 from myutils.methods.bcp import largest_components
@@ -23,6 +23,7 @@ from myutils.methods.mc_net import sharpen
 from myutils.methods.ss_net import overlap_distance, unit_patches
 from myutils.methods.ua_mt import input_noise, masked_square, predictive_entropy
 from myutils.pseudo_labels import PseudoLabels, drop_channels
+from myutils.resolving import resolve_config
 from networks.base import SegmentationOutput
 
 

@@ -10,9 +10,10 @@ from listed_cases import IDS, ListedCases, write_list
 
 from dataloaders.base import SOURCES
 from dataloaders.splits import make_training_split
-from myutils.build import build_source, resolve_config
+from myutils.build import build_source
 from myutils.config import RunConfig
 from myutils.methods.base import METHODS
+from myutils.resolving import resolve_config
 
 
 def test_by_default_no_label_of_own_data_is_left_unused(tmp_path: Path) -> None:

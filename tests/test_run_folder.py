@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from myutils.run_folder import claim_folder, fcntl, hold
+from myutils.run_folder import claim_folder, fcntl, hold, refuse_used_name
 
 
 def test_of_two_runs_with_one_name_the_first_gets_the_folder(tmp_path: Path) -> None:
@@ -22,6 +22,13 @@ def test_of_two_runs_with_one_name_the_first_gets_the_folder(tmp_path: Path) -> 
 def test_an_empty_folder_of_the_users_may_be_chosen(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     assert claim_folder(tmp_path / "a", chosen=True) == tmp_path / "a"
+
+
+@pytest.mark.parametrize("left", ["baseline", "test", "metrics.jsonl", "best.pt"])
+def test_what_is_left_of_a_run_is_not_taken_for_the_new_one(tmp_path: Path, left: str) -> None:
+    (tmp_path / "a" / left).mkdir(parents=True)
+    with pytest.raises(ValueError, match=rf"--exp a: .* holds {left} of .*choose another name"):
+        refuse_used_name(tmp_path / "a")
 
 
 def test_checkpoints_that_a_killed_process_did_not_finish_go_with_the_next_training(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def test_trainer_validates_on_held_out_labelled_cases_and_keeps_the_best(tmp_pat
 def test_trainer_reads_a_validation_case_once(tmp_path: Path) -> None:
     source = BallSource()
     trainer = small_trainer(source, tmp_path, labelnum=4, val_num=1, save_every=1)
+    trainer.read_labels()
     trainer.fit()
     assert trainer.state.step == 4  # validations
     assert source.label_reads.count(trainer.state.split.val[0]) == 1

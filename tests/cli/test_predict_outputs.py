@@ -67,12 +67,29 @@ def test_kept_files_stay_where_others_of_their_scan_are_missing(
     run = trained_run(cohort, tmp_path / "run", method="supervised", labelnum=1)
     command = ["--checkpoint", str(run), "--input", str(cohort / "images"), "--output", str(out)]
     assert predict_3d.main(command) == 0
-    (out / "ball00.nii.gz").write_bytes(b"corrected by hand")
+    corrected = (cohort / "labels" / "ball00.nii.gz").read_bytes()
+    (out / "ball00.nii.gz").write_bytes(corrected)
     (out / "ball01.nii.gz").unlink()
     assert predict_3d.main([*command, "--existing", "keep", "--probabilities"]) == 0
-    assert (out / "ball00.nii.gz").read_bytes() == b"corrected by hand"
+    assert (out / "ball00.nii.gz").read_bytes() == corrected
     assert {path.name for path in out.iterdir()} == {f"ball0{n}{end}.nii.gz" for n in (0, 1) for end in ("", "_prob")}
     assert "1 files of the others stay as they are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_kept_file_that_is_cut_off_is_written_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], left: int
+) -> None:
+    cohort, out = write_cohort(tmp_path / "balls", cases=2, labeled=2), tmp_path / "out"
+    run = trained_run(cohort, tmp_path / "run", method="supervised", labelnum=1)
+    command = ["--checkpoint", str(run), "--input", str(cohort / "images"), "--output", str(out)]
+    assert predict_3d.main(command) == 0
+    whole = np.asarray(nib.load(out / "ball00.nii.gz").dataobj)
+    (out / "ball00.nii.gz").write_bytes((out / "ball00.nii.gz").read_bytes()[:left])
+    assert predict_3d.main([*command, "--existing", "keep"]) == 0
+    assert np.array_equal(np.asarray(nib.load(out / "ball00.nii.gz").dataobj), whole)
+    printed = capsys.readouterr().err
+    assert "cannot be read and is written anew" in printed and "1 of 2 scans are done already" in printed
 
 
 def test_a_label_map_tells_of_its_checkpoint_and_is_not_mixed_with_those_of_another(
@@ -139,13 +156,14 @@ def test_what_lies_in_the_folder_is_not_taken_for_another_scans(
         assert refusal.value.code == 2
         assert "ball00.nii.gz has another shape or place than" in capsys.readouterr().err
     damaged = bytearray((out / "ball00.nii.gz").read_bytes())
-    (out / "ball00.nii.gz").write_bytes(damaged[:20])  # says nothing, and stays
+    (out / "ball00.nii.gz").write_bytes(damaged[:20])  # says nothing, as the next one
     header = nib.load(out / "ball01.nii.gz").header.copy()
     header["datatype"] = 9999
     (out / "ball01.nii.gz").unlink()
     (out / "ball01.nii.gz").write_bytes(gzip.compress(header.binaryblock + bytes(4)))
     assert predict_3d.main([*command, str(cohort / "images")]) == 0
-    assert "2 of 2 scans are done already" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "cannot be read and is written anew" in printed and "2 of 2 scans segmented" in printed
     (tmp_path / "other" / "ball00.nii.gz").write_bytes(b"rubbish")  # a scan that cannot be read is named in its turn
     assert predict_3d.main([*command[:-1], "--probabilities", "--input", str(tmp_path / "other")]) == 1
     assert "ball00.nii.gz: skipped" in capsys.readouterr().err

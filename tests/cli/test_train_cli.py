@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import data_makers as make
 import nibabel as nib
 import numpy as np
 import pytest
-from train_job import different, job, nifti_job, one_thread, resume, set_label, weights, write_list  # noqa: F401
+from train_job import (  # noqa: F401
+    assert_refused,
+    different,
+    job,
+    nifti_job,
+    one_thread,
+    resume,
+    set_label,
+    weights,
+    write_list,
+)
 
 import evaluate_3d
 import train_cov_dfp_3d as train
@@ -98,8 +109,23 @@ def test_resume_may_turn_the_disk_cache_on(folder: Path) -> None:
     assert train.main(job(folder, "--no-evaluate", exp="a", max_iteration="1")) == 0
     given = {"resume": True, "exp": "a", "output_dir": folder / "runs", "cache_gb": 0.01, "cache_dir": folder / "cache"}
     trainer = train.prepare(given)
-    trainer.cache.get(trainer.state.split.labeled[0], with_label=True)
-    assert len(list((folder / "cache" / "cases").iterdir())) == 1
+    assert len(list((folder / "cache" / "cases").iterdir())) == len(trainer.state.split.labeled)
+
+
+def test_resume_names_a_label_that_became_wrong(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(job(folder, "--no-evaluate", exp="a")) == 0
+    labeled = json.loads((folder / "runs" / "a" / "split.json").read_text())["labeled"]
+    set_label(folder / "data", labeled[0], 7)
+    assert_refused(resume(folder, "a"), capsys, labeled[0], "7")
+
+
+def test_a_baseline_of_another_run_is_not_taken_for_this_ones(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(job(folder, "--baseline", "--no-evaluate", exp="a", max_iteration="1")) == 0
+    assert train.main(job(folder, "--no-evaluate", exp="b", max_iteration="1", seed="1")) == 0
+    shutil.copytree(folder / "runs" / "a" / "baseline", folder / "runs" / "b" / "baseline")
+    capsys.readouterr()
+    assert train.main(resume(folder, "b", "--baseline")) == 1
+    assert "b/baseline holds the baseline of another run" in capsys.readouterr().err
 
 
 def test_run_finds_its_files_from_another_working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

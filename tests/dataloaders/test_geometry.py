@@ -167,9 +167,13 @@ def test_a_voxel_size_of_zero_is_named(tmp_path: Path, caplog: pytest.LogCapture
 
 @pytest.mark.parametrize("shape", [(6, 5), (6, 5, 4, 2, 2)])
 def test_other_numbers_of_axes_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    path = make.write_nifti(tmp_path / "a.nii.gz", make.counting_image(shape))
-    with pytest.raises(ValueError, match="an image has 3 axes, or 4 with channels last"):
-        read_nifti(path)
+    path = tmp_path / "a.nii.gz"
+    image = nib.Nifti1Image(make.counting_image(shape), np.eye(4))
+    image.set_qform(np.eye(4), 1)  # both, which are compared at the corners
+    nib.save(image, path)
+    for read in (read_nifti, nifti_grid):
+        with pytest.raises(ValueError, match=r"a.nii.gz: shape .* an image has 3 axes, or 4 with channels last"):
+            read(path)
 
 
 @pytest.mark.parametrize("channels", ["RGB", "RGBA"])

@@ -41,6 +41,16 @@ def test_nnunet_v1_names_stand_for_their_channel_files(tmp_path: Path) -> None:
     assert source.case_ids() == ["a"] and source.in_channels == 2
 
 
+def test_nnunet_v1_channels_are_those_of_the_case_and_follow_each_other(tmp_path: Path) -> None:
+    make.write_nifti(tmp_path / "imagesTr/a[1]_0000.nii.gz", make.counting_image())
+    make.write_nifti(tmp_path / "imagesTr/a1_0000.nii.gz", make.counting_image() + 1000)
+    describe(tmp_path, training=[entry("a[1]")])
+    assert DecathlonFolder(tmp_path).load("a[1]", with_label=False).image[0, 0, 0, 0] == 0
+    make.write_nifti(tmp_path / "imagesTr/a[1]_0003.nii.gz", make.counting_image())
+    with pytest.raises(ValueError, match=r"'a\[1\]' has .*_0003.*number its channels from 0000 on"):
+        DecathlonFolder(tmp_path)
+
+
 def test_nnunet_v2_dataset_table_names_its_cases(tmp_path: Path) -> None:
     write_case(tmp_path, "file")
     item = {"images": ["imagesTr/file.nii.gz"], "label": "labelsTr/file.nii.gz"}

@@ -11,8 +11,8 @@ from listed_cases import IDS, ListedCases, write_list
 from dataloaders.case_lists import order_key
 from dataloaders.patients import PatientsByName, name_patients, nameless_cases
 from dataloaders.splits import SplitRequest, make_test_ids, make_training_split
-from myutils.build import resolve_config
 from myutils.config import RunConfig
+from myutils.resolving import resolve_config
 
 
 class PairsOfCases(ListedCases):

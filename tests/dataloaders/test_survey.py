@@ -17,9 +17,9 @@ from dataloaders.base import Grid, SourceOptions, TrainingDefaults, Volume
 from dataloaders.checked_cases import warn_of_odd_voxels
 from dataloaders.say_once import warn_once
 from dataloaders.survey import Survey, fitting_patch, structure_range, survey_grids
-from myutils.build import resolve_config
 from myutils.config import RunConfig
 from myutils.fitting import fit_to_cases, require_headers
+from myutils.resolving import resolve_config
 from networks.base import NETWORKS
 
 
