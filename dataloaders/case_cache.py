@@ -82,7 +82,8 @@ class CaseCache:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the cases: what is sent to a loader's worker would be a copy of its own, maps of files included."""
-        return {**vars(self), "_cases": OrderedDict(), "_bytes": 0, "_mapped": 0}
+        empty = {"_cases": OrderedDict(), "_bytes": 0, "_mapped": 0, "_dropped": set()}
+        return {**vars(self), **empty}
 
     def get(self, case_id: str, *, with_label: bool) -> PreparedCase:
         """The prepared case; its label file is opened only if ``with_label``."""
@@ -103,7 +104,7 @@ class CaseCache:
 
     def _warn_of_rereading(self) -> None:
         self._warned = True
-        wanted = len(self._source.case_ids()) * self._bytes / max(1, len(self._cases)) / 2**30
+        wanted = len(self._source.case_ids()) * self._bytes / len(self._cases) / 2**30
         logger.warning(
             "%d prepared cases fill the %.3g GB that a process keeps; the others are read from their files again at "
             "each use: --cache_gb %d keeps all on the disk, uncompressed",

@@ -187,10 +187,7 @@ def group_channels(folder: Path, content: dict[str, Any]) -> dict[str, tuple[Pat
             )
         return {name: (path,) for name, path in files.items()}
     for case_id, names in grouped.items():
-        if names != [f"{case_id}_{number:04d}" for number in range(len(names))]:
-            raise ValueError(
-                f"{folder}: case {case_id!r} has {some(names)}; number its channels from 0000 on, each once"
-            )
+        _require_numbered(folder, case_id, names)
     stated, first = content.get("channel_names"), next(iter(grouped.items()), None)
     if isinstance(stated, dict) and first and len(first[1]) != len(stated):
         channels = ", ".join(map(str, stated.values()))
@@ -199,6 +196,12 @@ def group_channels(folder: Path, content: dict[str, Any]) -> dict[str, tuple[Pat
             "each case a file for each"
         )
     return {case_id: tuple(files[name] for name in names) for case_id, names in grouped.items()}
+
+
+def _require_numbered(folder: Path, case_id: str, names: list[str]) -> None:
+    """Raise a ValueError where the channel files of a case do not follow each other from ``_0000`` on."""
+    if names != [f"{case_id}_{number:04d}" for number in range(len(names))]:
+        raise ValueError(f"{folder}: case {case_id!r} has {some(names)}; number its channels from 0000 on, each once")
 
 
 def _entries(content: dict[str, Any]) -> list[tuple[str | None, list[str], str | None]]:
@@ -234,11 +237,9 @@ def _image_files(root: Path, images: list[str]) -> tuple[Path, ...]:
     if len(files) == 1 and not files[0].is_file():
         stem = strip_nifti_suffix(files[0].name)
         ending = files[0].name[len(stem) :]
-        files = sorted(files[0].parent.glob(f"{escape(stem)}_[0-9][0-9][0-9][0-9]{ending}")) or files
-        numbered = [files[0].with_name(f"{stem}_{number:04d}{ending}") for number in range(len(files))]
-        if files[0].is_file() and files != numbered:
-            names = some([path.name for path in files])
-            raise ValueError(f"{files[0].parent}: {stem!r} has {names}; number its channels from 0000 on, each once")
+        if found := sorted(files[0].parent.glob(f"{escape(stem)}_[0-9][0-9][0-9][0-9]{ending}")):
+            _require_numbered(found[0].parent, stem, [strip_nifti_suffix(path.name) for path in found])
+            files = found
     missing = [path for path in files if not path.is_file()]
     if missing:
         listed = f"{missing[0]} is listed in {root / 'dataset.json'} but does not exist"

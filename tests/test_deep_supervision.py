@@ -117,5 +117,7 @@ def test_a_network_without_coarse_levels_is_refused() -> None:
 
 @pytest.mark.parametrize("name", [name for name in METHODS.names() if not METHODS.get(name).deepens])
 def test_methods_of_several_decoders_refuse(name: str) -> None:
-    with pytest.raises(ValueError, match=f"--deep_supervision: {name} has several decoders; leave it out"):
+    with pytest.raises(
+        ValueError, match=f"--deep_supervision: {name} has several decoders; leave it out, or use --method best"
+    ):
         small_config(BallSource(), method=name, deep_supervision=True)

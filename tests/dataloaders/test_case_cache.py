@@ -38,6 +38,7 @@ def test_cache_says_once_that_cases_are_read_again(caplog: pytest.LogCaptureFixt
     cache = CaseCache(source, Preprocess("mr"), limit_bytes=60_000)
     for case_id in source.case_ids()[:5]:
         cache.get(case_id, with_label=False)
+    pickle.loads(pickle.dumps(cache)).get("ball00", with_label=False)  # a loader's worker reads it for the first time
     assert caplog.messages == [], "each was read once"
     for case_id in source.case_ids()[:5]:
         cache.get(case_id, with_label=False)
