@@ -98,6 +98,7 @@ class Job:
     origin: str
     probabilities: bool
     existing: str = "refuse"
+    cut_off: frozenset[Path] = frozenset()  # files of before that cannot be read
 
     @property
     def keeps_files(self) -> bool:
@@ -177,7 +178,8 @@ def without_done(job: Job) -> Job:
     """
     outputs = {scan: job.outputs(scan) for scan in job.scans}
     there = [path for paths in outputs.values() for path in paths if path.exists()]
-    if job.keeps_files and (cut_off := [path for path in there if not is_whole(path)]):
+    cut_off = [path for path in there if job.keeps_files and not is_whole(path)]
+    if cut_off:
         logger.warning("cannot be read and is written anew: %s", some([str(path) for path in cut_off]))
         there = [path for path in there if path not in cut_off]
     if there and not job.keeps_files:
@@ -206,7 +208,7 @@ def without_done(job: Job) -> Job:
         logger.info("%d of %d scans are done already", len(job.scans) - len(left), len(job.scans))
         if some_files := sum(path in done for scan in left for path in outputs[scan]):
             logger.info("%d files of the others stay as they are; only what is missing is written", some_files)
-    return dataclasses.replace(job, scans=left)
+    return dataclasses.replace(job, scans=left, cut_off=frozenset(cut_off))
 
 
 def _header_of(scan: Scan) -> Nifti1Header | None:
@@ -264,7 +266,7 @@ def segment(scan: Scan, job: Job) -> None:
     elif not oriented:
         logger.warning("%s does not say how it lies in the body, and may be mirrored to the network", scan.path)
     for path, array in zip(job.outputs(scan), arrays, strict=True):
-        if job.keeps_files and path.exists() and is_whole(path):
+        if job.keeps_files and path.exists() and path not in job.cut_off:
             continue
         if header is None:
             save_volume(path, array, volume.affine, job.origin)
