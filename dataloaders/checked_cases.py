@@ -24,11 +24,15 @@ def require_sound(source: CaseSource) -> None:
     """Look at what a source says of itself, without opening a case.
 
     Raises:
-        ValueError: If an id comes twice, a labelled one is no case, or classes, modality or axes are not as in the
-            contract of ``CaseSource``.
+        ValueError: If an id comes twice or cannot be written into a table, a labelled one is no case, or classes,
+            modality or axes are not as in the contract of ``CaseSource``.
     """
     ids, name = source.case_ids(), type(source).__name__
     reject_duplicates(ids, f"case_ids of {name}")
+    if nameless := [case_id for case_id in ids if not _is_unicode(case_id)]:
+        raise ValueError(
+            f"case ids that are not UTF-8, as of files from another system: {some(nameless)}; rename these files"
+        )
     known = set(ids)
     if unknown := [case_id for case_id in source.labeled_ids() if case_id not in known]:
         raise ValueError(f"labeled_ids of {name} names {some(unknown)}, which case_ids does not; each is one of these")
@@ -42,6 +46,15 @@ def require_sound(source: CaseSource) -> None:
             f"{name} has modality {source.modality!r} and flip_axes {source.flip_axes}; pass one of "
             f"{', '.join(MODALITIES)}, and axes among 0, 1, 2"
         )
+
+
+def _is_unicode(case_id: str) -> bool:
+    """Whether it can be written into lists, tables and JSON: a file name may hold any bytes."""
+    try:
+        case_id.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def load_case(source: CaseSource, case_id: str, *, with_label: bool) -> Volume:

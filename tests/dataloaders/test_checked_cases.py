@@ -73,6 +73,7 @@ def test_a_label_that_was_not_asked_for_never_comes_to_a_training() -> None:
     ("name", "value", "fault"),
     [
         ("case_ids", lambda: ["a", "b", "a"], "case_ids of BallSource holds 'a' more than once"),
+        ("case_ids", lambda: ["a", "M\udcfcller"], r"not UTF-8.* 'M\\udcfcller'; rename these files"),  # Latin-1
         ("labeled_ids", lambda: ["ball00", "c"], "labeled_ids of BallSource names 'c', which case_ids does not"),
         ("class_names", ("background", "ball"), "has 2 names for num_classes 3"),
         ("modality", "mri", "modality 'mri'"),

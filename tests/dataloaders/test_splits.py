@@ -107,12 +107,6 @@ def test_test_list_is_asked_for_labels_before_the_training_where_it_is_read_then
         make_training_split(ListedCases(), SplitRequest(labelnum=2, test_list=tmp_path / "test.txt"))
 
 
-def test_name_that_is_not_utf8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ListedCases, "case_ids", lambda _: (*IDS, "M\udcfcller"))  # of a Latin-1 file name
-    with pytest.raises(ValueError, match=r"not UTF-8.*rename the file"):
-        make_training_split(ListedCases(), SplitRequest(labelnum=1))
-
-
 def test_order_of_the_seed_does_not_depend_on_the_other_cases() -> None:
     whole = make_training_split(ListedCases(test=["case00"]), SplitRequest(labelnum=2))
     fewer = make_training_split(ListedCases(test=["case00", whole.unlabeled[0]]), SplitRequest(labelnum=2))
