@@ -27,7 +27,6 @@ done, 1 failed on the way, 2 refused at the start, 130 stopped. ``--help`` lists
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -40,7 +39,7 @@ import torch
 from dataloaders.base import CaseSource
 from dataloaders.case_lists import some
 from dataloaders.checked_cases import warn_of_odd_voxels
-from dataloaders.error_text import message_of
+from dataloaders.error_text import JOB_ERRORS, message_of
 from dataloaders.orientation import warn_of_unstated
 from dataloaders.patients import nameless_cases
 from myutils.build import build_source, kept_parts
@@ -67,6 +66,7 @@ from myutils.evaluation_cases import (
     warn_of_equal_ids,
     warn_of_stored_axes,
 )
+from myutils.evaluation_folder import ABOUT, refuse_other_results
 from myutils.flags import option
 from myutils.inference import InferenceOptions
 from myutils.inference_flags import InferenceFlags, inference_options, start
@@ -76,7 +76,6 @@ from myutils.stop_signals import sigterm_as_ctrl_c
 
 logger = logging.getLogger("evaluate")
 
-ABOUT = "evaluation.json"  # whose results a folder holds, written before the first of them
 DATA = "data"
 DATA_SETTINGS = ("dataset_name", "dataset_path", "num_classes", "patient_pattern", "voxel_size", "cache_dir")
 
@@ -86,7 +85,7 @@ class EvaluateFlags(InferenceFlags):
     """All flags of this script."""
 
     output_dir: Path | None = option(
-        None, help="folder for the results; else evaluation/SPLIT beside the checkpoint", group="files"
+        None, help="folder for the results; else evaluation/SPLIT, or SPLIT_LIST, beside the checkpoint", group="files"
     )
     dataset_name: str | None = option(None, help="data format; else the checkpoint's", group=DATA)
     dataset_path: Path | None = option(None, help="folder of the data set; else the checkpoint's", group=DATA)
@@ -121,8 +120,8 @@ class Job:
 
     @property
     def checkpoints(self) -> str:
-        """Their paths, for the log and the summary."""
-        return paths_of(self.flags.checkpoint or ())
+        """Their paths in one line, wherever they are named from, for the log and the summary."""
+        return ", ".join(str(path.resolve()) for path in self.flags.checkpoint or ())
 
 
 @sigterm_as_ctrl_c()
@@ -130,16 +129,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse flags, score, write and print; see the module's docstring for the exit codes."""
     usage = "%(prog)s --checkpoint PATH [PATH ...] [flags]"
     job = start(EvaluateFlags, prepare, argv, prog="evaluate_3d.py", usage=usage, doc=__doc__)
+    failed = True
     try:
         run(job)
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        failed = False
+    except JOB_ERRORS as error:
         logger.error("error: %s", message_of(error))
         return 1
     except KeyboardInterrupt:
         logger.info("stopped; nothing but finished predictions in %s was written", job.folder / "predictions")
         return 130
     finally:
-        stop_process_group()
+        stop_process_group(failed=failed)
     return 0
 
 
@@ -177,9 +178,10 @@ def prepare(flags: EvaluateFlags) -> Job:
     if drawn and len(flags.checkpoint) == 1 and is_training_data(source, bundle):
         warn_if_moved(case_ids, flags.checkpoint[0].parent)
     folder = flags.output_dir or default_folder(flags, bundle, source)
-    refuse_other_results(folder, flags.checkpoint, data, split=flags.split, digest=bundle.split.digest)
+    job = Job(flags, bundle, config, data, source, case_ids, options, device, folder)
+    refuse_other_results(folder, about_job(job))
     make_folder(folder, "--output_dir")
-    return Job(flags, bundle, config, data, source, case_ids, options, device, folder)
+    return job
 
 
 def open_source(config: RunConfig, bundle: InferenceBundle, flags: EvaluateFlags) -> CaseSource:
@@ -195,41 +197,14 @@ def open_source(config: RunConfig, bundle: InferenceBundle, flags: EvaluateFlags
 
 
 def default_folder(flags: EvaluateFlags, bundle: InferenceBundle, source: CaseSource) -> Path:
-    """``evaluation/<split>`` beside the first checkpoint; other data, and several checkpoints, get another name."""
+    """``evaluation/<split>`` beside the first checkpoint; other data, lists and several checkpoints are in its name."""
     first, *others = flags.checkpoint or (Path(),)
     name = f"{flags.split}_mean_of_{len(others) + 1}" if others else flags.split
+    if listed := flags.test_list or flags.val_list:
+        name += f"_{listed.stem}"
     if not is_training_data(source, bundle):
         name = f"{flags.dataset_path.resolve().name if flags.dataset_path else flags.dataset_name or 'other'}_{name}"
     return first.parent / "evaluation" / name
-
-
-def refuse_other_results(folder: Path, checkpoints: Sequence[Path], data: str, *, split: str, digest: str) -> None:
-    """Raise a ValueError if the folder holds the results of other checkpoints, on other data or of another split.
-
-    Runs of one name are told apart by the ``digest`` of what they trained on.
-    """
-    path = next((path for name in (ABOUT, "summary.json") if (path := folder / name).is_file()), folder / ABOUT)
-    try:
-        about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        scored, scored_on = about.get("checkpoint", ""), about.get("dataset_path", "")
-    except (ValueError, AttributeError) as error:  # cut off by a full disk, or of another program
-        raise ValueError(f"{path} cannot be read ({error}); delete it, or pass another --output_dir") from error
-    before, now = ([Path(name).parts[-2:] for name in names.split(", ")] for names in (scored, paths_of(checkpoints)))
-    if scored and (before != now or about.get("split_digest", digest) != digest):  # run and file, for it may have moved
-        raise ValueError(f"{folder} holds the results of {scored}; pass another --output_dir, or delete it")
-    if scored and about.get("split", split) != split:
-        raise ValueError(
-            f"{folder} holds the results of --split {about['split']}; pass another --output_dir, or delete it"
-        )
-    if scored_on and data and Path(scored_on).resolve() != Path(data):
-        raise ValueError(
-            f"{folder} holds the results on {scored_on}, not on {data}; pass another --output_dir, or delete it"
-        )
-
-
-def paths_of(checkpoints: Sequence[Path]) -> str:
-    """The checkpoints in one line, wherever they are named from."""
-    return ", ".join(str(path.resolve()) for path in checkpoints)
 
 
 def run(job: Job) -> None:
@@ -279,10 +254,12 @@ def write_results(job: Job, results: Sequence[CaseResult]) -> None:
 
 def about_job(job: Job) -> dict[str, Any]:
     """What is scored, and how."""
+    listed = job.flags.test_list or job.flags.val_list
     return {
         "checkpoint": job.checkpoints,
         "step": job.bundle.step,
         "split": job.flags.split,
+        "case_list": str(listed.resolve()) if listed else None,
         "split_digest": job.bundle.split.digest,
         "dataset_name": job.flags.dataset_name or job.config.dataset_name,
         "dataset_path": job.data,

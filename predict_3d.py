@@ -34,7 +34,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataloaders.case_lists import some
-from dataloaders.error_text import reason_of
+from dataloaders.error_text import is_device_error, reason_of
 from dataloaders.geometry import READ_ERRORS, states_orientation
 from dataloaders.orientation import note_stored_axes, stated_axes
 from myutils.build import kept_parts
@@ -123,8 +123,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse flags and segment; see the module's docstring for the exit codes."""
     usage = "%(prog)s --checkpoint PATH [PATH ...] --input PATH --output DIR [flags]"
     job = start(PredictFlags, prepare, argv, prog="predict_3d.py", usage=usage, doc=__doc__)
+    alone = True  # with what goes wrong: other ranks may wait for this one
     try:
         failed = run(job)
+        alone = False
         logger.info("%d of %d scans segmented, in %s", len(job.scans) - len(failed), len(job.scans), job.folder)
         if failed and is_main_rank():
             logger.error("failed: %s", ", ".join(failed))
@@ -135,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.info("stopped; the label maps in %s are whole, %s", job.folder, job.how_to_go_on)
         return 130
     finally:
-        stop_process_group()
+        stop_process_group(failed=alone)
     return 1 if failed else 0
 
 
@@ -234,6 +236,8 @@ def run(job: Job) -> list[str]:
             except OutputFolderError:
                 raise
             except SCAN_ERRORS as error:
+                if is_device_error(error):
+                    raise
                 logger.error("%s: skipped: %s", scan.path, reason_of(error))
                 failed.append(scan.name)
     return [name for name in join_shares(failed) if name is not None]

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from dataloaders.error_text import message_of
+from dataloaders.error_text import JOB_ERRORS, message_of
 from dataloaders.orientation import warn_of_unstated
 from dataloaders.splits import make_test_ids, make_training_split
 from myutils.announce import describe, how_to_go_on, list_files
@@ -81,7 +81,7 @@ def train(parser: SuggestingParser, given: dict[str, Any]) -> int:
     """The job that the flags describe; exit codes as in ``main``."""
     try:
         trainer = prepare(given)
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except JOB_ERRORS as error:
         try:
             parser.error(message_of(error))
         finally:  # said first: the other ranks may wait elsewhere
@@ -97,7 +97,7 @@ def train(parser: SuggestingParser, given: dict[str, Any]) -> int:
     except NonFiniteLossError as error:
         logger.error("error: %s", error)
         return 1
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except JOB_ERRORS as error:
         logger.error("error: %s\n%s", message_of(error), how_to_go_on(trainer))
         return 1
     except (TrainingInterrupted, KeyboardInterrupt) as stop:

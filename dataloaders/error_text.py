@@ -6,10 +6,18 @@ import re
 import traceback
 from pathlib import Path
 
+import torch
+
+JOB_ERRORS = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)  # end a job with their message, not a traceback
 _PACKAGES = ("dataloaders", "networks", "myutils", "benchmarks")
 _SCRIPTS = ("train_cov_dfp_3d.py", "evaluate_3d.py", "predict_3d.py")
 _OWN = tuple(str(Path(__file__).resolve().parents[1] / name) for name in (*_PACKAGES, *_SCRIPTS))
 _FRAME = re.compile(r'File "(.+)", line (\d+), in .+\n\s+(.+)')  # of a traceback that a loader process passed on
+
+
+def is_device_error(error: Exception) -> bool:
+    """Whether a GPU itself failed, after which nothing runs on it in this process; not where its memory is full."""
+    return isinstance(error, RuntimeError) and str(error).startswith("CUDA error")
 
 
 def message_of(error: Exception) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dataloaders.error_text import is_device_error
 from dataloaders.preprocess import Preprocess
 from dataloaders.splits import TrainingSplit
 from myutils.build import DataFacts, build_method, build_preprocess
@@ -99,9 +100,12 @@ def write_checkpoint(path: Path, state: RunState, tensors: dict[str, Any]) -> No
         with whole_file(path) as partial, partial.open("wb") as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        if is_device_error(error):
+            raise
         kept = f"; the checkpoint of before is still at {path}" if path.exists() else ""
         reason = str(error).partition("\n")[0]
-        raise OSError(f"cannot write {path}: {reason}; free space there, or use another --output_dir{kept}") from error
+        advice = "free space there, or make it writable, or use another --output_dir"
+        raise OSError(f"cannot write {path}: {reason}; {advice}{kept}") from error
 
 
 def _listed(value: object) -> object:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dataloaders.base import CaseSource, Volume
 from dataloaders.case_lists import some
 from dataloaders.checked_cases import KeptCases
-from dataloaders.error_text import reason_of
+from dataloaders.error_text import is_device_error, reason_of
 from dataloaders.orientation import axis_directions
 from dataloaders.preprocess import Preprocess
 from dataloaders.say_once import warn_once
@@ -113,6 +113,8 @@ def evaluate_cases(
             label_map = largest_component(label_map, keep_largest)
             outcomes.append(score_case(volume, label_map, network.num_classes, cases.patient(case_id)))
         except SCAN_ERRORS as error:
+            if is_device_error(error):
+                raise
             outcomes.append(reason_of(error))
             continue
         if save_dir is not None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dataloaders.error_text import message_of
+from dataloaders.error_text import JOB_ERRORS, message_of
 from myutils.build import build_inference, kept_parts
 from myutils.checkpoint import InferenceBundle
 from myutils.config import RunConfig
@@ -104,7 +104,7 @@ def start(
     setup_logging(is_main=True)
     try:
         job = prepare(flags)
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except JOB_ERRORS as error:
         try:
             parser.error(message_of(error))
         finally:  # said first: the other ranks may wait elsewhere

@@ -91,7 +91,7 @@ def _named_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(f"cannot write the log in {folder}: {error}; free space there") from error
+        raise OSError(f"cannot write the log in {folder}: {error}; free space there, or make it writable") from error
 
 
 def step_scalars(output: StepOutput, lr: float) -> dict[str, Tensor | float]:

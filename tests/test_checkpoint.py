@@ -69,6 +69,16 @@ def test_failed_first_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_gpu_that_failed_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(content: Any, file: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(checkpoint.torch, "save", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        write_checkpoint(tmp_path / "last.pt", make_state(), {})
+    assert list(tmp_path.iterdir()) == []
+
+
 FULL_DISK = """
 import resource, sys, torch
 sys.path.insert(0, "tests")

@@ -16,7 +16,6 @@ from conftest import BallSource
 from helpers_runs import PointwiseNetwork
 from torch import Tensor
 
-import evaluate_3d
 from dataloaders.base import Volume
 from dataloaders.preprocess import Preprocess
 from myutils import evaluation
@@ -30,6 +29,7 @@ from myutils.evaluation import (
     write_cases_csv,
     write_summary_json,
 )
+from myutils.evaluation_folder import refuse_other_results
 from myutils.inference import InferenceOptions
 from myutils.metrics import CaseMetrics
 from myutils.score_table import format_table
@@ -160,6 +160,16 @@ def test_a_case_too_large_for_the_memory_is_named_and_others_are_scored(
     assert [result.case_id for result in caught.value.results] == ["ball00", "ball02"]
 
 
+def test_a_gpu_that_failed_is_no_damaged_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> np.ndarray:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(evaluation, "predict_label_map", fail)
+    source = CleanSource()
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        evaluate_cases(network_for(source), source, ["ball00"], Preprocess("mr"), OPTIONS, CPU, progress=False)
+
+
 def test_csv_has_a_row_per_case_and_class_and_keeps_inf(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "cases.csv"
     write_cases_csv(path, two_results(), NAMES)
@@ -229,7 +239,7 @@ def test_a_summary_of_before_survives_a_full_disk(tmp_path: Path, monkeypatch: p
 def test_a_summary_that_cannot_be_read_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "summary.json").write_text(content)
     with pytest.raises(ValueError, match=r"summary\.json cannot be read .*; delete it"):
-        evaluate_3d.refuse_other_results(tmp_path, [tmp_path / "run/last.pt"], "", split="test", digest="")
+        refuse_other_results(tmp_path, {"checkpoint": "run/last.pt"})
 
 
 def test_table_is_aligned_and_complete() -> None:

@@ -83,3 +83,26 @@ def test_a_train_list_that_is_gone_is_named_with_the_way_on(
     assert "train.txt does not exist" in told and "put it back, or pass --test_list" in told
     (tmp_path / "test.txt").write_text("ball05\n")
     assert evaluate_3d.main(["--checkpoint", str(run), "--test_list", str(tmp_path / "test.txt")]) == 0
+
+
+def test_lists_of_cases_have_folders_of_their_own(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.txt").write_text("ball00\nball01\nball02\nball06\n")
+    run = trained_run(cohort, tmp_path / "run", method="supervised", train_list=tmp_path / "train.txt")
+    for name in ("site_a", "site_b"):
+        (tmp_path / f"{name}.txt").write_text("ball05\n")
+    command = ["--checkpoint", str(run), "--test_list"]
+    assert evaluate_3d.main([*command, str(tmp_path / "site_a.txt")]) == 0
+    folder = run.parent / "evaluation" / "test_site_a"
+    before = (folder / "summary.json").read_bytes()
+    assert json.loads(before)["case_list"] == str(tmp_path / "site_a.txt")
+    assert evaluate_3d.main([*command, str(tmp_path / "site_b.txt")]) == 0
+    assert {path.name for path in folder.parent.iterdir()} == {"test_site_a", "test_site_b"}
+    with pytest.raises(SystemExit) as refusal:
+        evaluate_3d.main([*command, str(tmp_path / "site_b.txt"), "--output_dir", str(folder)])
+    told = capsys.readouterr().err
+    assert refusal.value.code == 2 and f"{folder} holds the results on the cases of {tmp_path / 'site_a.txt'}; " in told
+    assert (folder / "summary.json").read_bytes() == before
+    (folder / "summary.json").unlink()  # as after damaged cases, which a list may leave out
+    assert evaluate_3d.main([*command, str(tmp_path / "site_b.txt"), "--output_dir", str(folder)]) == 0

@@ -48,6 +48,22 @@ def test_a_full_disk_ends_the_run_at_the_first_scan(
     assert capsys.readouterr().err.count("skipped: ") == 8
 
 
+def test_a_gpu_that_failed_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cohort = write_cohort(tmp_path / "balls")
+    run = trained_run(cohort, tmp_path / "run", method="supervised")
+    command = ["--checkpoint", str(run), "--input", str(cohort / "images"), "--output", str(tmp_path / "out")]
+    tried = []
+
+    def fail(scan: Scan, _: Any) -> None:
+        tried.append(scan)
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(predict_3d, "segment", fail)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        predict_3d.main(command)
+    assert len(tried) == 1
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(dir: Path) -> None:  # for root may write anywhere
         raise PermissionError(errno.EACCES, "Permission denied")
