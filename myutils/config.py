@@ -203,7 +203,7 @@ class RunConfig:
     gpu: int | None = option(None, "number of the CUDA device; else the first, or the CPU if none", group=RUN)
     amp: str = option(
         "auto",
-        "autocast precision; auto: bf16 where the device is fast at it",
+        "autocast precision; auto: bf16 where the device is fast at it; no: float32, on CUDA TF32 in convolutions",
         group=RUN,
         choices=("auto", "no", "bf16", "fp16"),
     )

@@ -19,7 +19,7 @@ from dataloaders.base import Volume
 from dataloaders.geometry import READ_ERRORS, Spacing
 from dataloaders.preprocess import Preprocess
 from myutils.distributed import autocast, resolve_amp
-from myutils.inference_views import View, make_views, seen_from, seen_places
+from myutils.inference_views import View, make_views, seen_from, seen_places, slabs
 from myutils.pseudo_labels import most_probable
 from myutils.sliding_window import stitched_rows
 from networks.base import Segmenter
@@ -30,7 +30,6 @@ AMP_CHOICES = ("auto", "no", "bf16", "fp16")
 DEVICE_LIMIT_BYTES = 4 * 1024**3  # of an image and a band of scores that may lie on the network's device
 _VOXELS_AT_ONCE = 2**20
 _SMALLEST_SIGMA = 0.05  # below, weights underflow where no window is near
-_SLAB = 16  # voxels along X that are worked on at a time where a whole volume would be copied
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def _averaged_maps(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Rows of probabilities; the whole image is seen in one view after the other."""
     classes, untouched = network.num_classes, [View((), None)]
-    if (image.shape[0] + 3 * classes) * math.prod(image.shape[1:]) * 4 <= DEVICE_LIMIT_BYTES:
+    if (2 * image.shape[0] + 3 * classes) * math.prod(image.shape[1:]) * 4 <= DEVICE_LIMIT_BYTES:
         image = image.to(device)
 
     def whole_map(view: View) -> Tensor:
@@ -164,14 +163,8 @@ def _averaged_maps(
     total = whole_map(views[0])
     for number, view in enumerate(views[1:], start=1):
         total = _add_view(total, whole_map(view), view, number)
-    for rows in _slabs(image.shape[1]):
+    for rows in slabs(image.shape[1]):
         yield rows, total[0, :, rows] / len(views)
-
-
-def _slabs(length: int) -> Iterator[slice]:
-    """Parts of an axis, in order, that are worked on one after the other."""
-    for start in range(0, length, _SLAB):
-        yield slice(start, min(start + _SLAB, length))
 
 
 def _add_view(total: Tensor, probs: Tensor, view: View, before: int) -> Tensor:
@@ -179,7 +172,7 @@ def _add_view(total: Tensor, probs: Tensor, view: View, before: int) -> Tensor:
 
     A voxel that the view does not show gets the mean of the views before.
     """
-    for rows in _slabs(total.shape[2]):
+    for rows in slabs(total.shape[2]):
         found, inside = seen_places(view, probs, rows)
         part = total[:, :, rows]
         part.add_(found.where(inside, part / before))
@@ -246,7 +239,7 @@ def predict_probabilities(
 def label_map_from(probabilities: np.ndarray) -> np.ndarray:
     """The most probable class of each voxel (X, Y, Z), uint8, from probabilities (K, X, Y, Z)."""
     label_map = np.empty(probabilities.shape[1:], dtype=np.uint8)
-    for rows in _slabs(len(label_map)):
+    for rows in slabs(len(label_map)):
         label_map[rows] = most_probable(torch.from_numpy(probabilities[:, rows]), 0).numpy()
     return label_map
 
@@ -269,6 +262,6 @@ def predict_label_map(
     else:
         label_map = np.empty(volume.image.shape[1:], dtype=np.uint8)
         whole = sliding_window_probabilities(*arguments).numpy()
-        for rows in _slabs(len(label_map)):
+        for rows in slabs(len(label_map)):
             label_map[rows] = label_map_from(preprocess.restore(whole, volume, rows))
     return label_map

@@ -6,6 +6,7 @@ the image's centre. They are the same for every image of a voxel size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import combinations
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from dataloaders.transforms import AugmentOptions, random_affine
+
+_SLAB = 16  # voxels along X
 
 
 class View(NamedTuple):
@@ -44,11 +47,20 @@ def make_views(axes: tuple[int, ...], count: int, spacing: tuple[float, float, f
     return [View((), None), *turned]
 
 
+def slabs(length: int) -> Iterator[slice]:
+    """Rows of the first axis, a few at a time, that are worked on where a whole volume would be copied."""
+    for start in range(0, length, _SLAB):
+        yield slice(start, min(start + _SLAB, length))
+
+
 def seen_from(view: View, images: Tensor) -> Tensor:
     """Images (B, C, X, Y, Z) as the view shows them; places outside show the nearest border."""
-    if view.matrix is not None:
-        images, _ = _sample(images, view.matrix, slice(0, images.shape[2]))
-    return _mirror(images, view.axes)
+    if view.matrix is None:
+        return _mirror(images, view.axes)
+    turned = torch.empty_like(images)
+    for rows in slabs(images.shape[2]):
+        turned[:, :, rows], _ = _sample(images, view.matrix, rows)
+    return _mirror(turned, view.axes)
 
 
 def seen_places(view: View, seen: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
