@@ -42,9 +42,9 @@ from dataloaders.checked_cases import warn_of_odd_voxels
 from dataloaders.error_text import JOB_ERRORS, message_of
 from dataloaders.orientation import warn_of_unstated
 from dataloaders.patients import nameless_cases
-from myutils.build import build_source, kept_parts
+from myutils.build import build_source, kept_components
 from myutils.checkpoint import InferenceBundle
-from myutils.components import name_kept_parts
+from myutils.components import name_kept_components
 from myutils.config import RunConfig
 from myutils.distributed import is_main_rank, start_process_group, stop_process_group
 from myutils.ensemble import load_together
@@ -210,10 +210,10 @@ def default_folder(flags: EvaluateFlags, bundle: InferenceBundle, source: CaseSo
 def run(job: Job) -> None:
     """Score all cases, write the files, print the table and where the files are."""
     bundle, folder = job.bundle, job.folder
-    kept = kept_parts(job.config, bundle.facts)
+    kept = kept_components(job.config, bundle.facts)
     logger.info("checkpoint: %s, step %d, %s", job.checkpoints, bundle.step, bundle.config.model)
     logger.info("cases: %d (%s)", len(job.case_ids), job.flags.split)
-    name_kept_parts(kept, bundle.class_names)
+    name_kept_components(kept, bundle.class_names)
     if is_main_rank():
         warn_of_odd_voxels(job.source, job.case_ids)
         warn_of_unstated(job.source, job.case_ids, bundle.preprocess.orientation)
@@ -255,6 +255,7 @@ def write_results(job: Job, results: Sequence[CaseResult]) -> None:
 def about_job(job: Job) -> dict[str, Any]:
     """What is scored, and how."""
     listed = job.flags.test_list or job.flags.val_list
+    kept = kept_components(job.config, job.bundle.facts)
     return {
         "checkpoint": job.checkpoints,
         "step": job.bundle.step,
@@ -263,7 +264,7 @@ def about_job(job: Job) -> dict[str, Any]:
         "split_digest": job.bundle.split.digest,
         "dataset_name": job.flags.dataset_name or job.config.dataset_name,
         "dataset_path": job.data,
-        "inference": dataclasses.asdict(job.options) | {"largest_component": kept_parts(job.config, job.bundle.facts)},
+        "inference": dataclasses.asdict(job.options) | {"largest_component": kept},
     }
 
 

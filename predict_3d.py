@@ -37,9 +37,9 @@ from dataloaders.case_lists import some
 from dataloaders.error_text import is_device_error, reason_of
 from dataloaders.geometry import READ_ERRORS, states_orientation
 from dataloaders.orientation import note_stored_axes, stated_axes
-from myutils.build import kept_parts
+from myutils.build import kept_components
 from myutils.checkpoint import InferenceBundle
-from myutils.components import largest_component, name_kept_parts
+from myutils.components import largest_component, name_kept_components
 from myutils.distributed import barrier, is_main_rank, join_shares, own_share, start_process_group, stop_process_group
 from myutils.ensemble import load_together
 from myutils.flags import option
@@ -63,7 +63,7 @@ from myutils.stop_signals import sigterm_as_ctrl_c
 logger = logging.getLogger("predict")
 
 FILES, EXISTING = "files", ("refuse", "replace", "keep")
-SPECKS = 0.1  # of a class's voxels; a largest part that leaves out more is named
+SPECKS = 0.1  # of a class's voxels; a largest component that leaves out more is named
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def prepare(flags: PredictFlags) -> Job:
     config = flags.apply_to(bundle.config)
     options = inference_options(bundle, config, device)
     scans = join_channels(scans, bundle.in_channels)
-    kept = kept_parts(config, bundle.facts)
+    kept = kept_components(config, bundle.facts)
     origin = origin_of(flags.checkpoint, other_settings(bundle, options, kept))
     job = Job(bundle, options, kept, device, scans, flags.output, origin, flags.probabilities, flags.existing)
     require_free_outputs(scans, [path for scan in scans for path in job.outputs(scan)])
@@ -167,7 +167,7 @@ def prepare(flags: PredictFlags) -> Job:
     if flags.existing != "replace":
         job = without_done(job)
         barrier()  # no rank writes before all have looked
-    name_kept_parts(kept, bundle.class_names)
+    name_kept_components(kept, bundle.class_names)
     return job
 
 
@@ -262,7 +262,7 @@ def segment(scan: Scan, job: Job) -> None:
         arrays = [label_map_from(probabilities), np.moveaxis(probabilities, 0, -1)]  # (X, Y, Z) and (X, Y, Z, K)
     else:
         arrays = [predict_label_map(*arguments)]
-    arrays[0] = largest_parts(arrays[0], scan, job)
+    arrays[0] = largest_components(arrays[0], scan, job)
     header = scan.header()
     oriented = header is None or states_orientation(header)
     if job.bundle.preprocess.orientation == "stored":
@@ -282,15 +282,15 @@ def segment(scan: Scan, job: Job) -> None:
         logger.info("%s: removed, the probabilities of the prediction that this one replaces", left)
 
 
-def largest_parts(label_map: np.ndarray, scan: Scan, job: Job) -> np.ndarray:
-    """The map with the largest part alone of the job's classes, and a warning where that takes more than specks."""
+def largest_components(label_map: np.ndarray, scan: Scan, job: Job) -> np.ndarray:
+    """The map with the job's classes cut to their largest components; a warning where that takes more than specks."""
     kept = largest_component(label_map, job.keep_largest)
     for class_id in job.keep_largest:
         before, after = (int(np.count_nonzero(ids == class_id)) for ids in (label_map, kept))
         if before - after > SPECKS * before:
             logger.warning(
-                "%s: of %s, %d of %d voxels lay apart from the largest part and were removed; where there may be two "
-                "of it, pass --no-largest_component",
+                "%s: of %s, %d of %d voxels lay apart from the largest component and were removed; where there may be "
+                "two of it, pass --no-largest_component",
                 scan.path,
                 job.bundle.class_names[class_id],
                 before - after,

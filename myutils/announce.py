@@ -9,8 +9,8 @@ from pathlib import Path
 
 from dataloaders.case_lists import some
 from dataloaders.class_names import sided_names
-from myutils.build import kept_parts
-from myutils.components import name_kept_parts
+from myutils.build import kept_components
+from myutils.components import name_kept_components
 from myutils.report import result_checkpoint
 from myutils.trainer import Trainer
 
@@ -44,7 +44,7 @@ def describe(trainer: Trainer) -> None:
     logger.info("cases: %s (split %s)", cases, split.digest[:12])
     if config.ct_range is not None:
         logger.info("intensities: CT, clipped to %g..%g (--ct_range)", *config.ct_range)
-    name_kept_parts(kept_parts(config, state.facts), source.class_names)
+    name_kept_components(kept_components(config, state.facts), source.class_names)
     levels = trainer.method.student.flat_levels
     flat = f", flat levels {' '.join(map(str, levels))}" if any(levels) else ""
     logger.info("method: %s on %s%s%s", config.method, config.model, flat, prototypes)

@@ -17,7 +17,7 @@ from dataloaders.checked_cases import require_sound
 from dataloaders.patients import name_patients
 from dataloaders.preprocess import Preprocess
 from dataloaders.transforms import AugmentOptions
-from myutils.components import survey_parts
+from myutils.components import survey_components
 from myutils.config import RunConfig, required
 from myutils.inference import InferenceOptions
 from myutils.methods.base import METHODS, Method
@@ -27,6 +27,8 @@ from networks.checkpointing import checkpoint_blocks
 from networks.layers import mend_layers
 
 logger = logging.getLogger(__name__)
+
+_RENAMED = {"single_parts": "single_components"}  # facts of older checkpoints
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class DataFacts:
     class_names: tuple[str, ...]
     modality: str
     flip_axes: tuple[int, ...]
-    single_parts: tuple[int, ...] = ()  # class ids, see ``components.Parts``
+    single_components: tuple[int, ...] = ()  # class ids, see ``Components``
 
     @classmethod
     def of(cls, source: CaseSource) -> DataFacts:
@@ -56,22 +58,23 @@ class DataFacts:
 
         So is one that none shows any more where they are ``resampled`` to ``--spacing``.
         """
-        parts = survey_parts((case.label for case in cases if case.label is not None), self.num_classes)
-        missing = [self.class_names[k] for k in range(1, self.num_classes) if not parts.shown[k]]
+        found = survey_components((case.label for case in cases if case.label is not None), self.num_classes)
+        missing = [self.class_names[k] for k in range(1, self.num_classes) if not found.shown[k]]
         if missing:
             logger.warning("no labelled case shows %s: the network cannot learn it", ", ".join(missing))
         if resampled is not None:
             left = {int(k) for case in resampled for k in np.unique(np.asarray(case.label))}
-            lost = [self.class_names[k] for k in range(1, self.num_classes) if parts.shown[k] and k not in left]
+            lost = [self.class_names[k] for k in range(1, self.num_classes) if found.shown[k] and k not in left]
             if lost:
                 text = "--spacing leaves no voxel of %s in any labelled case: it cannot be learned; make it finer"
                 logger.warning(text, ", ".join(lost))
-        return dataclasses.replace(self, single_parts=parts.single)
+        return dataclasses.replace(self, single_components=found.single)
 
     @classmethod
     def from_dict(cls, stored: dict[str, object]) -> DataFacts:
         """Rebuild from ``dataclasses.asdict`` that went through a checkpoint."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})  # type: ignore[arg-type]
+        named = {_RENAMED.get(key, key): value for key, value in stored.items()}
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in named.items()})  # type: ignore[arg-type]
 
 
 def build_source(config: RunConfig) -> CaseSource:
@@ -87,10 +90,10 @@ def build_source(config: RunConfig) -> CaseSource:
     return source
 
 
-def kept_parts(config: RunConfig, facts: DataFacts) -> tuple[int, ...]:
-    """Classes of which a prediction keeps the largest component: all, none, or those in one part in the labels."""
+def kept_components(config: RunConfig, facts: DataFacts) -> tuple[int, ...]:
+    """Classes of which a prediction keeps the largest component: all, none, or those that are one in the labels."""
     if config.largest_component is None:
-        return facts.single_parts
+        return facts.single_components
     return tuple(range(1, facts.num_classes)) if config.largest_component else ()
 
 

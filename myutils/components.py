@@ -1,4 +1,4 @@
-"""Connected parts of classes: which classes are in one part in the labels, and the largest part in a prediction."""
+"""Connected components: which classes are one in the labels, and the largest component in a prediction."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from scipy import ndimage
 
 logger = logging.getLogger(__name__)
 
-_FEWEST_SHOWN = 4  # cases; that a class is in one part in fewer may be chance
-_ONE_PART = 0.99  # of the voxels; specks of an unsteady hand are no parts
+_FEWEST_SHOWN = 4  # cases; that a class is one component in fewer may be chance
+_ONE_COMPONENT = 0.99  # of the voxels; specks of an unsteady hand do not count
 
 
-class Parts(NamedTuple):
-    """What labels say about the parts of classes.
+class Components(NamedTuple):
+    """What labels say about the components of classes.
 
     Attributes:
         shown: In how many cases each class is.
-        single: Classes that are in one part in all of these, four at least, as organs are and lesions are not.
+        single: Classes that are one component in all of these, four at least, as organs are and lesions are not.
     """
 
     shown: tuple[int, ...]
     single: tuple[int, ...]
 
 
-def survey_parts(labels: Iterable[np.ndarray], num_classes: int) -> Parts:
+def survey_components(labels: Iterable[np.ndarray], num_classes: int) -> Components:
     """Look at class ids (X, Y, Z), one case after the other."""
     shown, single = [0] * num_classes, [True] * num_classes
     for label in labels:
         for class_id, box in enumerate(ndimage.find_objects(label.astype(np.int32), num_classes - 1), start=1):
             shown[class_id] += box is not None
             if box is not None and single[class_id]:
-                _, sizes = _parts(label[box] == class_id)
-                single[class_id] = bool(sizes.max() >= _ONE_PART * sizes.sum())
-    return Parts(tuple(shown), tuple(k for k in range(1, num_classes) if single[k] and shown[k] >= _FEWEST_SHOWN))
+                _, sizes = _components(label[box] == class_id)
+                single[class_id] = bool(sizes.max() >= _ONE_COMPONENT * sizes.sum())
+    return Components(tuple(shown), tuple(k for k in range(1, num_classes) if single[k] and shown[k] >= _FEWEST_SHOWN))
 
 
 def largest_component(label_map: np.ndarray, classes: Collection[int]) -> np.ndarray:
-    """Keep the largest part of some classes, voxels that touch at a corner connected; the rest of them is background.
+    """Keep the largest component of some classes, connected at corners too; the rest of them is background.
 
     Args:
         label_map: Class ids (X, Y, Z), integer.
         classes: Ids of the classes; the others stay as they are.
 
     Returns:
-        A map of the same shape and type; of parts of equal size the first in array order stays.
+        A map of the same shape and type; of components of equal size the first in array order stays.
     """
     if not classes:
         return label_map
@@ -57,19 +57,19 @@ def largest_component(label_map: np.ndarray, classes: Collection[int]) -> np.nda
         box = boxes[class_id - 1]
         if box is None:
             continue
-        parts, sizes = _parts(label_map[box] == class_id)
-        kept[box][(parts > 0) & (parts != 1 + sizes.argmax())] = 0
+        components, sizes = _components(label_map[box] == class_id)
+        kept[box][(components > 0) & (components != 1 + sizes.argmax())] = 0
     return kept
 
 
-def name_kept_parts(classes: Iterable[int], class_names: Sequence[str]) -> None:
-    """Log the classes of which predictions hold the largest part alone, where there are any."""
+def name_kept_components(classes: Iterable[int], class_names: Sequence[str]) -> None:
+    """Log the classes of which predictions hold the largest component alone, where there are any."""
     names = [class_names[class_id] for class_id in classes]
     if names:
-        logger.info("predictions: the largest part alone of %s (--no-largest_component)", ", ".join(names))
+        logger.info("predictions: the largest component alone of %s (--no-largest_component)", ", ".join(names))
 
 
-def _parts(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The number of each voxel's part, from 1, and the voxels of each part; 0 is outside."""
-    parts, _ = ndimage.label(mask, structure=ndimage.generate_binary_structure(mask.ndim, mask.ndim))
-    return parts, np.bincount(parts.ravel())[1:]
+def _components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The number of each voxel's component, from 1, and the voxels of each; 0 is outside."""
+    numbers, _ = ndimage.label(mask, structure=ndimage.generate_binary_structure(mask.ndim, mask.ndim))
+    return numbers, np.bincount(numbers.ravel())[1:]

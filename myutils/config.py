@@ -229,7 +229,7 @@ class RunConfig:
         1, "average over so many views, all but one turned, scaled and mirrored", low=1, high=64, group=EVALUATION
     )
     largest_component: bool | None = option(
-        None, "keep the largest part of every class; else of those in one part in all labels", group=EVALUATION
+        None, "keep the largest component of every class; else of those that are one in all labels", group=EVALUATION
     )
 
     def __post_init__(self) -> None:

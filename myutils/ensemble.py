@@ -17,8 +17,8 @@ from networks.ensemble import Ensemble
 def load_together(paths: Sequence[Path], device: torch.device) -> InferenceBundle:
     """As ``load_for_inference``; several checkpoints become one network, the mean of their probabilities.
 
-    The configuration is the first one's, the step the earliest, classes in one part are so for all, and every case that
-    any of them trained on is a training case.
+    The configuration is the first one's, the step the earliest, classes that are one component are so for all, and
+    every case that any of them trained on is a training case.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -38,11 +38,11 @@ def load_together(paths: Sequence[Path], device: torch.device) -> InferenceBundl
                 )
     if len(bundles) == 1:
         return first
-    single = set.intersection(*(set(bundle.facts.single_parts) for bundle in bundles))
+    single = set.intersection(*(set(bundle.facts.single_components) for bundle in bundles))
     return dataclasses.replace(
         first,
         network=Ensemble([bundle.network for bundle in bundles]),
-        facts=dataclasses.replace(first.facts, single_parts=tuple(sorted(single))),
+        facts=dataclasses.replace(first.facts, single_components=tuple(sorted(single))),
         split=joined_splits([bundle.split for bundle in bundles]),
         step=min(bundle.step for bundle in bundles),
     )

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from dataloaders.error_text import JOB_ERRORS, message_of
-from myutils.build import build_inference, kept_parts
+from myutils.build import build_inference, kept_components
 from myutils.checkpoint import InferenceBundle
 from myutils.config import RunConfig
 from myutils.distributed import is_main_rank, resolve_amp, stop_process_group
@@ -142,6 +142,6 @@ def other_settings(bundle: InferenceBundle, options: InferenceOptions, kept: Seq
             "views": str(chosen.views or "no"),
             "largest": parts.get(len(classes), "some"),
         }
-        for chosen, classes in ((options, kept), (usual, kept_parts(bundle.config, bundle.facts)))
+        for chosen, classes in ((options, kept), (usual, kept_components(bundle.config, bundle.facts)))
     )
     return ",".join(f"{name}={value}" for name, value in given.items() if value != own[name]) or "own"

@@ -15,7 +15,7 @@ from dataloaders.base import CaseSource
 from dataloaders.checked_cases import warn_of_odd_voxels
 from dataloaders.orientation import warn_of_unstated
 from dataloaders.splits import ids_digest
-from myutils.build import build_inference, kept_parts
+from myutils.build import build_inference, kept_components
 from myutils.checkpoint import load_for_inference
 from myutils.distributed import is_main_rank, resolve_amp
 from myutils.evaluation import (
@@ -66,7 +66,7 @@ def evaluate_run(
             bundle.preprocess,
             build_inference(bundle.config, resolve_amp(bundle.config.amp, device)),
             device,
-            keep_largest=kept_parts(bundle.config, bundle.facts),
+            keep_largest=kept_components(bundle.config, bundle.facts),
             save_dir=folder / "test" / "predictions",
         )
     except DamagedCasesError as error:

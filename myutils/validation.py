@@ -58,7 +58,7 @@ class Validation:
                 self._preprocess,
                 self._inference,
                 self._device,
-                keep_largest=build.kept_parts(config, self._state.facts),
+                keep_largest=build.kept_components(config, self._state.facts),
                 progress=False,
             )
         return float(summarise(results, self._state.facts.class_names)["mean"]["dice"]["mean"])

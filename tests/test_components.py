@@ -1,7 +1,8 @@
-"""Connected parts: which classes are in one part in the labels, and what is kept of a prediction."""
+"""Connected components: which classes are one in the labels, and what is kept of a prediction."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ import evaluate_3d
 import predict_3d
 from dataloaders.base import SOURCES, SourceOptions, Volume
 from myutils import evaluation
-from myutils.build import kept_parts
+from myutils.build import DataFacts, kept_components
 from myutils.checkpoint import load_for_inference
-from myutils.components import Parts, largest_component, survey_parts
+from myutils.components import Components, largest_component, survey_components
 from myutils.report import evaluate_run
 
 
@@ -29,7 +30,7 @@ def label_with(*voxels: tuple[int, int, int, int]) -> np.ndarray:
     return label
 
 
-def test_largest_component_keeps_one_part_of_each_class_that_is_named() -> None:
+def test_largest_component_keeps_one_of_each_class_that_is_named() -> None:
     label_map = np.zeros((8, 8, 8), np.uint8)
     label_map[0:3, 0:3, 0:3] = 1
     label_map[3, 3, 3] = 1  # touches at a corner: belongs to the block
@@ -46,24 +47,26 @@ def test_largest_component_keeps_one_part_of_each_class_that_is_named() -> None:
     assert not largest_component(np.zeros((3, 3, 3), np.uint8), [1]).any()
 
 
-def test_classes_are_single_if_every_case_that_shows_them_has_one_part() -> None:
+def test_classes_are_single_if_every_case_that_shows_them_has_one_component() -> None:
     both = label_with((0, 0, 0, 1), (1, 1, 1, 1), (4, 4, 4, 2))  # corners touch
-    two_parts = label_with((0, 0, 0, 1), (4, 4, 4, 2), (0, 5, 0, 2))
+    two_components = label_with((0, 0, 0, 1), (4, 4, 4, 2), (0, 5, 0, 2))
     without = label_with((3, 3, 3, 1))
-    assert survey_parts([both] * 4, 4) == Parts((0, 4, 4, 0), (1, 2))
-    assert survey_parts([both] * 9 + [two_parts], 3) == Parts((0, 10, 10), (1,))
-    assert survey_parts([both] * 3 + [without] * 9, 3) == Parts((0, 12, 3), (1,))  # three with class 2 are too few
-    assert survey_parts([both] * 4 + [without] * 9, 3).single == (1, 2)
-    assert survey_parts([], 3) == Parts((0, 0, 0), ())
+    assert survey_components([both] * 4, 4) == Components((0, 4, 4, 0), (1, 2))
+    assert survey_components([both] * 9 + [two_components], 3) == Components((0, 10, 10), (1,))
+    assert survey_components([both] * 3 + [without] * 9, 3) == Components(
+        (0, 12, 3), (1,)
+    )  # three with class 2 are too few
+    assert survey_components([both] * 4 + [without] * 9, 3).single == (1, 2)
+    assert survey_components([], 3) == Components((0, 0, 0), ())
 
 
-def test_specks_are_no_parts() -> None:
+def test_specks_are_no_components() -> None:
     label = np.zeros((10, 10, 10), np.uint8)
     label[:5, :8, :5] = 1  # 200 voxels
     label[8, 9, 9] = label[8, 9, 8] = 1
-    assert survey_parts([label] * 4, 2).single == (1,)
+    assert survey_components([label] * 4, 2).single == (1,)
     label[8, 9, 7] = 1  # three of 203 are more than a hundredth
-    assert survey_parts([label] * 4, 2).single == ()
+    assert survey_components([label] * 4, 2).single == ()
 
 
 @pytest.mark.parametrize(("labelnum", "kept"), [(4, (1, 2)), (3, ())])
@@ -72,14 +75,14 @@ def test_a_run_keeps_what_its_labels_say(tmp_path: Path, labelnum: int, kept: tu
     trainer.read_labels()
     trainer.fit()
     bundle = load_for_inference(tmp_path / "last.pt", torch.device("cpu"))
-    assert bundle.facts.single_parts == kept == kept_parts(bundle.config, bundle.facts)
+    assert bundle.facts.single_components == kept == kept_components(bundle.config, bundle.facts)
 
 
 @pytest.mark.parametrize(("asked", "kept"), [(True, (1, 2)), (False, ())])
 def test_a_flag_goes_before_the_labels(tmp_path: Path, asked: bool, kept: tuple[int, ...]) -> None:
     trainer = small_trainer(BallSource(), tmp_path, labelnum=4, largest_component=asked)
     trainer.read_labels()
-    assert kept_parts(trainer.state.config, trainer.state.facts) == kept
+    assert kept_components(trainer.state.config, trainer.state.facts) == kept
 
 
 def test_a_class_that_no_label_shows_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -91,7 +94,7 @@ def test_a_class_that_no_label_shows_is_a_warning(tmp_path: Path, caplog: pytest
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The classes of which a prediction was asked to keep the largest part, one entry per prediction."""
+    """The classes of which a prediction was asked to keep the largest component, one entry per prediction."""
     found: list[tuple[int, ...]] = []
 
     def spy(label_map: np.ndarray, classes: tuple[int, ...]) -> np.ndarray:
@@ -103,14 +106,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return found
 
 
-def test_validation_keeps_the_largest_part(tmp_path: Path, asked: list[tuple[int, ...]]) -> None:
+def test_validation_keeps_the_largest_component(tmp_path: Path, asked: list[tuple[int, ...]]) -> None:
     trainer = small_trainer(BallSource(), tmp_path, labelnum=5, val_num=1, max_iteration=1, method="supervised")
     trainer.read_labels()
     trainer.fit()
     assert asked == [(1, 2)]
 
 
-def test_evaluation_and_prediction_keep_the_largest_part(tmp_path: Path, asked: list[tuple[int, ...]]) -> None:
+def test_evaluation_and_prediction_keep_the_largest_component(tmp_path: Path, asked: list[tuple[int, ...]]) -> None:
     cohort = write_cohort(tmp_path / "balls")
     settings = {"labelnum": 4, "method": "supervised"}
     checkpoint = str(trained_run(cohort, tmp_path / "run", **settings))
@@ -133,7 +136,15 @@ def test_evaluation_and_prediction_keep_the_largest_part(tmp_path: Path, asked: 
     assert asked == [()]
 
 
-def test_parts_are_counted_on_the_labels_own_grid(tmp_path: Path) -> None:
+def test_facts_of_an_older_checkpoint_keep_their_single_classes() -> None:
+    facts = DataFacts(3, 1, ("background", "ball", "core"), "mr", (0,), (2,))
+    stored = dataclasses.asdict(facts)
+    assert DataFacts.from_dict(stored) == facts
+    stored["single_parts"] = stored.pop("single_components")
+    assert DataFacts.from_dict(stored) == facts
+
+
+def test_components_are_counted_on_the_labels_own_grid(tmp_path: Path) -> None:
     class Halves(BallSource):
         """The core in two halves, with a gap of a voxel that no voxel of 3 mm has its centre in."""
 
@@ -145,6 +156,6 @@ def test_parts_are_counted_on_the_labels_own_grid(tmp_path: Path) -> None:
 
     trainer = small_trainer(Halves(), tmp_path, labelnum=4, spacing=(3.0, 3.0, 3.0))
     trainer.read_labels()
-    assert trainer.state.facts.single_parts == (1,)
+    assert trainer.state.facts.single_components == (1,)
     resampled = (trainer.cache.get(name, with_label=True).volume.label for name in trainer.state.split.labeled)
-    assert survey_parts(resampled, 3).single == (1, 2)
+    assert survey_components(resampled, 3).single == (1, 2)

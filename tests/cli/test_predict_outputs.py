@@ -1,4 +1,4 @@
-"""predict_3d.py and its folder: one that cannot be written, files of before, parts that are left out."""
+"""predict_3d.py and its folder: one that cannot be written, files of before, components that are left out."""
 
 from __future__ import annotations
 
@@ -230,13 +230,13 @@ def test_a_stopped_prediction_ends_with_130(
     )
 
 
-def test_a_part_that_is_left_out_is_named_unless_it_is_a_speck(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_component_that_is_left_out_is_named_unless_it_is_a_speck(caplog: pytest.LogCaptureFixture) -> None:
     label_map = np.zeros((40, 4, 4), np.uint8)
     label_map[:20], label_map[22:24], label_map[30:] = 1, 1, 2
     job: Any = SimpleNamespace(keep_largest=(1,), bundle=SimpleNamespace(class_names=("background", "left", "right")))
-    kept = predict_3d.largest_parts(label_map, Scan("a", Path("a.nii.gz")), job)
+    kept = predict_3d.largest_components(label_map, Scan("a", Path("a.nii.gz")), job)
     assert (kept[:20] == 1).all() and not kept[20:30].any() and (kept[30:] == 2).all()
     assert not caplog.text  # 32 of 352 voxels
     label_map[24:26] = 1
-    predict_3d.largest_parts(label_map, Scan("a", Path("a.nii.gz")), job)
+    predict_3d.largest_components(label_map, Scan("a", Path("a.nii.gz")), job)
     assert "a.nii.gz: of left, 64 of 384 voxels lay apart" in caplog.text and "--no-largest_component" in caplog.text
