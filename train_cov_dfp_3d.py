@@ -181,7 +181,7 @@ def resume_run(config: RunConfig, given: dict[str, Any], ranks: RankInfo, device
         known = sorted(path.parent.name for path in config.output_dir.glob("*/last.pt"))
         hint = closest_hint(config.exp, known) if known else f"no run in {config.output_dir} has one"
         raise FileNotFoundError(f"--resume: {folder} holds no last.pt to go on from; {hint}")
-    state, _ = read_checkpoint(folder / "last.pt", torch.device("cpu"))
+    state, tensors = read_checkpoint(folder / "last.pt")
     asked, before = config.with_absolute_paths(), state.config.with_absolute_paths()
     changed = [name for name in given if name not in RESUME_FLAGS and getattr(asked, name) != getattr(before, name)]
     if changed:
@@ -205,7 +205,7 @@ def resume_run(config: RunConfig, given: dict[str, Any], ranks: RankInfo, device
             f"--resume: {len(gone)} training cases of {folder} are gone, the first is {gone[0]!r}; put them back, or "
             "start a new --exp without them"
         )
-    trainer = Trainer.resume(source, folder, ranks, device)
+    trainer = Trainer.resume((state, tensors), source, folder, ranks, device)
     trainer.state.config = stored
     trainer.read_labels()
     if trainer.state.facts != trained and ranks.is_main:
@@ -229,7 +229,9 @@ def baseline_trainer(trainer: Trainer) -> Trainer:
     """
     folder, config = trainer.folder / "baseline", trainer.state.config
     if (folder / "last.pt").exists():
-        baseline = Trainer.resume(trainer.source, folder, trainer.ranks, trainer.device)
+        baseline = Trainer.resume(
+            read_checkpoint(folder / "last.pt"), trainer.source, folder, trainer.ranks, trainer.device
+        )
         before = baseline.state
         if (before.split.digest, before.config.seed) != (trainer.state.split.digest, config.seed):
             raise ValueError(f"{folder} holds the baseline of another run; move it away, and --resume trains a new one")

@@ -112,8 +112,11 @@ def _listed(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def read_checkpoint(path: Path, device: torch.device) -> tuple[RunState, dict[str, Any]]:
-    """Read a checkpoint; returns its state and the tensors by name.
+Stored = tuple[RunState, dict[str, Any]]
+
+
+def read_checkpoint(path: Path) -> Stored:
+    """Read a checkpoint; returns its state and the tensors by name, on the CPU.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -126,12 +129,12 @@ def read_checkpoint(path: Path, device: torch.device) -> tuple[RunState, dict[st
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:  # torch does not look at the checksums
                 raise zipfile.BadZipFile
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise OSError(f"cannot read {path}: {error}; use another copy") from error
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise OSError(f"cannot read {path}: no memory left on {device} ({error}); free some and try again") from error
     except Exception as error:  # torch and pickle raise nearly anything, with advice to trust the file that is not ours
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+            raise OSError(f"cannot read {path}: no memory left ({error}); free some and try again") from error
         reason = type(error).__name__
         raise ValueError(f"{path} is damaged, or no checkpoint of this project ({reason}); use another copy") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -165,7 +168,7 @@ def load_weights(method: Method, tensors: dict[str, Any], path: Path) -> None:
 
 def load_for_inference(path: Path, device: torch.device) -> InferenceBundle:
     """Rebuild the network that a checkpoint's method segments with, in evaluation mode on ``device``."""
-    state, tensors = read_checkpoint(Path(path), device)
+    state, tensors = read_checkpoint(Path(path))
     method = build_method(state.config, state.facts)
     load_weights(method, tensors, Path(path))
     network = method.inference_network().to(device).eval()

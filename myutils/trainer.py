@@ -19,7 +19,7 @@ from dataloaders.case_cache import CaseCache
 from dataloaders.patches import Batch, PatchDataset, collate
 from dataloaders.samplers import StepPlan, StepSampler
 from myutils import build
-from myutils.checkpoint import RunState, load_weights, read_checkpoint, write_checkpoint
+from myutils.checkpoint import RunState, Stored, load_weights, write_checkpoint
 from myutils.config import required
 from myutils.distributed import (
     RankInfo,
@@ -83,13 +83,13 @@ class Trainer:
         self.interrupted, self._clock = False, (0.0, 0)  # the clock: time and step of the last log entry
 
     @classmethod
-    def resume(cls, source: CaseSource, folder: Path, ranks: RankInfo, device: torch.device) -> Trainer:
-        """Rebuild the run of ``folder`` from its ``last.pt``; errors as in ``read_checkpoint``."""
-        state, tensors = read_checkpoint(folder / "last.pt", device)
+    def resume(cls, stored: Stored, source: CaseSource, folder: Path, ranks: RankInfo, device: torch.device) -> Trainer:
+        """Rebuild the run of ``folder``, in whose ``last.pt`` this was ``stored``; errors as in ``load_weights``."""
+        state, tensors = stored
         trainer = cls(state, source, folder, ranks, device)
         load_weights(trainer.method, tensors, folder / "last.pt")
-        for ours, stored in zip(trainer.optimizer.param_groups, tensors["optimizer"]["param_groups"], strict=True):
-            stored["fused"] = ours["fused"]  # it decides how a gradient scaler treats the optimizer
+        for ours, before in zip(trainer.optimizer.param_groups, tensors["optimizer"]["param_groups"], strict=True):
+            before["fused"] = ours["fused"]  # it decides how a gradient scaler treats the optimizer
         trainer.optimizer.load_state_dict(tensors["optimizer"])
         trainer.scaler.load_state_dict(tensors["scaler"])
         return trainer

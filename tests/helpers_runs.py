@@ -18,7 +18,7 @@ from dataloaders.base import CaseSource
 from dataloaders.patches import Batch
 from dataloaders.splits import make_training_split
 from myutils.build import DataFacts, build_method
-from myutils.checkpoint import RunState
+from myutils.checkpoint import RunState, read_checkpoint
 from myutils.config import RunConfig
 from myutils.distributed import RankInfo
 from myutils.methods.base import Method, StepOutput
@@ -80,6 +80,12 @@ def small_trainer(source: CaseSource, folder: Path, device: torch.device | None 
     return Trainer(state, source, folder, RankInfo(), device or torch.device("cpu"))
 
 
+def resumed_run(folder: Path, device: torch.device | None = None) -> Trainer:
+    """The run of a ``small_trainer`` of ``BallSource``, from its last checkpoint."""
+    stored = read_checkpoint(folder / "last.pt")
+    return Trainer.resume(stored, BallSource(), folder, RankInfo(), device or torch.device("cpu"))
+
+
 def whole_and_resumed(folder: Path, device: torch.device | None = None, **changes: Any) -> tuple[Trainer, Trainer]:
     """The same six steps twice: in one go, and killed at step 4 and resumed from step 3."""
     changes |= {"use_contrastive_prototype": True, "max_iteration": 6, "save_every": 3}
@@ -97,7 +103,7 @@ def whole_and_resumed(folder: Path, device: torch.device | None = None, **change
     with pytest.raises(RuntimeError, match="killed"):
         broken.fit()
     torch.randn(100)  # the world's random state moves on
-    resumed = Trainer.resume(BallSource(), folder / "broken", RankInfo(), broken.device)
+    resumed = resumed_run(folder / "broken", broken.device)
     assert resumed.state.step == 3
     resumed.fit()
     return whole, resumed

@@ -32,7 +32,7 @@ def make_state(step: int = 3) -> RunState:
 def test_checkpoint_survives_the_round_trip(tmp_path: Path) -> None:
     tensors = {"method": {"weight": torch.arange(3.0)}, "optimizer": {"state": {0: {"step": torch.tensor(2.0)}}}}
     write_checkpoint(tmp_path / "last.pt", make_state(), tensors)
-    state, found = read_checkpoint(tmp_path / "last.pt", CPU)
+    state, found = read_checkpoint(tmp_path / "last.pt")
     assert state == make_state()
     assert state.config.flip_axes == (0, 2) and isinstance(state.config.output_dir, Path)
     assert torch.equal(found["method"]["weight"], torch.arange(3.0))
@@ -58,7 +58,7 @@ def test_failed_write_keeps_the_older_file(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match=r"last\.pt.*No space left.*free space.*--output_dir.*still at"):
         write_checkpoint(path, make_state(step=4), {})
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
-    assert read_checkpoint(path, CPU)[0].step == 3
+    assert read_checkpoint(path)[0].step == 3
 
 
 def test_failed_first_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,14 +104,14 @@ def test_write_that_the_system_cuts_short_keeps_the_older_file(tmp_path: Path) -
     assert f"cannot write {path}" in result.stdout and "free space" in result.stdout, result.stderr
     assert len(result.stdout.splitlines()) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
-    assert read_checkpoint(path, CPU)[0].step == 3
+    assert read_checkpoint(path)[0].step == 3
 
 
 def test_missing_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*none\.pt; pass the path of a last\.pt"):
-        read_checkpoint(tmp_path / "none.pt", CPU)
+        read_checkpoint(tmp_path / "none.pt")
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        read_checkpoint(tmp_path, CPU)  # a folder
+        read_checkpoint(tmp_path)  # a folder
 
 
 @pytest.mark.parametrize("keep", [0, 10, 3000])
@@ -120,7 +120,7 @@ def test_damaged_checkpoint_is_named(tmp_path: Path, keep: int) -> None:
     write_checkpoint(path, make_state(), {"method": torch.zeros(4000)})
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"last\.pt is damaged"):
-        read_checkpoint(path, CPU)
+        read_checkpoint(path)
 
 
 def test_two_flipped_bytes_are_found(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_two_flipped_bytes_are_found(tmp_path: Path) -> None:
     content[middle + 4000 : middle + 4002] = b"ab"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"last\.pt is damaged"):
-        read_checkpoint(path, CPU)
+        read_checkpoint(path)
 
 
 class Stranger:
@@ -141,28 +141,28 @@ class Stranger:
 def test_pickled_object_is_refused_without_advice_to_trust_it(tmp_path: Path) -> None:
     torch.save({"model": Stranger()}, tmp_path / "foreign.pt")
     with pytest.raises(ValueError, match="no checkpoint of this project") as caught:
-        read_checkpoint(tmp_path / "foreign.pt", CPU)
+        read_checkpoint(tmp_path / "foreign.pt")
     assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])
 def test_a_checkpoint_that_finds_no_memory_is_not_called_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     def load(*_: object, **__: object) -> None:
-        raise error("tried to allocate 9 GiB")
+        raise error("DefaultCPUAllocator: can't allocate memory")
 
     write_checkpoint(tmp_path / "last.pt", make_state(), {})
     monkeypatch.setattr(torch, "load", load)
-    with pytest.raises(OSError, match=r"no memory left on cpu \(tried to allocate 9 GiB\); free some"):
-        read_checkpoint(tmp_path / "last.pt", torch.device("cpu"))
+    with pytest.raises(OSError, match=r"no memory left \(DefaultCPUAllocator: .* memory\); free some"):
+        read_checkpoint(tmp_path / "last.pt")
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], {"format": 99}])
 def test_foreign_file_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "foreign.pt")
     with pytest.raises(ValueError, match="no checkpoint of this project, or of another version"):
-        read_checkpoint(tmp_path / "foreign.pt", CPU)
+        read_checkpoint(tmp_path / "foreign.pt")
 
 
 def test_incomplete_and_newer_content_is_refused(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_incomplete_and_newer_content_is_refused(tmp_path: Path) -> None:
     for word, content in changed.items():
         torch.save(content, tmp_path / "odd.pt")
         with pytest.raises(ValueError, match=rf"odd\.pt does not hold a whole run.*{word}"):
-            read_checkpoint(tmp_path / "odd.pt", CPU)
+            read_checkpoint(tmp_path / "odd.pt")
 
 
 def test_network_for_inference_is_the_teacher_in_evaluation_mode(tmp_path: Path) -> None:

@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BallSource
-from helpers_runs import small_trainer, spoil_consistency
+from helpers_runs import resumed_run, small_trainer, spoil_consistency
 
-from myutils.distributed import RankInfo
 from myutils.finite_watch import FiniteWatch, NonFiniteLossError
 from myutils.methods.step_output import StepOutput
-from myutils.trainer import Trainer
 
 NO_TERM = {"use_contrastive_prototype": False}  # on the CPU it looks at its features in every step
 
@@ -73,6 +71,6 @@ def test_trainer_with_a_deferred_look_saves_nothing_of_a_bad_step(tmp_path: Path
     spoil_consistency(trainer, step=2)
     with pytest.raises(NonFiniteLossError, match="step 2: loss term consistency"):
         trainer.fit()
-    kept = Trainer.resume(BallSource(), tmp_path, RankInfo(), torch.device("cpu"))
+    kept = resumed_run(tmp_path)
     assert kept.state.step == 2
     assert all(torch.isfinite(value).all() for value in kept.method.state_dict().values())

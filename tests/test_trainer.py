@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BallSource
-from helpers_runs import assert_same_weights, random_batch, small_trainer, spoil_consistency, whole_and_resumed
+from helpers_runs import (
+    assert_same_weights,
+    random_batch,
+    resumed_run,
+    small_trainer,
+    spoil_consistency,
+    whole_and_resumed,
+)
 
 from dataloaders.base import Volume
 from myutils.distributed import RankInfo
@@ -74,7 +81,7 @@ def test_a_run_without_the_newer_settings_can_be_resumed(tmp_path: Path) -> None
         del content["config"][name]
     content["optimizer"]["param_groups"][0]["fused"] = None
     torch.save(content, tmp_path / "last.pt")
-    resumed = Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU)
+    resumed = resumed_run(tmp_path)
     assert resumed.optimizer.param_groups[0]["fused"]
     assert resumed.fit().step == 4
 
@@ -120,7 +127,7 @@ def test_trainer_stops_at_a_non_finite_loss_and_keeps_the_checkpoint(tmp_path: P
         NonFiniteLossError, match=r"step 2: loss term consistency not finite; cases: ball\d\d, .*last\.pt"
     ):
         trainer.fit()
-    kept = Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU)
+    kept = resumed_run(tmp_path)
     assert kept.state.step == 2
     assert all(torch.isfinite(value).all() for value in kept.method.state_dict().values())
 
@@ -152,7 +159,7 @@ def test_trainer_writes_a_checkpoint_before_the_first_step(tmp_path: Path) -> No
     trainer.train_step = kill  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="killed"):
         trainer.fit()
-    resumed = Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU)
+    resumed = resumed_run(tmp_path)
     assert resumed.state.step == 0
     resumed.fit()
     whole = small_trainer(BallSource(), tmp_path / "whole")
@@ -179,7 +186,7 @@ def test_trainer_saves_on_ctrl_c(tmp_path: Path) -> None:
     trainer.train_step = press  # type: ignore[method-assign]
     with pytest.raises(TrainingInterrupted):
         trainer.fit()
-    assert Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU).state.step == 4
+    assert resumed_run(tmp_path).state.step == 4
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -219,7 +226,7 @@ def test_trainer_drops_log_entries_beyond_the_checkpoint(tmp_path: Path) -> None
     trainer.fit()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "Loss/total": 1.0}\n{"step": 10, "Lo')
-    Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU).fit()
+    resumed_run(tmp_path).fit()
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [2, 4]
 

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import BallSource
-from helpers_runs import small_trainer
+from helpers_runs import resumed_run, small_trainer
 
 from dataloaders.base import Volume
 from myutils.checkpoint import RunState
-from myutils.distributed import RankInfo
 from myutils.evaluation import DamagedCasesError
 from myutils.run_log import read_metrics
-from myutils.trainer import Trainer, TrainingInterrupted
+from myutils.trainer import TrainingInterrupted
 
 CPU = torch.device("cpu")
 
@@ -25,7 +24,7 @@ def test_trainer_validates_on_held_out_labelled_cases_and_keeps_the_best(tmp_pat
     assert len(trainer.state.split.labeled) == 3 and len(trainer.state.split.val) == 1
     trainer.fit()
     assert (tmp_path / "best.pt").exists() and 0 <= trainer.state.best_dice <= 1
-    assert Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU).state.best_dice == trainer.state.best_dice
+    assert resumed_run(tmp_path).state.best_dice == trainer.state.best_dice
 
 
 def test_trainer_reads_a_validation_case_once(tmp_path: Path) -> None:
@@ -43,7 +42,7 @@ def test_trainer_stopped_at_a_validation_step_validates_first(tmp_path: Path) ->
     with pytest.raises(TrainingInterrupted):
         trainer.fit()
     assert (trainer.state.step, trainer.state.best_dice) == (1, -1.0) and not (tmp_path / "best.pt").exists()
-    resumed = Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU)
+    resumed = resumed_run(tmp_path)
     resumed.interrupted = True
     with pytest.raises(TrainingInterrupted):
         resumed.fit()
@@ -76,7 +75,7 @@ def test_trainer_that_cannot_validate_keeps_the_steps(tmp_path: Path, monkeypatc
         with monkeypatch.context() as patched, pytest.raises(DamagedCasesError, match="ball04: MemoryError"):
             patched.setattr("myutils.evaluation.predict_label_map", full)
             trainer.fit()
-        trainer = Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU)
+        trainer = resumed_run(tmp_path)
         assert trainer.state.step == 2 and trainer.state.validates  # made up for before the next step
     trainer.fit()
     assert read_metrics(tmp_path, "Validation/dice")[0] == [2, 4] and not trainer.state.validates
@@ -90,7 +89,7 @@ def test_trainer_makes_up_for_the_validation_of_the_last_step(tmp_path: Path, mo
     with monkeypatch.context() as patched, pytest.raises(DamagedCasesError):
         patched.setattr("myutils.evaluation.predict_label_map", full)
         small_trainer(BallSource(), tmp_path, labelnum=4, val_num=1, max_iteration=1).fit()
-    trainer = Trainer.resume(BallSource(), tmp_path, RankInfo(), CPU)
+    trainer = resumed_run(tmp_path)
     trainer.fit()
     assert trainer.state.step == 1 and trainer.state.best_dice >= 0 and (tmp_path / "best.pt").exists()
 

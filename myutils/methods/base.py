@@ -106,9 +106,9 @@ class Method(nn.Module, ABC):
         terms |= self.prototype_terms(output, batch.label_l, step)
         return StepOutput(terms, logits_l=output.logits.detach())
 
-    @abstractmethod
     def inference_network(self) -> SegmentationNetwork:
-        """The network that segments after training."""
+        """The network that segments after training: the student, where a method knows none better."""
+        return self.student
 
     def before_update(self, step: int) -> None:
         """Called with the gradients of a step, before the optimizer takes them."""

@@ -59,7 +59,3 @@ class CrossPseudoSupervision(Method):
         supervised = output.terms["supervised"]
         supervised.value = supervised.value + dice_ce_loss(self.second(batch.image_l).logits, batch.label_l)
         return output
-
-    def inference_network(self) -> SegmentationNetwork:
-        """The first network."""
-        return self.student

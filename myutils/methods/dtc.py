@@ -100,7 +100,3 @@ class DualTaskConsistency(Method):
         """Squared error of the labelled patches' distances (Bl, K - 1, X, Y, Z)."""
         truth = signed_distances(batch.label_l, self.student.num_classes)
         return LossTerm((distances - truth).square().mean(), _DISTANCE_WEIGHT)
-
-    def inference_network(self) -> SegmentationNetwork:
-        """The student."""
-        return self.student

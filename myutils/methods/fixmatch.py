@@ -20,7 +20,6 @@ from dataloaders.patches import Batch
 from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
 from myutils.pseudo_labels import PseudoLabels, drop_channels, pseudo_labels
-from networks.base import SegmentationNetwork
 
 
 @METHODS.register("fixmatch")
@@ -54,10 +53,6 @@ class FixMatch(Method):
         terms |= self.prototype_terms(student, batch.label_l, step, teacher_u=weak, believed=target)
         scalars = {"confidence": target.confidence.mean(), "gate_share": gate.mean()}
         return StepOutput(terms, scalars, target.labels, logits_l.detach())
-
-    def inference_network(self) -> SegmentationNetwork:
-        """The student."""
-        return self.student
 
 
 def gated_cross_entropy(logits: Tensor, target: PseudoLabels, gate: Tensor) -> Tensor:

@@ -79,7 +79,3 @@ class MutualConsistency(Method):
 
     def _branches(self) -> list[Branch]:
         return [self.student.branch, *(branch for branch in self.others if isinstance(branch, Branch))]
-
-    def inference_network(self) -> SegmentationNetwork:
-        """The student with its own branch."""
-        return self.student

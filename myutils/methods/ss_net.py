@@ -24,7 +24,6 @@ from myutils.losses.segmentation import dice_ce_loss
 from myutils.methods.base import METHODS, LossTerm, Method, StepOutput
 from myutils.pseudo_labels import most_probable
 from myutils.rank_batch import draw_rows
-from networks.base import SegmentationNetwork
 
 _PROBE, _RADIUS = 10.0, 10.0  # lengths (L2, per patch) of the probing and of the final perturbation
 
@@ -72,7 +71,3 @@ class SSNet(Method):
             (slope,) = torch.autograd.grad(scaled, direction)
         moved = self.student(images + _RADIUS * unit_patches(slope)).logits.float().softmax(1)
         return overlap_distance(moved, target)
-
-    def inference_network(self) -> SegmentationNetwork:
-        """The student."""
-        return self.student

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataloaders.patches import Batch
 from myutils.methods.base import METHODS, Method, StepOutput
-from networks.base import SegmentationNetwork
 
 
 @METHODS.register("supervised")
@@ -16,7 +15,3 @@ class Supervised(Method):
     def losses(self, batch: Batch, step: int) -> StepOutput:
         """See the base class; unlabelled patches, if there are any, are left out."""
         return self.supervised_losses(batch, step)
-
-    def inference_network(self) -> SegmentationNetwork:
-        """The student."""
-        return self.student

@@ -105,7 +105,7 @@ def assert_refused(argv: list[str], capsys: pytest.CaptureFixture[str], *parts: 
 
 def weights(folder: Path, exp: str) -> dict[str, torch.Tensor]:
     """The method's state in the last checkpoint of a run."""
-    tensors: dict[str, torch.Tensor] = read_checkpoint(folder / "runs" / exp / "last.pt", CPU)[1]["method"]
+    tensors: dict[str, torch.Tensor] = read_checkpoint(folder / "runs" / exp / "last.pt")[1]["method"]
     return tensors
 
 
