@@ -45,6 +45,7 @@ from myutils.finite_watch import NonFiniteLossError
 from myutils.fitting import fit_to_cases, require_headers, require_sizes
 from myutils.flags import SuggestingParser, add_flags, given_flags
 from myutils.methods.base import METHODS
+from myutils.rank_checks import require_equal_ranks
 from myutils.registry import closest_hint
 from myutils.report import draw_run, evaluate_run
 from myutils.resolving import resolve_config
@@ -161,6 +162,7 @@ def start_run(config: RunConfig, ranks: RankInfo, device: torch.device) -> Train
     state = RunState(resolved, DataFacts.of(source), split)
     trainer = Trainer(state, source, resolved.output_dir / str(resolved.exp), ranks, device)
     trainer.read_labels()
+    require_equal_ranks(state)
     if ranks.is_main:
         trainer.folder = claim_folder(trainer.folder, chosen=config.exp is not None)
     trainer.folder = broadcast_object(trainer.folder)
@@ -208,6 +210,7 @@ def resume_run(config: RunConfig, given: dict[str, Any], ranks: RankInfo, device
     trainer = Trainer.resume((state, tensors), source, folder, ranks, device)
     trainer.state.config = stored
     trainer.read_labels()
+    require_equal_ranks(trainer.state)
     if trainer.state.facts != trained and ranks.is_main:
         logger.warning(
             "the labels have changed since this run began: what they say now counts for the largest components, and "
