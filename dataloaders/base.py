@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +56,15 @@ class Grid(NamedTuple):
     oriented: bool = True
 
 
+def default_cache_dir() -> Path:
+    """The user's folder for what is made once; a temporary one where the user has no home, as in some containers."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = Path(tempfile.gettempdir())
+    return home / ".cache" / "cov_dfp_3d"
+
+
 @dataclass(frozen=True)
 class SourceOptions:
     """What a source may be told by flags; a source ignores what does not concern it.
@@ -71,7 +81,7 @@ class SourceOptions:
     num_classes: int | None = None
     voxel_size: tuple[float, float, float] | None = None
     modality: str | None = None
-    cache_dir: Path = field(default_factory=lambda: Path.home() / ".cache" / "cov_dfp_3d")
+    cache_dir: Path = field(default_factory=default_cache_dir)
 
 
 @dataclass(frozen=True)

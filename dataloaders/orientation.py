@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import TypeVar
 
 import numpy as np
@@ -150,10 +149,10 @@ def warn_of_unstated(source: CaseSource, case_ids: Sequence[str], orientation: s
         )
 
 
-@cache
 def note_stored_axes(names: str) -> None:
     """Say once per orientation of scans to predict that their axes are not looked at."""
-    logger.warning(
-        "the network takes axes as stored, here %s: in each scan they must mean what they did in the training scans",
-        names,
+    warn_once(
+        logger,
+        f"the network takes axes as stored, here {names}: in each scan they must mean what they did in the training "
+        "scans",
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataloaders.base import SourceOptions, Triple
+from dataloaders.base import SourceOptions, Triple, default_cache_dir
 from dataloaders.geometry import Spacing
 from dataloaders.orientation import ORIENTATIONS
 from dataloaders.splits import SplitRequest
@@ -25,7 +25,7 @@ class RunConfig:
 
     dataset_name: str = option("demo", "data format: demo, LA, ACDC, decathlon, nifti, dicom", group=DATA)
     dataset_path: Path | None = option(None, "folder of the data set; else none, for demo", group=DATA)
-    cache_dir: Path = option(Path.home() / ".cache" / "cov_dfp_3d", "folder for data made once", group=DATA)
+    cache_dir: Path = option(default_cache_dir(), "folder for data made once", group=DATA)
     cache_gb: float = option(
         0.0, "GB in cache_dir for prepared images, shared by processes and runs; 0: memory only", low=0, group=DATA
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import importlib
 import inspect
@@ -21,6 +20,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dataloaders.say_once import warn_once
 from myutils.host_memory import keep_freed_blocks
 
 logger = logging.getLogger(__name__)
@@ -272,7 +272,11 @@ def resolve_amp(amp: str, device: torch.device) -> str:
     if amp == "fp16" and not on_cuda:
         raise ValueError("--amp fp16: needs a CUDA device; on the CPU use --amp bf16 or --amp no")
     if amp == "bf16" and not on_cuda and not _cpu_has_bf16():
-        _warn_of_emulation()
+        warn_once(
+            logger,
+            "--amp bf16: this CPU has no bf16 instructions and may take 70 times as long as in float32; pass --amp "
+            "auto, which takes float32 here",
+        )
     if amp != "auto":
         return amp
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else _cpu_has_bf16()
@@ -283,14 +287,6 @@ def _cpu_has_bf16() -> bool:
     # Private names in torch 2.x; absent ones mean "unknown", for which float32 is the safe answer.
     checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
     return any(check() for check in checks if check is not None)
-
-
-@functools.cache
-def _warn_of_emulation() -> None:
-    logger.warning(
-        "--amp bf16: this CPU has no bf16 instructions and may take 70 times as long as in float32; "
-        "pass --amp auto, which takes float32 here"
-    )
 
 
 def autocast(amp: str, device: torch.device) -> AbstractContextManager[Any]:

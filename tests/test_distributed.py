@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dataloaders.say_once import warn_once
 from myutils import distributed
 from myutils.distributed import (
     RankInfo,
@@ -101,7 +102,7 @@ def test_emulated_bf16_is_named_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fast: bool
 ) -> None:
     monkeypatch.setattr(distributed, "_cpu_has_bf16", lambda: fast)
-    distributed._warn_of_emulation.cache_clear()
+    warn_once.cache_clear()
     for amp, device in (("no", CPU), ("auto", CPU), ("bf16", CUDA), ("bf16", CPU), ("bf16", CPU)):
         resolve_amp(amp, device)
     assert ["no bf16 instructions" in record.message for record in caplog.records] == [True] * (not fast)

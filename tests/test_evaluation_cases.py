@@ -16,7 +16,7 @@ from listed_cases import write_list
 
 import evaluate_3d
 from dataloaders.base import Grid
-from dataloaders.orientation import note_stored_axes
+from dataloaders.say_once import warn_once
 from dataloaders.splits import SplitRequest, TrainingSplit
 from myutils.evaluation_cases import (
     choose_cases,
@@ -126,7 +126,7 @@ class Scattered(BallSource):
 def test_axes_of_other_data_are_named_to_a_network_that_takes_them_as_stored(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    note_stored_axes.cache_clear()
+    warn_once.cache_clear()
     stored, turned = (SimpleNamespace(orientation=orientation) for orientation in ("stored", "ras"))
     elsewhere, here = TrainingSplit(("gone",), (), ()), TrainingSplit(("ball03",), (), ())
     nowhere = SimpleNamespace(dataset_path=None)
@@ -141,7 +141,7 @@ def test_axes_of_other_data_are_named_to_a_network_that_takes_them_as_stored(
 
 
 def test_an_evaluation_names_the_axes_of_other_data_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    note_stored_axes.cache_clear()
+    warn_once.cache_clear()
     cohort, other = write_cohort(tmp_path / "balls"), write_cohort(tmp_path / "b", cases=1, labeled=1, prefix="other")
     run = ["--checkpoint", str(trained_run(cohort, tmp_path / "run", method="supervised", orientation="stored"))]
     assert evaluate_3d.main(run) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from conftest import BallSource
 from helpers_runs import small_config
 
-from dataloaders.base import SOURCES
+from dataloaders.base import SOURCES, default_cache_dir
 from dataloaders.transforms import AugmentOptions
 from myutils.build import DataFacts, build_augmentation, build_inference, build_network
 from myutils.config import RunConfig
@@ -275,3 +276,12 @@ def test_views_without_flips_are_not_mirrored(method: str) -> None:
         assert (options.views, options.flips) == (3, axes)
     with pytest.raises(ValueError, match="mirrored already; choose one"):
         InferenceFlags(views=3, flips=True).apply_to(trained)
+
+
+def test_a_user_without_a_home_gets_a_cache_among_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    assert default_cache_dir() == Path.home() / ".cache" / "cov_dfp_3d"
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert default_cache_dir() == Path(tempfile.gettempdir()) / ".cache" / "cov_dfp_3d"

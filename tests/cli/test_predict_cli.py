@@ -12,7 +12,7 @@ import SimpleITK as sitk  # noqa: N813 - its usual name
 from helpers_scans import oblique_affine, trained_run, write_cohort, write_dicom
 
 import predict_3d
-from dataloaders.orientation import note_stored_axes
+from dataloaders.say_once import warn_once
 
 HEADER_FIELDS = (
     "qform_code",
@@ -217,7 +217,7 @@ def test_a_scan_is_segmented_alike_as_nifti_and_as_dicom(tmp_path: Path) -> None
 def test_axes_that_are_taken_as_stored_are_named_once(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    note_stored_axes.cache_clear()
+    warn_once.cache_clear()
     run = trained_run(write_cohort(tmp_path / "balls"), tmp_path / "run", method="supervised", orientation="stored")
     for name in ("a", "b"):
         scan(tmp_path / f"in/{name}.nii.gz")

@@ -220,6 +220,7 @@ def test_a_case_that_does_not_say_how_it_lies_is_named(caplog: pytest.LogCapture
 def test_cases_of_a_format_without_orientation_are_named_where_they_are_turned(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING)  # what runs before may leave a lower one
     names = ["unstated1", "unstated2"]  # no other test's: a warning is said once in a process
     for name in names:
         make.write_la_case(tmp_path, name, make.counting_image((20, 20, 20)))
