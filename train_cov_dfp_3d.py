@@ -52,6 +52,7 @@ from myutils.resolving import resolve_config
 from myutils.run_folder import claim_folder, refuse_used_name, write_json
 from myutils.run_log import setup_logging
 from myutils.score_table import format_table
+from myutils.script_start import refusals
 from myutils.step_profile import check_length, format_profile, profile_training
 from myutils.stop_signals import sigterm_as_ctrl_c
 from myutils.trainer import Trainer, TrainingInterrupted
@@ -81,14 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(parser: SuggestingParser, given: dict[str, Any]) -> int:
     """The job that the flags describe; exit codes as in ``main``."""
     try:
-        trainer = prepare(given)
-    except JOB_ERRORS as error:
-        try:
-            parser.error(message_of(error))
-        finally:  # said first: the other ranks may wait elsewhere
-            stop_process_group(failed=True)
+        with refusals(parser):
+            trainer = prepare(given)
     except KeyboardInterrupt:
-        stop_process_group()
         logger.info("stopped before the first step")
         return 130
     failed = True

@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from dataloaders.error_text import JOB_ERRORS, message_of
 from myutils.build import build_inference, kept_components
 from myutils.checkpoint import InferenceBundle
 from myutils.config import RunConfig
-from myutils.distributed import is_main_rank, resolve_amp, stop_process_group
+from myutils.distributed import is_main_rank, resolve_amp
 from myutils.flags import SuggestingParser, add_flags, check_limits, given_flags, option
 from myutils.inference import InferenceOptions
 from myutils.run_log import setup_logging
+from myutils.script_start import refusals
 
 INFERENCE = "inference"
 
@@ -103,14 +103,9 @@ def start(
     flags = flags_class(**given_flags(parser, argv))
     setup_logging(is_main=True)
     try:
-        job = prepare(flags)
-    except JOB_ERRORS as error:
-        try:
-            parser.error(message_of(error))
-        finally:  # said first: the other ranks may wait elsewhere
-            stop_process_group(failed=True)
+        with refusals(parser):
+            job = prepare(flags)
     except KeyboardInterrupt:
-        stop_process_group()
         logger.info("stopped before the first case; nothing was written")
         raise SystemExit(130) from None
     setup_logging(is_main=is_main_rank())
