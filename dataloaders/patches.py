@@ -16,7 +16,7 @@ from dataloaders.transforms import (
     AugmentOptions,
     affine_crop,
     change_intensity,
-    choose_center,
+    choose_corner,
     crop,
     mirror_and_turn,
     random_affine,
@@ -75,7 +75,7 @@ class PatchDataset(Dataset[dict[str, object]]):
         rng = np.random.default_rng(key.seed)
         case = self._cache.get(key.case_id, with_label=key.labeled)
         image, label = self._cut(case, rng)
-        if key.labeled:
+        if label is not None:
             if self._options.intensity:
                 image = change_intensity(image, rng, chance=0.2, size=0.5, spacing=case.volume.spacing)
             return {"case": key.case_id, "image": torch.from_numpy(image), "label": torch.from_numpy(label).long()}
@@ -87,10 +87,11 @@ class PatchDataset(Dataset[dict[str, object]]):
         size = self._options.strong_intensity if self._options.intensity else 0.0
         return change_intensity(image, rng, chance=0.8, size=size, spacing=spacing) if size else image
 
-    def _cut(self, case: PreparedCase, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def _cut(self, case: PreparedCase, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
+        """An image patch (C, X, Y, Z), and its label (X, Y, Z) where the case has one."""
         options, volume = self._options, case.volume
         target = self._target(case, rng) if rng.random() < options.foreground_share else None
-        corner = choose_center(volume.image.shape[1:], options.patch_size, rng, target)
+        corner = choose_corner(volume.image.shape[1:], options.patch_size, rng, target)
         fill = case.outside[:, None, None, None]
         if rng.random() < options.affine_share:
             matrix = random_affine(rng, options, volume.spacing, volume.image.shape[1:])
@@ -103,7 +104,7 @@ class PatchDataset(Dataset[dict[str, object]]):
             label = None if volume.label is None else crop(volume.label, corner, options.patch_size, 0)
         arrays = [image] if label is None else [image, label]
         arrays = mirror_and_turn(arrays, rng, options, volume.spacing)
-        return arrays[0], arrays[-1]
+        return arrays[0], arrays[1] if len(arrays) > 1 else None
 
     def _target(self, case: PreparedCase, rng: np.random.Generator) -> np.ndarray | None:
         """A voxel (3,) of a random class of the case, or of a guide at the same relative place; None without any."""

@@ -48,7 +48,7 @@ class AugmentOptions:
     strong_intensity: float = 1.0
 
 
-def choose_center(
+def choose_corner(
     shape: tuple[int, ...], patch_size: tuple[int, ...], rng: np.random.Generator, target: np.ndarray | None = None
 ) -> np.ndarray:
     """First corner of a patch (3,), every valid offset equally likely; with ``target`` a patch that holds it.

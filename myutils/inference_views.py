@@ -18,6 +18,7 @@ from torch.nn import functional
 from dataloaders.transforms import AugmentOptions, random_affine
 
 _SLAB = 16  # voxels along X
+_ANGLE, _SCALE = 12.0, 0.12  # degrees about each axis, logarithm; those of training patches by default
 
 
 class View(NamedTuple):
@@ -42,7 +43,7 @@ def make_views(axes: tuple[int, ...], count: int, spacing: tuple[float, float, f
     mirrored = [subset for size in range(len(axes) + 1) for subset in combinations(axes, size)]
     if count == 0:
         return [View(subset, None) for subset in mirrored]
-    rng, options = np.random.default_rng(0), AugmentOptions((1, 1, 1))
+    rng, options = np.random.default_rng(0), AugmentOptions((1, 1, 1), max_angle=_ANGLE, max_scale=_SCALE)
     turned = [View(mirrored[i % len(mirrored)], random_affine(rng, options, spacing)) for i in range(1, count)]
     return [View((), None), *turned]
 

@@ -21,7 +21,7 @@ from dataloaders.transforms import (
     affine_crop,
     apply_gamma,
     change_intensity,
-    choose_center,
+    choose_corner,
     crop,
     mirror_and_turn,
     random_affine,
@@ -31,21 +31,21 @@ from dataloaders.transforms import (
 PATCH = (8, 8, 8)
 
 
-def test_choose_center_reaches_every_offset_and_no_other() -> None:
+def test_choose_corner_reaches_every_offset_and_no_other() -> None:
     rng = np.random.default_rng(0)
-    corners = np.stack([choose_center((10, 8, 6), PATCH, rng) for _ in range(300)])
+    corners = np.stack([choose_corner((10, 8, 6), PATCH, rng) for _ in range(300)])
     assert set(corners[:, 0]) == {0, 1, 2}  # the last offset included
     assert set(corners[:, 1]) == {0}
     assert set(corners[:, 2]) == {-2, -1, 0}  # a small volume lies anywhere in the patch
 
 
-def test_choose_center_holds_the_target() -> None:
+def test_choose_corner_holds_the_target() -> None:
     rng = np.random.default_rng(0)
     target = np.array([19, 0, 10])
     for _ in range(50):
-        corner = choose_center((20, 20, 20), PATCH, rng, target)
+        corner = choose_corner((20, 20, 20), PATCH, rng, target)
         assert (corner <= target).all() and (target < corner + 8).all() and (corner >= 0).all()
-    inner = np.stack([choose_center((20, 20, 20), PATCH, rng, np.array([10, 9, 11])) for _ in range(200)])
+    inner = np.stack([choose_corner((20, 20, 20), PATCH, rng, np.array([10, 9, 11])) for _ in range(200)])
     for axis, target_voxel in enumerate((10, 9, 11)):  # up to a quarter of the patch to either side of its middle
         assert set(target_voxel - inner[:, axis]) == {2, 3, 4, 5, 6}
 
