@@ -42,6 +42,7 @@ from dataloaders.checked_cases import warn_of_odd_voxels
 from dataloaders.error_text import JOB_ERRORS, message_of
 from dataloaders.orientation import warn_of_unstated
 from dataloaders.patients import nameless_cases
+from dataloaders.splits import ids_digest
 from myutils.build import build_source, kept_components
 from myutils.checkpoint import InferenceBundle
 from myutils.components import name_kept_components
@@ -261,6 +262,7 @@ def about_job(job: Job) -> dict[str, Any]:
         "step": job.bundle.step,
         "split": job.flags.split,
         "case_list": str(listed.resolve()) if listed else None,
+        "cases_digest": ids_digest(job.case_ids),
         "split_digest": job.bundle.split.digest,
         "dataset_name": job.flags.dataset_name or job.config.dataset_name,
         "dataset_path": job.data,

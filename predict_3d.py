@@ -14,8 +14,8 @@ Several processes share the scans out: ``torchrun --nproc_per_node=2 predict_3d.
 It writes ``<name>.nii.gz`` (class ids, uint8) and with ``--probabilities`` ``<name>_prob.nii.gz`` (float32, one volume
 per class along the fourth axis), over files of before with ``--existing replace`` alone; ``--existing keep`` goes on
 after an interruption. The field ``descrip`` of their headers tells of checkpoint and flags. A bad scan is reported and
-skipped; a full disk ends the run. Exit code 0 all done, 1 some failed, 2 refused at the start, 130 stopped. ``--help``
-lists all flags.
+skipped; a full disk and a GPU that fails end the run. Exit code 0 all done, 1 some failed, 2 refused at the start, 130
+stopped. ``--help`` lists all flags.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataloaders.case_lists import some
-from dataloaders.error_text import is_device_error, reason_of
+from dataloaders.error_text import DeviceError, pass_on_device_error, reason_of
 from dataloaders.geometry import READ_ERRORS, states_orientation
 from dataloaders.orientation import note_stored_axes, stated_axes
 from myutils.build import kept_components
 from myutils.checkpoint import InferenceBundle
-from myutils.components import largest_component, name_kept_components
+from myutils.components import cut_to_largest, name_kept_components
 from myutils.distributed import barrier, is_main_rank, join_shares, own_share, start_process_group, stop_process_group
 from myutils.ensemble import load_together
 from myutils.flags import option
@@ -63,7 +63,6 @@ from myutils.stop_signals import sigterm_as_ctrl_c
 logger = logging.getLogger("predict")
 
 FILES, EXISTING = "files", ("refuse", "replace", "keep")
-SPECKS = 0.1  # of a class's voxels; a largest component that leaves out more is named
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.info("%d of %d scans segmented, in %s", len(job.scans) - len(failed), len(job.scans), job.folder)
         if failed and is_main_rank():
             logger.error("failed: %s", ", ".join(failed))
-    except OutputFolderError as error:
+    except (OutputFolderError, DeviceError) as error:
         logger.error("error: %s; %s", error, job.how_to_go_on)
         return 1
     except KeyboardInterrupt:
@@ -226,6 +225,7 @@ def run(job: Job) -> list[str]:
 
     Raises:
         OutputFolderError: If no output can be written, be it this scan's or another's.
+        DeviceError: If the GPU failed.
     """
     failed: list[str | None] = []  # None for a scan that did not fail
     with logging_redirect_tqdm():
@@ -236,8 +236,7 @@ def run(job: Job) -> list[str]:
             except OutputFolderError:
                 raise
             except SCAN_ERRORS as error:
-                if is_device_error(error):
-                    raise
+                pass_on_device_error(error)
                 logger.error("%s: skipped: %s", scan.path, reason_of(error))
                 failed.append(scan.name)
     return [name for name in join_shares(failed) if name is not None]
@@ -262,7 +261,7 @@ def segment(scan: Scan, job: Job) -> None:
         arrays = [label_map_from(probabilities), np.moveaxis(probabilities, 0, -1)]  # (X, Y, Z) and (X, Y, Z, K)
     else:
         arrays = [predict_label_map(*arguments)]
-    arrays[0] = largest_components(arrays[0], scan, job)
+    arrays[0] = cut_to_largest(arrays[0], job.keep_largest, job.bundle.class_names, scan.path)
     header = scan.header()
     oriented = header is None or states_orientation(header)
     if job.bundle.preprocess.orientation == "stored":
@@ -280,23 +279,6 @@ def segment(scan: Scan, job: Job) -> None:
     if job.existing == "replace" and not job.probabilities and are_probabilities(left):
         left.unlink()
         logger.info("%s: removed, the probabilities of the prediction that this one replaces", left)
-
-
-def largest_components(label_map: np.ndarray, scan: Scan, job: Job) -> np.ndarray:
-    """The map with the job's classes cut to their largest components; a warning where that takes more than specks."""
-    kept = largest_component(label_map, job.keep_largest)
-    for class_id in job.keep_largest:
-        before, after = (int(np.count_nonzero(ids == class_id)) for ids in (label_map, kept))
-        if before - after > SPECKS * before:
-            logger.warning(
-                "%s: of %s, %d of %d voxels lay apart from the largest component and were removed; where there may be "
-                "two of it, pass --no-largest_component",
-                scan.path,
-                job.bundle.class_names[class_id],
-                before - after,
-                before,
-            )
-    return kept
 
 
 if __name__ == "__main__":

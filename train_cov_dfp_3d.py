@@ -45,7 +45,7 @@ from myutils.finite_watch import NonFiniteLossError
 from myutils.fitting import fit_to_cases, require_headers, require_sizes
 from myutils.flags import SuggestingParser, add_flags, given_flags
 from myutils.methods.base import METHODS
-from myutils.rank_checks import require_equal_ranks
+from myutils.rank_checks import require_equal, require_equal_states
 from myutils.registry import closest_hint
 from myutils.report import draw_run, evaluate_run
 from myutils.resolving import resolve_config
@@ -158,7 +158,7 @@ def start_run(config: RunConfig, ranks: RankInfo, device: torch.device) -> Train
     state = RunState(resolved, DataFacts.of(source), split)
     trainer = Trainer(state, source, resolved.output_dir / str(resolved.exp), ranks, device)
     trainer.read_labels()
-    require_equal_ranks(state)
+    require_equal_states(state)
     if ranks.is_main:
         trainer.folder = claim_folder(trainer.folder, chosen=config.exp is not None)
     trainer.folder = broadcast_object(trainer.folder)
@@ -206,7 +206,7 @@ def resume_run(config: RunConfig, given: dict[str, Any], ranks: RankInfo, device
     trainer = Trainer.resume((state, tensors), source, folder, ranks, device)
     trainer.state.config = stored
     trainer.read_labels()
-    require_equal_ranks(trainer.state)
+    require_equal_states(trainer.state)
     if trainer.state.facts != trained and ranks.is_main:
         logger.warning(
             "the labels have changed since this run began: what they say now counts for the largest components, and "
@@ -276,6 +276,7 @@ def evaluate(trained: dict[str, Path], trainer: Trainer) -> None:
             raise ValueError(f"trained, but not scored: {error} (--resume takes a --test_list)") from error
         logger.warning("training is done; no evaluation: %s", error)
         return
+    require_equal({"test cases": test_ids})
     if trainer.ranks.is_main:
         warn_if_moved(test_ids, folder)
     outcome = {name: evaluate_run(path, source, test_ids, trainer.device) for name, path in trained.items()}

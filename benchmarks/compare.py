@@ -11,7 +11,7 @@ labelled cases, and all scans without a label join the pool. The first ``--label
 chooses anything: to choose settings, ``--cases`` leaves out the last cases of the data. Orientation, flat levels, patch
 and range of CT that no flag names are fitted to the fewest labelled cases, the same for all rows; but a row of its own
 ``--model``, ``--spacing`` or ``--orientation`` has its own flat levels. All rows are scored alike: none is mirrored at
-test time, whatever its method's default (``-- --tta_flips``: all are), and all parts of a prediction count
+test time, whatever its method's default (``-- --tta_flips``: all are), and all components of a prediction count
 (``-- --largest_component``: the largest of each class does). Several numbers of labels (``--labelnum
 2,4,8,16,all``) give a table each and a plot of Dice against labels; ``all`` is ``--full``.
 

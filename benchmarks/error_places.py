@@ -3,10 +3,10 @@
     python -m benchmarks.error_places --held_out --checkpoint runs/a/last.pt runs/b/last.pt
 
 What lies at the surface is a matter of how it is drawn, what lies further away of what is found at all. The cases are
-those of ``benchmarks.window_weights``, with the run's own windows, without mirroring and with all parts. Printed per
-checkpoint: mean Dice in percent over classes and cases, and the points of the 100 that wrong voxels within one voxel
-(the largest edge of it) of the true surface take, those within two, and the rest. Where several checkpoints have the
-same cases: the mean Dice of each pair against each other.
+those of ``benchmarks.window_weights``, with the run's own windows, without mirroring and with all components. Printed
+per checkpoint: mean Dice in percent over classes and cases, and the points of the 100 that wrong voxels within one
+voxel (the largest edge of it) of the true surface take, those within two, and the rest. Where several checkpoints have
+the same cases: the mean Dice of each pair against each other.
 """
 
 from __future__ import annotations

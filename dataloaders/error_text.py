@@ -15,9 +15,17 @@ _OWN = tuple(str(Path(__file__).resolve().parents[1] / name) for name in (*_PACK
 _FRAME = re.compile(r'File "(.+)", line (\d+), in .+\n\s+(.+)')  # of a traceback that a loader process passed on
 
 
-def is_device_error(error: Exception) -> bool:
-    """Whether a GPU itself failed, after which nothing runs on it in this process; not where its memory is full."""
-    return isinstance(error, RuntimeError) and str(error).startswith("CUDA error")
+class DeviceError(OSError):
+    """A GPU failed: nothing runs on it any more in this process."""
+
+
+def pass_on_device_error(error: Exception) -> None:
+    """Raise a ``DeviceError`` in the place of an error of the GPU itself, not where its memory is full."""
+    text = str(error)
+    is_full = "out of memory" in text or "ALLOC_FAILED" in text
+    if isinstance(error, RuntimeError) and text.startswith("CUDA error") and not is_full:
+        reason = text.partition("\n")[0]
+        raise DeviceError(f"{reason}; start again, on another GPU (--gpu) if it comes back") from error
 
 
 def message_of(error: Exception) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dataloaders.error_text import is_device_error
+from dataloaders.error_text import pass_on_device_error
 from dataloaders.preprocess import Preprocess
 from dataloaders.splits import TrainingSplit
 from myutils.build import DataFacts, build_method, build_preprocess
@@ -84,7 +84,7 @@ def write_checkpoint(path: Path, state: RunState, tensors: dict[str, Any]) -> No
         tensors: ``state_dict()`` of method, optimizer and scaler by name.
 
     Raises:
-        OSError: If the disk is full or the folder cannot be written; the older file is kept.
+        OSError: If the disk is full or the folder cannot be written; the older file is kept. Or if the GPU failed.
     """
     content = {
         "format": FORMAT,
@@ -100,8 +100,7 @@ def write_checkpoint(path: Path, state: RunState, tensors: dict[str, Any]) -> No
         with whole_file(path) as partial, partial.open("wb") as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        if is_device_error(error):
-            raise
+        pass_on_device_error(error)
         kept = f"; the checkpoint of before is still at {path}" if path.exists() else ""
         reason = str(error).partition("\n")[0]
         advice = "free space there, or make it writable, or use another --output_dir"
@@ -171,5 +170,9 @@ def load_for_inference(path: Path, device: torch.device) -> InferenceBundle:
     state, tensors = read_checkpoint(Path(path))
     method = build_method(state.config, state.facts)
     load_weights(method, tensors, Path(path))
-    network = method.inference_network().to(device).eval()
+    try:
+        network = method.inference_network().to(device).eval()
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"cannot use {path}: no memory left on {device} ({reason}); free some and try again") from error
     return InferenceBundle(network, state.config, build_preprocess(state.config), state.facts, state.split, state.step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 _FEWEST_SHOWN = 4  # cases; that a class is one component in fewer may be chance
 _ONE_COMPONENT = 0.99  # of the voxels; specks of an unsteady hand do not count
+_SPECKS = 0.1  # of a class's voxels in a prediction; more that is removed is named
 
 
 class Components(NamedTuple):
@@ -59,6 +61,25 @@ def largest_component(label_map: np.ndarray, classes: Collection[int]) -> np.nda
             continue
         components, sizes = _components(label_map[box] == class_id)
         kept[box][(components > 0) & (components != 1 + sizes.argmax())] = 0
+    return kept
+
+
+def cut_to_largest(
+    label_map: np.ndarray, classes: Collection[int], class_names: Sequence[str], path: Path
+) -> np.ndarray:
+    """``largest_component`` of a scan at ``path``, with a warning where it takes more than specks of a class."""
+    kept = largest_component(label_map, classes)
+    for class_id in classes:
+        before, after = (int(np.count_nonzero(ids == class_id)) for ids in (label_map, kept))
+        if before - after > _SPECKS * before:
+            logger.warning(
+                "%s: of %s, %d of %d voxels lay apart from the largest component and were removed; where there may be "
+                "two of it, pass --no-largest_component",
+                path,
+                class_names[class_id],
+                before - after,
+                before,
+            )
     return kept
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dataloaders.base import CaseSource, Volume
 from dataloaders.case_lists import some
 from dataloaders.checked_cases import KeptCases
-from dataloaders.error_text import is_device_error, reason_of
+from dataloaders.error_text import pass_on_device_error, reason_of
 from dataloaders.orientation import axis_directions
 from dataloaders.preprocess import Preprocess
 from dataloaders.say_once import warn_once
@@ -93,12 +93,13 @@ def evaluate_cases(
         preprocess: What the network saw in training; predictions return to the case's own grid before scoring.
         inference: Windows, overlap, flips, precision.
         device: Where the network runs.
-        keep_largest: Classes of which the largest connected part alone is kept.
+        keep_largest: Classes of which the largest connected component alone is kept.
         save_dir: Folder for ``<case>.nii.gz``; None to save nothing.
         progress: Show a progress bar.
 
     Raises:
         ValueError: If no case is given.
+        DeviceError: If the GPU failed.
         DamagedCasesError: If a file is missing or damaged, a case too large for the memory, or a prediction not
             finite; names every such case, after all others are scored. On every rank.
     """
@@ -113,8 +114,7 @@ def evaluate_cases(
             label_map = largest_component(label_map, keep_largest)
             outcomes.append(score_case(volume, label_map, network.num_classes, cases.patient(case_id)))
         except SCAN_ERRORS as error:
-            if is_device_error(error):
-                raise
+            pass_on_device_error(error)
             outcomes.append(reason_of(error))
             continue
         if save_dir is not None:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
+from dataloaders.error_text import pass_on_device_error
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 _LARGEST_KEPT = 1 << 30  # bytes; a larger block is mapped on its own and given back when it is freed
 
@@ -38,14 +40,17 @@ def keep_freed_blocks() -> bool:
 
 @contextmanager
 def named_shortages() -> Iterator[None]:
-    """Say what to do where memory ran out, a GPU's, this process's or a loader's worker's; torch notices that anywhere.
+    """Say what to do where a GPU failed or memory ran out, its own, this process's or a loader's worker's.
+
+    Torch notices either anywhere.
 
     Raises:
-        ChildProcessError, MemoryError: In the place of torch's RuntimeErrors.
+        ChildProcessError, MemoryError, DeviceError: In the place of torch's RuntimeErrors.
     """
     try:
         yield
     except RuntimeError as error:
+        pass_on_device_error(error)
         reason = str(error).strip()
         if "DataLoader worker" in reason:
             raise ChildProcessError(

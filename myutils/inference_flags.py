@@ -129,13 +129,13 @@ def other_settings(bundle: InferenceBundle, options: InferenceOptions, kept: Seq
     Precision is left out, which ``--amp auto`` takes from the device.
     """
     usual = build_inference(bundle.config, options.amp)
-    parts = {0: "no", bundle.facts.num_classes - 1: "all"}
+    amounts = {0: "no", bundle.facts.num_classes - 1: "all"}
     given, own = (
         {
             "overlap": f"{chosen.overlap:.6g}",
             "flips": "".join(map(str, chosen.flips)) or "no",  # axes
             "views": str(chosen.views or "no"),
-            "largest": parts.get(len(classes), "some"),
+            "largest": amounts.get(len(classes), "some"),
         }
         for chosen, classes in ((options, kept), (usual, kept_components(bundle.config, bundle.facts)))
     )

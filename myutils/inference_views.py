@@ -18,7 +18,7 @@ from torch.nn import functional
 from dataloaders.transforms import AugmentOptions, random_affine
 
 _SLAB = 16  # voxels along X
-_ANGLE, _SCALE = 12.0, 0.12  # degrees about each axis, logarithm; those of training patches by default
+_ANGLE, _SCALE = 12.0, 0.12  # degrees about each axis, logarithm; changes here need not follow those of training
 
 
 class View(NamedTuple):

@@ -105,7 +105,7 @@ class Trainer:
         cases = (self.cache.get(name, with_label=True).volume for name in labeled)
         if self.state.config.spacing is None:
             self.state.facts = self.state.facts.with_labels(cases)
-        else:  # on the grid of the file: resampled, two parts may become one
+        else:  # on the grid of the file: resampled, two components may become one
             own = (self.source.load(name, with_label=True) for name in labeled)
             self.state.facts = self.state.facts.with_labels(own, cases)
         self.validation.check()

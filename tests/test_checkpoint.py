@@ -14,6 +14,7 @@ import torch
 from conftest import BallSource
 from helpers_runs import random_batch, small_config, small_trainer
 
+from dataloaders.error_text import DeviceError
 from dataloaders.splits import TrainingSplit
 from myutils import checkpoint
 from myutils.build import DataFacts
@@ -74,7 +75,7 @@ def test_a_gpu_that_failed_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.M
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(checkpoint.torch, "save", fail)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
+    with pytest.raises(DeviceError, match="illegal memory access was encountered; start again, on another GPU"):
         write_checkpoint(tmp_path / "last.pt", make_state(), {})
     assert list(tmp_path.iterdir()) == []
 

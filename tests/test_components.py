@@ -15,10 +15,10 @@ from helpers_scans import trained_run, write_cohort
 import evaluate_3d
 import predict_3d
 from dataloaders.base import SOURCES, SourceOptions, Volume
-from myutils import evaluation
+from myutils import components, evaluation
 from myutils.build import DataFacts, kept_components
 from myutils.checkpoint import load_for_inference
-from myutils.components import Components, largest_component, survey_components
+from myutils.components import Components, cut_to_largest, largest_component, survey_components
 from myutils.report import evaluate_run
 
 
@@ -101,7 +101,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         found.append(tuple(classes))
         return label_map
 
-    for module in (evaluation, predict_3d):
+    for module in (evaluation, components):
         monkeypatch.setattr(module, "largest_component", spy)
     return found
 
@@ -159,3 +159,15 @@ def test_components_are_counted_on_the_labels_own_grid(tmp_path: Path) -> None:
     assert trainer.state.facts.single_components == (1,)
     resampled = (trainer.cache.get(name, with_label=True).volume.label for name in trainer.state.split.labeled)
     assert survey_components(resampled, 3).single == (1, 2)
+
+
+def test_a_component_that_is_left_out_is_named_unless_it_is_a_speck(caplog: pytest.LogCaptureFixture) -> None:
+    label_map = np.zeros((40, 4, 4), np.uint8)
+    label_map[:20], label_map[22:24], label_map[30:] = 1, 1, 2
+    arguments = (1,), ("background", "left", "right"), Path("a.nii.gz")
+    kept = cut_to_largest(label_map, *arguments)
+    assert (kept[:20] == 1).all() and not kept[20:30].any() and (kept[30:] == 2).all()
+    assert not caplog.text  # 32 of 352 voxels
+    label_map[24:26] = 1
+    cut_to_largest(label_map, *arguments)
+    assert "a.nii.gz: of left, 64 of 384 voxels lay apart" in caplog.text and "--no-largest_component" in caplog.text

@@ -17,6 +17,7 @@ from helpers_runs import PointwiseNetwork
 from torch import Tensor
 
 from dataloaders.base import Volume
+from dataloaders.error_text import DeviceError
 from dataloaders.preprocess import Preprocess
 from myutils import evaluation
 from myutils.evaluation import (
@@ -166,7 +167,7 @@ def test_a_gpu_that_failed_is_no_damaged_case(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(evaluation, "predict_label_map", fail)
     source = CleanSource()
-    with pytest.raises(RuntimeError, match="illegal memory access"):
+    with pytest.raises(DeviceError, match="illegal memory access"):
         evaluate_cases(network_for(source), source, ["ball00"], Preprocess("mr"), OPTIONS, CPU, progress=False)
 
 

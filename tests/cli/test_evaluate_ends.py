@@ -90,8 +90,8 @@ def test_lists_of_cases_have_folders_of_their_own(
 ) -> None:
     (tmp_path / "train.txt").write_text("ball00\nball01\nball02\nball06\n")
     run = trained_run(cohort, tmp_path / "run", method="supervised", train_list=tmp_path / "train.txt")
-    for name in ("site_a", "site_b"):
-        (tmp_path / f"{name}.txt").write_text("ball05\n")
+    for name, case_id in (("site_a", "ball05"), ("site_b", "ball04")):
+        (tmp_path / f"{name}.txt").write_text(f"{case_id}\n")
     command = ["--checkpoint", str(run), "--test_list"]
     assert evaluate_3d.main([*command, str(tmp_path / "site_a.txt")]) == 0
     folder = run.parent / "evaluation" / "test_site_a"
@@ -102,7 +102,10 @@ def test_lists_of_cases_have_folders_of_their_own(
     with pytest.raises(SystemExit) as refusal:
         evaluate_3d.main([*command, str(tmp_path / "site_b.txt"), "--output_dir", str(folder)])
     told = capsys.readouterr().err
-    assert refusal.value.code == 2 and f"{folder} holds the results on the cases of {tmp_path / 'site_a.txt'}; " in told
+    assert refusal.value.code == 2
+    assert f"{folder} holds the results on other cases, those of {tmp_path / 'site_a.txt'}; pass another" in told
     assert (folder / "summary.json").read_bytes() == before
+    shutil.move(tmp_path / "site_a.txt", tmp_path / "moved.txt")
+    assert evaluate_3d.main([*command, str(tmp_path / "moved.txt"), "--output_dir", str(folder)]) == 0
     (folder / "summary.json").unlink()  # as after damaged cases, which a list may leave out
     assert evaluate_3d.main([*command, str(tmp_path / "site_b.txt"), "--output_dir", str(folder)]) == 0

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from dataloaders import error_text
-from dataloaders.error_text import message_of, reason_of
+from dataloaders.error_text import DeviceError, message_of, pass_on_device_error, reason_of
 
 HERE = re.escape(str(Path(__file__)))
 
@@ -93,3 +94,19 @@ def test_a_check_in_a_worker_is_not_placed() -> None:
 
     text = message_of(caught(lambda: next(iter(DataLoader(Cases(refuse), num_workers=1)))))
     assert text == "ValueError: case 7 has no voxels; export it again"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: out of memory\nCompile with ..."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+        RuntimeError("the scan is damaged"),
+        ValueError("CUDA error: of a user's own"),
+    ],
+)
+def test_a_full_gpu_has_not_failed(error: Exception) -> None:
+    pass_on_device_error(error)
+    with pytest.raises(DeviceError, match=r"^CUDA error: an illegal memory access was encountered; start again"):
+        pass_on_device_error(RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel ..."))

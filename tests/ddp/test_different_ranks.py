@@ -38,7 +38,11 @@ def test_processes_with_different_flags_refuse_to_start(tmp_path: Path, demo_cac
         )
         for rank in range(2)
     ]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=170)
-        assert rank.returncode == 2 and "process 1 has --seed 1, process 0 0; start all with" in errors
+    try:
+        for rank in ranks:
+            _, errors = rank.communicate(timeout=170)
+            assert rank.returncode == 2 and "process 1 has --seed 1, process 0 0; start all with" in errors
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert not (tmp_path / "runs").exists()
