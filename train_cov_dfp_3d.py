@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from dataloaders.base import CaseSource
 from dataloaders.error_text import JOB_ERRORS, message_of
 from dataloaders.orientation import warn_of_unstated
 from dataloaders.splits import make_test_ids, make_training_split
@@ -191,6 +192,22 @@ def resume_run(config: RunConfig, given: dict[str, Any], ranks: RankInfo, device
     stored = dataclasses.replace(state.config, **taken)
     require_test_list(stored)
     source = build_source(stored)
+    trained = state.facts
+    require_data_of(folder, state, source)
+    trainer = Trainer.resume((state, tensors), source, folder, ranks, device)
+    trainer.state.config = stored
+    trainer.read_labels()
+    require_equal_states(trainer.state)
+    if trainer.state.facts != trained and ranks.is_main:
+        logger.warning(
+            "the labels have changed since this run began: what they say now counts for the largest components, and "
+            "best.pt was chosen by those of before; start a new --exp if it matters"
+        )
+    return trainer
+
+
+def require_data_of(folder: Path, state: RunState, source: CaseSource) -> None:
+    """Raise a ValueError where the data have other channels or classes than the run had, or lack a training case."""
     found, trained, split = DataFacts.of(source), state.facts, state.split
     if (found.class_names, found.in_channels) != (trained.class_names, trained.in_channels):
         raise ValueError(
@@ -203,16 +220,6 @@ def resume_run(config: RunConfig, given: dict[str, Any], ranks: RankInfo, device
             f"--resume: {len(gone)} training cases of {folder} are gone, the first is {gone[0]!r}; put them back, or "
             "start a new --exp without them"
         )
-    trainer = Trainer.resume((state, tensors), source, folder, ranks, device)
-    trainer.state.config = stored
-    trainer.read_labels()
-    require_equal_states(trainer.state)
-    if trainer.state.facts != trained and ranks.is_main:
-        logger.warning(
-            "the labels have changed since this run began: what they say now counts for the largest components, and "
-            "best.pt was chosen by those of before; start a new --exp if it matters"
-        )
-    return trainer
 
 
 def require_test_list(config: RunConfig) -> None:
