@@ -27,7 +27,8 @@ def test_the_examples_of_the_guide_keep_the_contracts(tmp_path: Path) -> None:
             file.write(code)
     command = [sys.executable, "-m", "pytest", "-rp", "-m", "slow or not slow"]
     command += ["-k", "npy or maker or dilated or entropy"]
-    command += ["tests/contract", *(f"tests/test_{name}.py" for name in ("compiling", "layers", "method_parts"))]
+    command += ["tests/contract", "tests/networks/test_compiling.py", "tests/networks/test_layers.py"]
+    command += ["tests/methods/test_method_parts.py"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stdout[-3000:]
