@@ -104,6 +104,11 @@ class EvaluateFlags(InferenceFlags):
     )
     cache_dir: Path | None = option(None, help="folder for data made once (demo); else the checkpoint's", group=DATA)
 
+    @property
+    def case_list(self) -> Path | None:
+        """The list that names the cases to score; None where the checkpoint or the data do."""
+        return self.test_list or self.val_list
+
 
 @dataclass(frozen=True)
 class Job:
@@ -201,8 +206,8 @@ def default_folder(flags: EvaluateFlags, bundle: InferenceBundle, source: CaseSo
     """``evaluation/<split>`` beside the first checkpoint; other data, lists and several checkpoints are in its name."""
     first, *others = flags.checkpoint or (Path(),)
     name = f"{flags.split}_mean_of_{len(others) + 1}" if others else flags.split
-    if listed := flags.test_list or flags.val_list:
-        name += f"_{listed.stem}"
+    if flags.case_list:
+        name += f"_{flags.case_list.stem}"
     if not is_training_data(source, bundle):
         name = f"{flags.dataset_path.resolve().name if flags.dataset_path else flags.dataset_name or 'other'}_{name}"
     return first.parent / "evaluation" / name
@@ -255,7 +260,7 @@ def write_results(job: Job, results: Sequence[CaseResult]) -> None:
 
 def about_job(job: Job) -> dict[str, Any]:
     """What is scored, and how."""
-    listed = job.flags.test_list or job.flags.val_list
+    listed = job.flags.case_list
     kept = kept_components(job.config, job.bundle.facts)
     return {
         "checkpoint": job.checkpoints,

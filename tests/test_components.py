@@ -53,9 +53,8 @@ def test_classes_are_single_if_every_case_that_shows_them_has_one_component() ->
     without = label_with((3, 3, 3, 1))
     assert survey_components([both] * 4, 4) == Components((0, 4, 4, 0), (1, 2))
     assert survey_components([both] * 9 + [two_components], 3) == Components((0, 10, 10), (1,))
-    assert survey_components([both] * 3 + [without] * 9, 3) == Components(
-        (0, 12, 3), (1,)
-    )  # three with class 2 are too few
+    three = survey_components([both] * 3 + [without] * 9, 3)  # cases with class 2 are too few
+    assert three == Components((0, 12, 3), (1,))
     assert survey_components([both] * 4 + [without] * 9, 3).single == (1, 2)
     assert survey_components([], 3) == Components((0, 0, 0), ())
 
