@@ -38,9 +38,7 @@ import torch
 
 from dataloaders.base import CaseSource
 from dataloaders.case_lists import some
-from dataloaders.checked_cases import warn_of_odd_voxels
 from dataloaders.error_text import JOB_ERRORS, message_of
-from dataloaders.orientation import warn_of_unstated
 from dataloaders.patients import nameless_cases
 from dataloaders.splits import ids_digest
 from myutils.build import build_source, kept_components
@@ -49,15 +47,6 @@ from myutils.components import name_kept_components
 from myutils.config import RunConfig
 from myutils.distributed import is_main_rank, start_process_group, stop_process_group
 from myutils.ensemble import load_together
-from myutils.evaluation import (
-    CaseResult,
-    DamagedCasesError,
-    evaluate_cases,
-    keep_the_others,
-    summarise,
-    write_scores,
-    write_summary_json,
-)
 from myutils.evaluation_cases import (
     SPLITS,
     choose_cases,
@@ -67,7 +56,15 @@ from myutils.evaluation_cases import (
     warn_of_equal_ids,
     warn_of_stored_axes,
 )
-from myutils.evaluation_folder import ABOUT, refuse_other_results
+from myutils.evaluation_folder import (
+    ABOUT,
+    CASES,
+    PREDICTIONS,
+    SUMMARY,
+    refuse_other_results,
+    score_into,
+    write_summary_json,
+)
 from myutils.flags import option
 from myutils.inference import InferenceOptions
 from myutils.inference_flags import InferenceFlags, inference_options, start
@@ -221,41 +218,30 @@ def run(job: Job) -> None:
     logger.info("cases: %d (%s)", len(job.case_ids), job.flags.split)
     name_kept_components(kept, bundle.class_names)
     if is_main_rank():
-        warn_of_odd_voxels(job.source, job.case_ids)
-        warn_of_unstated(job.source, job.case_ids, bundle.preprocess.orientation)
         warn_of_stored_axes(job.source, job.case_ids, bundle)
     about = folder / ABOUT
     is_new = not about.exists()
     if is_main_rank():
         write_summary_json(about, about_job(job))
     try:
-        results = evaluate_cases(
-            bundle.network,
+        results, summary = score_into(
+            folder,
+            bundle,
             job.source,
             job.case_ids,
-            bundle.preprocess,
             job.options,
             job.device,
             keep_largest=kept,
-            save_dir=folder / "predictions",
+            about=about_job(job),
+            advice="mend them, or leave them out with --test_list or --val_list",
         )
-    except DamagedCasesError as error:
-        if is_new and not error.results and is_main_rank():
+    except ValueError:
+        if is_new and is_main_rank() and not (folder / CASES).exists():  # nothing was scored
             about.unlink(missing_ok=True)
-        advice = "mend them, or leave them out with --test_list or --val_list"
-        raise keep_the_others(folder, error, bundle.class_names, advice) from error
+        raise
     if is_main_rank():
-        write_results(job, results)
-
-
-def write_results(job: Job, results: Sequence[CaseResult]) -> None:
-    """Per-case CSV, summary JSON and the table."""
-    names = job.bundle.class_names
-    summary = summarise(results, names)
-    write_scores(job.folder, results, names)
-    write_summary_json(job.folder / "summary.json", summary | about_job(job))
-    files = "".join(f"{job.folder / name}\n" for name in ("cases.csv", "summary.json", "predictions"))
-    sys.stdout.write(f"\n{len(results)} cases, {job.flags.split}\n{format_table(summary)}\n\n{files}")
+        files = "".join(f"{folder / name}\n" for name in (CASES, SUMMARY, PREDICTIONS))
+        sys.stdout.write(f"\n{len(results)} cases, {job.flags.split}\n{format_table(summary)}\n\n{files}")
 
 
 def about_job(job: Job) -> dict[str, Any]:

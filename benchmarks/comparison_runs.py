@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.comparison_flags import read_flags
 from benchmarks.comparison_tables import Row
+from myutils.evaluation_folder import SUMMARY
 from myutils.run_folder import hold
 from train_cov_dfp_3d import KEPT_FROM_FLAGS, RESUME_FLAGS
 
@@ -34,7 +35,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether it is trained and scored."""
-        return (self.folder / "test" / "summary.json").exists()
+        return (self.folder / "test" / SUMMARY).exists()
 
     @property
     def resumable(self) -> bool:

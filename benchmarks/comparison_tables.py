@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
+from myutils.evaluation_folder import CASES
 from myutils.metrics import CaseMetrics
 from myutils.run_log import read_metrics
 
@@ -49,7 +50,7 @@ class Row:
         """The lines of each seed's ``cases.csv``."""
         found = []
         for folder in self.folders:
-            with (folder / "test" / "cases.csv").open(encoding="utf-8") as file:
+            with (folder / "test" / CASES).open(encoding="utf-8") as file:
                 found.append(list(csv.DictReader(file)))
         return found
 

@@ -36,7 +36,8 @@ from dataloaders.splits import ids_digest, make_test_ids
 from myutils.build import build_source
 from myutils.checkpoint import InferenceBundle, load_for_inference
 from myutils.config import required
-from myutils.evaluation import CaseResult, score_case, write_scores
+from myutils.evaluation import CaseResult, score_case
+from myutils.evaluation_folder import CASES, write_scores
 from myutils.label_files import save_label_map, save_volume
 from myutils.seeding import seed_everything
 
@@ -68,7 +69,7 @@ def main() -> None:
         plan(settings.output_dir, patch)
     folders = [settings.output_dir / f"seed{seed}" for seed in settings.seeds]
     for seed, folder in zip(settings.seeds, folders, strict=True):
-        if not (folder / "test" / "cases.csv").exists():
+        if not (folder / "test" / CASES).exists():
             results = list(score_network(train(seed, steps), bundle, source))
             write_scores(folder / "test", results, bundle.class_names)
     row = Row("nnU-Net", tuple(folders))

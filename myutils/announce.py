@@ -11,6 +11,7 @@ from dataloaders.case_lists import some
 from dataloaders.class_names import sided_names
 from myutils.build import kept_components
 from myutils.components import name_kept_components
+from myutils.evaluation_folder import CASES, PREDICTIONS, SUMMARY
 from myutils.report import result_checkpoint
 from myutils.trainer import Trainer
 
@@ -21,9 +22,9 @@ def list_files(folder: Path) -> None:
     """Print the path of everything that the run wrote."""
     for title, path in {
         "checkpoint": result_checkpoint(folder),
-        "per-case figures": folder / "test" / "cases.csv",
-        "summary": folder / "test" / "summary.json",
-        "predictions": folder / "test" / "predictions",
+        "per-case figures": folder / "test" / CASES,
+        "summary": folder / "test" / SUMMARY,
+        "predictions": folder / "test" / PREDICTIONS,
         "picture": folder / "overlay.png",
         "baseline": folder / "baseline",
         "TensorBoard": folder / "tensorboard",

@@ -1,13 +1,10 @@
-"""Scores of a network on labelled cases, on each case's own grid: per-case CSV, summary with counts."""
+"""Scores of a network on labelled cases, on each case's own grid, and their summary with counts."""
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +25,12 @@ from myutils.distributed import is_main_rank, join_shares, own_share
 from myutils.inference import SCAN_ERRORS, InferenceOptions, predict_label_map
 from myutils.label_files import save_label_map
 from myutils.metrics import CaseMetrics, segmentation_metrics
-from myutils.whole_files import whole_file
 from networks.base import Segmenter
 
 logger = logging.getLogger(__name__)
 
 LARGEST_SHEAR = 1.0  # degrees off right angles that distances may ignore
 METRICS = CaseMetrics._fields
-CSV_COLUMNS = ("case", "class", *METRICS, "truth_ml", "prediction_ml", "class_name", "patient")
 
 
 @dataclass(frozen=True)
@@ -127,16 +122,6 @@ def evaluate_cases(
     return results
 
 
-def keep_the_others(folder: Path, error: DamagedCasesError, class_names: Sequence[str], advice: str) -> ValueError:
-    """Write the scores of the cases that could be scored, without a summary; returns the error that says so."""
-    if not error.results:
-        return ValueError(f"{error}; nothing was scored, and nothing in {folder} was changed")
-    if is_main_rank():
-        write_scores(folder, error.results, class_names)
-        (folder / "summary.json").unlink(missing_ok=True)  # that of an evaluation before
-    return ValueError(f"{error}; {folder / 'cases.csv'} holds the others, there is no summary: {advice}")
-
-
 def score_case(volume: Volume, label_map: np.ndarray, num_classes: int, patient: str) -> CaseResult:
     """Compare a label map (X, Y, Z) with the label of ``volume``, spacing and voxel volume from the volume itself.
 
@@ -163,41 +148,6 @@ def score_case(volume: Volume, label_map: np.ndarray, num_classes: int, patient:
         prediction_ml={class_id: float(prediction[class_id] * voxel_ml) for class_id in metrics},
         patient=patient,
     )
-
-
-def write_scores(folder: Path, results: Sequence[CaseResult], class_names: Sequence[str]) -> None:
-    """Write ``cases.csv`` of a folder, and leave no label map of a case that only an evaluation before scored."""
-    _drop_old_predictions(folder, results)
-    write_cases_csv(folder / "cases.csv", results, class_names)
-
-
-def _drop_old_predictions(folder: Path, results: Iterable[CaseResult]) -> None:
-    """Delete label maps of cases that ``cases.csv`` of before names and ``results`` do not.
-
-    What no evaluation scored stays, for ``predictions`` may hold files of the user's own.
-    """
-    before: set[str | None] = set()
-    with suppress(OSError, UnicodeError, csv.Error), (folder / "cases.csv").open(newline="", encoding="utf-8") as file:
-        before = {row.get("case") for row in csv.DictReader(file)}
-    gone = sorted(case_id for case_id in before - {result.case_id for result in results} if case_id)
-    files = [path for case_id in gone if (path := folder / "predictions" / f"{case_id}.nii.gz").is_file()]
-    for path in files:
-        path.unlink()
-    if files:
-        names = some([path.name for path in files])
-        logger.info("%s: removed label maps of cases that are no longer scored: %s", files[0].parent, names)
-
-
-def write_cases_csv(path: Path, results: Iterable[CaseResult], class_names: Sequence[str]) -> None:
-    """One row per case and class, columns ``CSV_COLUMNS``; a distance to an empty mask is ``inf``."""
-    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(CSV_COLUMNS)
-        for result in results:
-            for class_id, metrics in result.metrics.items():
-                figures = (*metrics, result.truth_ml[class_id], result.prediction_ml[class_id])
-                cells = [f"{figure:.6g}" for figure in figures]
-                writer.writerow([result.case_id, class_id, *cells, class_names[class_id], result.patient])
 
 
 def summarise(results: Sequence[CaseResult], class_names: Sequence[str]) -> dict[str, Any]:
@@ -242,9 +192,3 @@ def _statistics(values: Sequence[float]) -> dict[str, Any]:
         "n": len(finite),
         "n_missed": len(values) - len(finite),
     }
-
-
-def write_summary_json(path: Path, summary: Mapping[str, Any]) -> None:
-    """Write a summary as strict JSON; a figure that JSON cannot hold is an error."""
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")

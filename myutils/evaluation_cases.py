@@ -14,6 +14,7 @@ from dataloaders.checked_cases import readable_grids
 from dataloaders.orientation import note_stored_axes, stated_axes
 from dataloaders.splits import SplitRequest, TrainingSplit, make_test_ids, of_patients
 from myutils.checkpoint import InferenceBundle
+from myutils.evaluation_folder import SUMMARY
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ def choose_cases(
 def warn_if_moved(case_ids: Sequence[str], folder: Path) -> None:
     """Say where the test cases are others than those that the run in ``folder`` was scored on when it ended."""
     try:
-        before = json.loads((folder / "test" / "summary.json").read_text("utf-8"))["test_ids"]
+        before = json.loads((folder / "test" / SUMMARY).read_text("utf-8"))["test_ids"]
     except (OSError, ValueError, KeyError, TypeError):  # never scored, or the file is not the run's own
         return
     if set(before) != set(case_ids):

@@ -1,15 +1,140 @@
-"""Whose results a folder of an evaluation holds, so that no other evaluation overwrites them."""
+"""The folder of an evaluation: its files, and whose results it holds, so that no other evaluation overwrites them."""
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from dataloaders.base import CaseSource
+from dataloaders.case_lists import some
+from dataloaders.checked_cases import warn_of_odd_voxels
+from dataloaders.orientation import warn_of_unstated
+from myutils.checkpoint import InferenceBundle
+from myutils.distributed import is_main_rank
+from myutils.evaluation import METRICS, CaseResult, DamagedCasesError, evaluate_cases, summarise
+from myutils.inference import InferenceOptions
+from myutils.whole_files import whole_file
+
+logger = logging.getLogger(__name__)
 
 ABOUT = "evaluation.json"  # whose they are, written before the first of them
 CASES = "cases.csv"
 SUMMARY = "summary.json"  # says so too, written last, where all cases could be scored
+PREDICTIONS = "predictions"
+CSV_COLUMNS = ("case", "class", *METRICS, "truth_ml", "prediction_ml", "class_name", "patient")
+
+
+def score_into(
+    folder: Path,
+    bundle: InferenceBundle,
+    source: CaseSource,
+    case_ids: Sequence[str],
+    inference: InferenceOptions,
+    device: torch.device,
+    *,
+    keep_largest: Collection[int],
+    about: dict[str, Any],
+    advice: str,
+) -> tuple[list[CaseResult], dict[str, Any]]:
+    """Score cases and write a folder's ``PREDICTIONS``, ``CASES`` and, in the end, ``SUMMARY``.
+
+    Args:
+        folder: Of the results; need not exist.
+        bundle: The network, on ``device``, and how it was trained.
+        source: Data set with labels for all of ``case_ids``.
+        case_ids: Cases to score.
+        inference: Windows, overlap, flips, precision.
+        device: Where the network runs.
+        keep_largest: Classes of which the largest connected component alone is kept.
+        about: What the summary tells beside the scores.
+        advice: What to do about damaged cases.
+
+    Returns:
+        Results per case and their summary, on every rank.
+
+    Raises:
+        ValueError: If cases cannot be scored; ``CASES`` then holds the others, and there is no summary.
+        DeviceError: If the GPU failed.
+    """
+    if is_main_rank():
+        warn_of_odd_voxels(source, case_ids)
+        warn_of_unstated(source, case_ids, bundle.preprocess.orientation)
+    try:
+        results = evaluate_cases(
+            bundle.network,
+            source,
+            case_ids,
+            bundle.preprocess,
+            inference,
+            device,
+            keep_largest=keep_largest,
+            save_dir=folder / PREDICTIONS,
+        )
+    except DamagedCasesError as error:
+        raise _keep_the_others(folder, error, bundle.class_names, advice) from error
+    summary = summarise(results, bundle.class_names) | about
+    if is_main_rank():
+        write_scores(folder, results, bundle.class_names)
+        write_summary_json(folder / SUMMARY, summary)
+    return results, summary
+
+
+def _keep_the_others(folder: Path, error: DamagedCasesError, class_names: Sequence[str], advice: str) -> ValueError:
+    """Write the scores of the cases that could be scored, without a summary; returns the error that says so."""
+    if not error.results:
+        return ValueError(f"{error}; nothing was scored, and nothing in {folder} was changed")
+    if is_main_rank():
+        write_scores(folder, error.results, class_names)
+        (folder / SUMMARY).unlink(missing_ok=True)  # that of an evaluation before
+    return ValueError(f"{error}; {folder / CASES} holds the others, there is no summary: {advice}")
+
+
+def write_scores(folder: Path, results: Sequence[CaseResult], class_names: Sequence[str]) -> None:
+    """Write ``CASES`` of a folder, and leave no label map of a case that only an evaluation before scored."""
+    _drop_old_predictions(folder, results)
+    write_cases_csv(folder / CASES, results, class_names)
+
+
+def _drop_old_predictions(folder: Path, results: Iterable[CaseResult]) -> None:
+    """Delete label maps of cases that ``CASES`` of before names and ``results`` do not.
+
+    What no evaluation scored stays, for ``PREDICTIONS`` may hold files of the user's own.
+    """
+    before: set[str | None] = set()
+    with suppress(OSError, UnicodeError, csv.Error), (folder / CASES).open(newline="", encoding="utf-8") as file:
+        before = {row.get("case") for row in csv.DictReader(file)}
+    gone = sorted(case_id for case_id in before - {result.case_id for result in results} if case_id)
+    files = [path for case_id in gone if (path := folder / PREDICTIONS / f"{case_id}.nii.gz").is_file()]
+    for path in files:
+        path.unlink()
+    if files:
+        names = some([path.name for path in files])
+        logger.info("%s: removed label maps of cases that are no longer scored: %s", files[0].parent, names)
+
+
+def write_cases_csv(path: Path, results: Iterable[CaseResult], class_names: Sequence[str]) -> None:
+    """One row per case and class, columns ``CSV_COLUMNS``; a distance to an empty mask is ``inf``."""
+    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(CSV_COLUMNS)
+        for result in results:
+            for class_id, metrics in result.metrics.items():
+                figures = (*metrics, result.truth_ml[class_id], result.prediction_ml[class_id])
+                cells = [f"{figure:.6g}" for figure in figures]
+                writer.writerow([result.case_id, class_id, *cells, class_names[class_id], result.patient])
+
+
+def write_summary_json(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write a summary as strict JSON; a figure that JSON cannot hold is an error."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def refuse_other_results(folder: Path, about: Mapping[str, Any]) -> None:

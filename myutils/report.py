@@ -12,22 +12,12 @@ import numpy as np
 import torch
 
 from dataloaders.base import CaseSource
-from dataloaders.checked_cases import warn_of_odd_voxels
-from dataloaders.orientation import warn_of_unstated
 from dataloaders.splits import ids_digest
 from myutils.build import build_inference, kept_components
 from myutils.checkpoint import load_for_inference
-from myutils.distributed import is_main_rank, resolve_amp
-from myutils.evaluation import (
-    CaseResult,
-    DamagedCasesError,
-    evaluate_cases,
-    keep_the_others,
-    shown_classes,
-    summarise,
-    write_scores,
-    write_summary_json,
-)
+from myutils.distributed import resolve_amp
+from myutils.evaluation import CaseResult, shown_classes
+from myutils.evaluation_folder import PREDICTIONS, score_into
 from myutils.overlay import OverlayCase, save_overlay
 from myutils.run_log import read_metrics
 
@@ -55,30 +45,23 @@ def evaluate_run(
     """
     checkpoint = result_checkpoint(folder)
     bundle = load_for_inference(checkpoint, device)
-    if is_main_rank():
-        warn_of_odd_voxels(source, case_ids)
-        warn_of_unstated(source, case_ids, bundle.preprocess.orientation)
-    try:
-        results = evaluate_cases(
-            bundle.network,
-            source,
-            case_ids,
-            bundle.preprocess,
-            build_inference(bundle.config, resolve_amp(bundle.config.amp, device)),
-            device,
-            keep_largest=kept_components(bundle.config, bundle.facts),
-            save_dir=folder / "test" / "predictions",
-        )
-    except DamagedCasesError as error:
-        advice = "mend them, or leave them out with --test_list"
-        raise keep_the_others(folder / "test", error, bundle.class_names, advice) from error
-    summary = summarise(results, bundle.class_names)
-    summary |= {"checkpoint": checkpoint.name, "step": bundle.step, "split_digest": bundle.split.digest}
-    summary |= {"test_ids": list(case_ids), "test_digest": ids_digest(case_ids)}
-    if is_main_rank():
-        write_scores(folder / "test", results, bundle.class_names)
-        write_summary_json(folder / "test" / "summary.json", summary)
-    return results, summary
+    return score_into(
+        folder / "test",
+        bundle,
+        source,
+        case_ids,
+        build_inference(bundle.config, resolve_amp(bundle.config.amp, device)),
+        device,
+        keep_largest=kept_components(bundle.config, bundle.facts),
+        about={
+            "checkpoint": checkpoint.name,
+            "step": bundle.step,
+            "split_digest": bundle.split.digest,
+            "test_ids": list(case_ids),
+            "test_digest": ids_digest(case_ids),
+        },
+        advice="mend them, or leave them out with --test_list",
+    )
 
 
 def draw_run(
@@ -106,7 +89,7 @@ def draw_run(
         maps = {"truth": np.asarray(volume.label)}
         notes = {}
         for name, folder in runs.items():
-            stored: Any = nib.load(folder / "test" / "predictions" / f"{case_id}.nii.gz")
+            stored: Any = nib.load(folder / "test" / PREDICTIONS / f"{case_id}.nii.gz")
             maps[name] = np.asarray(stored.dataobj).astype(np.uint8)
             dice = np.mean([results[name][index].metrics[k].dice for k in shown])
             notes[name] = f"Dice {100 * dice:.1f} %"

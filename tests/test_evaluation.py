@@ -21,16 +21,13 @@ from dataloaders.error_text import DeviceError
 from dataloaders.preprocess import Preprocess
 from myutils import evaluation
 from myutils.evaluation import (
-    CSV_COLUMNS,
     CaseResult,
     DamagedCasesError,
     evaluate_cases,
     score_case,
     summarise,
-    write_cases_csv,
-    write_summary_json,
 )
-from myutils.evaluation_folder import refuse_other_results
+from myutils.evaluation_folder import CSV_COLUMNS, refuse_other_results, write_cases_csv, write_summary_json
 from myutils.inference import InferenceOptions
 from myutils.metrics import CaseMetrics
 from myutils.score_table import format_table

@@ -26,9 +26,7 @@ def checkpoint(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(
-    ("place", "told"), [("load_together", "before the first case"), ("evaluate_cases", "nothing but")]
-)
+@pytest.mark.parametrize(("place", "told"), [("load_together", "before the first case"), ("score_into", "nothing but")])
 def test_a_stopped_evaluation_ends_with_130(
     stop: signal.Signals,
     place: str,
