@@ -51,7 +51,7 @@ from benchmarks.comparison_flags import (
 )
 from benchmarks.comparison_runs import ALL_PARTS, Run, check, code_note, train
 from benchmarks.comparison_tables import SUPERVISED, Row, draw_rows, draw_sweep, format_rows
-from benchmarks.kept_scores import write_rows
+from benchmarks.kept_scores import KeptRow, write_rows
 from myutils.build import build_source
 
 DECIDES_FLAT_LEVELS = {"model", "spacing", "orientation"}
@@ -269,7 +269,7 @@ def report(settings: argparse.Namespace, rows: Mapping[Plan, Row], failed: Mappi
         title = f"{settings.dataset_name}: {size}"
         (settings.output_dir / f"table_{count}.md").write_text(f"{title}\n\n{table}", encoding="utf-8")
         draw_rows(settings.output_dir / f"table_{count}.png", shown, title)
-        write_rows(settings.output_dir / f"scores_{count}.csv", shown, settings.seeds)
+        write_rows(settings.output_dir / f"scores_{count}.csv", [KeptRow.of(row, settings.seeds) for row in shown])
         sys.stdout.write(f"\n{title}\n\n{table}")
     if len(settings.labelnum) > 1 and curves:
         if full is not None:

@@ -58,7 +58,7 @@ def parse() -> argparse.Namespace:
 
 def segmented(path: Path, settings: argparse.Namespace) -> tuple[list[Volume], dict[str, np.ndarray]]:
     """The cases, and the label maps (X, Y, Z) that a checkpoint gives them, by case id."""
-    bundle, options, cases, device = loaded(path, settings)
+    bundle, options, cases, _, device = loaded(path, settings)
     maps = {}
     for case in cases:
         image = torch.from_numpy(bundle.preprocess(case).image)

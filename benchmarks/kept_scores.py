@@ -38,6 +38,11 @@ class KeptRow(Row):
     by_seed: Mapping[int, Scores]
     stated: Mapping[str, str]
 
+    @classmethod
+    def of(cls, row: Row, seeds: Sequence[int]) -> KeptRow:
+        """What is kept of a row with these seeds."""
+        return cls(row.name, (), dict(zip(seeds, row.scores, strict=True)), row.patients)
+
     @cached_property
     def scores(self) -> list[Scores]:
         """See the base class."""
@@ -76,13 +81,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_rows(path: Path, rows: Iterable[Row], seeds: Sequence[int]) -> None:
-    """Write the scores of rows, each of them with these seeds."""
+def write_rows(path: Path, rows: Iterable[KeptRow]) -> None:
+    """Write the scores of rows."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*COLUMNS, "patient"])
         for row in rows:
-            for seed, scores in zip(seeds, row.scores, strict=True):
+            for seed, scores in row.by_seed.items():
                 for (case, class_id), figures in scores.items():
                     cells = [f"{figure:.6g}" for figure in figures]
                     writer.writerow([row.name, seed, case, class_id, *cells, row.patients.get(case, case)])

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from benchmarks.comparison_tables import Row
-from benchmarks.kept_scores import write_rows
+from benchmarks.kept_scores import KeptRow, write_rows
 from dataloaders.base import CaseSource, Triple, Volume
 from dataloaders.orientation import Turn
 from dataloaders.splits import ids_digest, make_test_ids
@@ -73,7 +73,7 @@ def main() -> None:
             results = list(score_network(train(seed, steps), bundle, source))
             write_scores(folder / "test", results, bundle.class_names)
     row = Row("nnU-Net", tuple(folders))
-    write_rows(settings.output_dir / "scores.csv", [row], settings.seeds)
+    write_rows(settings.output_dir / "scores.csv", [KeptRow.of(row, settings.seeds)])
     dice = 100 * row.case_values("dice").mean(axis=1)
     sys.stdout.write(f"nnU-Net: Dice % {', '.join(f'{value:.2f}' for value in dice)} (seeds {settings.seeds})\n")
 

@@ -5,7 +5,11 @@
 The cases are the first unlabelled ones of each run: training never read their labels, and no test case is touched, so
 that weights may be chosen here. ``--held_out`` scores those that the run's split leaves out, its test cases: to report,
 not to choose by. Without mirroring. Printed per checkpoint: mean Dice of the cases, in percent, and its difference to
-MONAI's constant weights, the default of its call, with the standard deviation over the cases.
+MONAI's constant weights, the default of its call, with the standard deviation over the cases. ``--scores`` keeps what
+each case has with the first of ``--sigmas``, for paired tests; runs that differ in their seed are a row::
+
+    python -m benchmarks.window_weights --sigmas 0.25 --cases 56 --checkpoint runs/la/*/last.pt --scores unlabeled.csv
+    python -m benchmarks.kept_scores unlabeled.csv --baseline best
 """
 
 from __future__ import annotations
@@ -13,8 +17,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import platform
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,14 +30,17 @@ import torch
 from monai.inferers import sliding_window_inference
 from torch import Tensor
 
-from benchmarks.inference_speed import dice
-from dataloaders.base import Volume
+from benchmarks.comparison_tables import Scores
+from benchmarks.kept_scores import KeptRow, write_rows
+from dataloaders.base import CaseSource, Volume
 from dataloaders.splits import make_test_ids
 from myutils.build import build_source
 from myutils.checkpoint import InferenceBundle, load_for_inference
 from myutils.distributed import autocast, start_process_group
+from myutils.evaluation import score_case
 from myutils.inference import InferenceOptions, evaluation_mode, label_map_from, sliding_window_probabilities
 from myutils.inference_flags import InferenceFlags, inference_options
+from myutils.metrics import CaseMetrics
 
 WINDOWS_AT_ONCE = 4
 CASES = 50
@@ -44,14 +52,21 @@ def main() -> None:
     if settings.cases is None and not settings.held_out:
         settings.cases = CASES
     sys.stdout.write(f"torch {torch.__version__}, monai {monai.__version__}, {platform.machine()}, Dice %\n")
+    kept: dict[str, KeptRow] = {}
     for path in settings.checkpoint:
-        scores = scores_of(path, settings)
-        usual = np.array(scores["monai constant"])
+        run = loaded(path, settings)
+        scores = scores_of(run, settings.sigmas)
+        usual = dice_of_cases(scores["monai constant"])
         sys.stdout.write(f"{path}, {len(usual)} cases\n")
         for name, found in scores.items():
-            gap = np.array(found) - usual
+            gap = dice_of_cases(found) - usual
             spread = gap.std(ddof=1) if len(gap) > 1 else 0.0
-            sys.stdout.write(f"  {name:16s}{np.mean(found):8.2f}{gap.mean():+8.2f} +- {spread:.2f}\n")
+            mean = dice_of_cases(found).mean()
+            sys.stdout.write(f"  {name:16s}{mean:8.2f}{gap.mean():+8.2f} +- {spread:.2f}\n")
+        if settings.scores is not None:
+            add_row(kept, path, run, scores[next(iter(scores))])
+    if settings.scores is not None:
+        write_rows(settings.scores, kept.values())
 
 
 def parse() -> argparse.Namespace:
@@ -63,19 +78,17 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--held_out", action="store_true", help="score the run's test cases instead")
     parser.add_argument("--sigmas", type=float, nargs="+", default=[0.125, 0.1875, 0.25, 0.3, 100.0])
+    parser.add_argument("--scores", type=Path, help="CSV file to write, for benchmarks.kept_scores")
     return parser.parse_args()
 
 
-def cases_with_label(path: Path, bundle: InferenceBundle, limit: int | None, *, held_out: bool) -> list[Volume]:
-    """The first unlabelled training cases of a run, or its test cases, that have a label after all, with it."""
-    source, pool = build_source(bundle.config), bundle.split.unlabeled
+def cases_with_label(source: CaseSource, bundle: InferenceBundle, limit: int | None, *, held_out: bool) -> list[str]:
+    """The first unlabelled training cases of a run, or its test cases, that have a label after all."""
+    pool = bundle.split.unlabeled
     if held_out:
         pool = make_test_ids(source, bundle.config.split_request(), bundle.split)
     known = set(source.labeled_ids())
-    ids = [case_id for case_id in pool if case_id in known][:limit]
-    if not ids:
-        raise SystemExit(f"{path}: none of these cases has a label to score with")
-    return [source.load(case_id, with_label=True) for case_id in ids]
+    return [case_id for case_id in pool if case_id in known][:limit]
 
 
 class Loaded(NamedTuple):
@@ -84,6 +97,7 @@ class Loaded(NamedTuple):
     bundle: InferenceBundle
     options: InferenceOptions
     cases: list[Volume]
+    patients: dict[str, str]
     device: torch.device
 
 
@@ -92,15 +106,18 @@ def loaded(path: Path, settings: argparse.Namespace) -> Loaded:
     _, device = start_process_group()
     bundle = load_for_inference(path, device)
     options = inference_options(bundle, InferenceFlags(flips=False).apply_to(bundle.config), device)
-    cases = cases_with_label(path, bundle, settings.cases, held_out=settings.held_out)
-    return Loaded(bundle, options, cases, device)
+    source = build_source(bundle.config)
+    ids = cases_with_label(source, bundle, settings.cases, held_out=settings.held_out)
+    if not ids:
+        raise SystemExit(f"{path}: none of these cases has a label to score with")
+    cases = [source.load(case_id, with_label=True) for case_id in ids]
+    return Loaded(bundle, options, cases, {case_id: source.patient(case_id) for case_id in ids}, device)
 
 
-def scores_of(path: Path, settings: argparse.Namespace) -> dict[str, list[float]]:
-    """Dice of each case in percent, the mean over classes, by the name of the weights."""
-    bundle, options, volumes, device = loaded(path, settings)
+def scores_of(run: Loaded, sigmas: Sequence[float]) -> dict[str, Scores]:
+    """The figures of each case and class by the name of the weights, those of ``sigmas`` first."""
+    bundle, options, device = run.bundle, run.options, run.device
     network = bundle.network
-    images = [torch.from_numpy(bundle.preprocess(volume).image) for volume in volumes]
 
     def logits(windows: Tensor) -> Tensor:
         with autocast(options.amp, device):
@@ -113,17 +130,41 @@ def scores_of(path: Path, settings: argparse.Namespace) -> dict[str, list[float]
         with evaluation_mode(network), torch.no_grad():
             window, overlap = options.patch_size, options.overlap
             inputs = image[None].to(device)
-            return sliding_window_inference(inputs, window, WINDOWS_AT_ONCE, logits, overlap, mode)[0].cpu()
+            merged = sliding_window_inference(inputs, window, WINDOWS_AT_ONCE, logits, overlap, mode)[0]
+            return merged.softmax(0).cpu()  # restored as probabilities, as ours are
 
     sides: dict[str, Callable[[Tensor], Tensor]] = {}
-    sides |= {f"sigma {sigma:g}": partial(ours, sigma=sigma) for sigma in settings.sigmas}
+    sides |= {f"sigma {sigma:g}": partial(ours, sigma=sigma) for sigma in sigmas}
     sides |= {f"monai {mode}": partial(by_monai, mode=mode) for mode in ("gaussian", "constant")}
-    scores: dict[str, list[float]] = {name: [] for name in sides}
-    for image, volume in zip(images, volumes, strict=True):
+    scores: dict[str, dict[tuple[str, int], CaseMetrics]] = {name: {} for name in sides}
+    for volume in run.cases:
+        image = torch.from_numpy(bundle.preprocess(volume).image)
         for name, side in sides.items():
             found = label_map_from(bundle.preprocess.restore(side(image).numpy(), volume))
-            scores[name].append(dice(found, np.asarray(volume.label), bundle.num_classes))
-    return scores
+            result = score_case(volume, found, bundle.num_classes, run.patients[volume.case_id])
+            scores[name] |= {(volume.case_id, class_id): figures for class_id, figures in result.metrics.items()}
+    return {**scores}
+
+
+def dice_of_cases(scores: Scores) -> np.ndarray:
+    """Dice (N,) of each case in percent, the mean over classes."""
+    by_case: dict[str, list[float]] = {}
+    for (case_id, _), figures in scores.items():
+        by_case.setdefault(case_id, []).append(100 * figures.dice)
+    return np.array([np.mean(found) for found in by_case.values()])
+
+
+def add_row(rows: dict[str, KeptRow], path: Path, run: Loaded, scores: Scores) -> None:
+    """Keep the scores of a checkpoint in the row of its run's name, by its seed.
+
+    Raises:
+        SystemExit: If the row has that seed.
+    """
+    name = re.sub(r"_\d+labels_seed\d+$", "", path.resolve().parent.name)
+    row, seed = rows.get(name, KeptRow(name, (), {}, {})), run.bundle.config.seed
+    if seed in row.by_seed:
+        raise SystemExit(f"{path}: {name!r} has seed {seed} already; --scores takes one checkpoint of a run")
+    rows[name] = KeptRow(name, (), {**row.by_seed, seed: scores}, {**row.stated, **run.patients})
 
 
 if __name__ == "__main__":

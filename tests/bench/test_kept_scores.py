@@ -35,7 +35,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
 def test_the_table_is_that_of_the_runs_without_its_costs(
     rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_rows(tmp_path / "scores.csv", rows, [0, 1])
+    write_rows(tmp_path / "scores.csv", [KeptRow.of(row, [0, 1]) for row in rows])
     run(monkeypatch, tmp_path / "scores.csv", "--full", "ours")
     whole = format_rows(rows, rows[0], rows[1]).splitlines()
     costs = 3  # the last columns
@@ -46,35 +46,35 @@ def test_the_table_is_that_of_the_runs_without_its_costs(
 
 def test_seeds_may_come_from_several_files(rows: list[Row], tmp_path: Path) -> None:
     for seed in (1, 0):
-        write_rows(tmp_path / f"{seed}.csv", [Row(row.name, (row.folders[seed],)) for row in rows], [seed])
+        write_rows(tmp_path / f"{seed}.csv", [KeptRow.of(Row(row.name, (row.folders[seed],)), [seed]) for row in rows])
     merged = read_rows([tmp_path / "1.csv", tmp_path / "0.csv"])
     assert [row.name for row in merged] == ["supervised", "ours"]
     for ours, theirs in zip(merged, rows, strict=True):
         assert np.array_equal(ours.case_values("dice"), theirs.case_values("dice"))
     with pytest.raises(ValueError, match=r"1\.csv and .*0\.csv both have seed 0|both have seed 1 of 'supervised'"):
-        write_rows(tmp_path / "again.csv", rows, [0, 1])
+        write_rows(tmp_path / "again.csv", [KeptRow.of(row, [0, 1]) for row in rows])
         read_rows([tmp_path / "1.csv", tmp_path / "again.csv"])
 
 
 def test_a_row_of_fewer_seeds_is_named(
     rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_rows(tmp_path / "base.csv", [Row("supervised", rows[0].folders[:1])], [0])
-    write_rows(tmp_path / "ours.csv", rows[1:], [0, 1])
+    write_rows(tmp_path / "base.csv", [KeptRow.of(Row("supervised", rows[0].folders[:1]), [0])])
+    write_rows(tmp_path / "ours.csv", [KeptRow.of(row, [0, 1]) for row in rows[1:]])
     run(monkeypatch, tmp_path / "base.csv", tmp_path / "ours.csv")
     assert "Rows of different numbers of seeds (1: supervised; 2: ours)" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_the_patients_of_cases_are_kept(rows: list[Row], tmp_path: Path) -> None:
     rows[0].__dict__["patients"] = {"a": "one", "b": "one"}
-    write_rows(tmp_path / "scores.csv", rows, [0, 1])
+    write_rows(tmp_path / "scores.csv", [KeptRow.of(row, [0, 1]) for row in rows])
     supervised, ours = read_rows([tmp_path / "scores.csv"])
     assert supervised.patients == {"a": "one", "b": "one"} and ours.patients == {"a": "a", "b": "b"}
 
 
 def test_figures_keep_six_digits(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", {"a": [0.8123456, 0.5]}, hd95=12.34567)
-    write_rows(tmp_path / "scores.csv", [Row("ours", (run,))], [0])
+    write_rows(tmp_path / "scores.csv", [KeptRow.of(Row("ours", (run,)), [0])])
     (row,) = read_rows([tmp_path / "scores.csv"])
     found = [row.case_values(metric).mean() for metric in ("dice", "hd95_mm")]
     assert found == [pytest.approx((0.812346 + 0.5) / 2, abs=1e-9), pytest.approx(12.3457, abs=1e-9)]
@@ -121,7 +121,7 @@ def test_files_that_do_not_fit_are_refused(
 def test_any_row_can_be_the_baseline(
     rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_rows(tmp_path / "scores.csv", rows, [0, 1])
+    write_rows(tmp_path / "scores.csv", [KeptRow.of(row, [0, 1]) for row in rows])
     run(monkeypatch, tmp_path / "scores.csv", "--baseline", "ours")
     head, _, supervised, ours = capsys.readouterr().out.splitlines()
     assert "against ours, paired over 2 cases" in head

@@ -30,6 +30,7 @@ from benchmarks import (
     step_cost,
     window_weights,
 )
+from benchmarks.kept_scores import read_rows
 from benchmarks.trainer_process import run_to_end
 from dataloaders.base import Volume
 
@@ -195,12 +196,18 @@ def test_window_weights_scores_cases_whose_label_no_training_read(
 ) -> None:
     checkpoint = trained_run(write_cohort(tmp_path / "balls", labeled=8), tmp_path / "run")
     given = ["--checkpoint", str(checkpoint), "--cases", "2", "--sigmas", "0.25", "100"] + ["--held_out"] * held_out
-    monkeypatch.setattr(sys, "argv", ["x", *given])
+    monkeypatch.setattr(sys, "argv", ["x", *given, "--scores", str(tmp_path / "scores.csv")])
     asked = spied_windows(monkeypatch, window_weights)
     window_weights.main()
     assert {overlap for *_, overlap, _ in asked} == {0.5} and {mode for *_, mode in asked} == {"gaussian", "constant"}
     _, title, *rows = capsys.readouterr().out.splitlines()
     figures = {row[:18].strip(): float(row[18:].split()[0]) for row in rows}
+    for row in rows:
+        gap = figures[row[:18].strip()] - figures["monai constant"]
+        assert float(row[18:].split()[1]) == pytest.approx(gap, abs=0.011)
+    (kept,) = read_rows([tmp_path / "scores.csv"])
+    assert kept.name == checkpoint.parent.name and [*kept.by_seed] == [0] and len(kept.cases()) == 2 - held_out
+    assert 100 * kept.case_values("dice").mean() == pytest.approx(figures["sigma 0.25"], abs=0.006)
     assert list(figures) == ["sigma 0.25", "sigma 100", "monai gaussian", "monai constant"]
     assert title == f"{checkpoint}, {1 if held_out else 2} cases" and rows[-1].endswith("+0.00 +- 0.00")
     assert figures["sigma 100"] == pytest.approx(figures["monai constant"], abs=0.5)
