@@ -62,7 +62,8 @@ class Muon(torch.optim.AdamW):
         weight_decay: Decoupled, as in AdamW.
         momentum: Share of the old momentum that a step keeps.
         interval: A kernel moves with every ``interval``-th of its gradients, as many times as far; all enter its
-            momentum. The kernels take turns, so that each step costs about the same.
+            momentum. The kernels take turns, so that each step costs about the same, and the first turn of most comes
+            sooner, with fewer gradients and as far as these.
     """
 
     def __init__(
@@ -82,10 +83,12 @@ class Muon(torch.optim.AdamW):
         counts = 1.0 if overflow is None else 1.0 - overflow
         for group in self.param_groups:
             if group[_MARK]:
-                lr = counts * group["lr"] * self.interval
+                rate = counts * group["lr"]
                 moves = self._moves(group["params"], counts)
                 with _full_precision():
-                    for (kernel, move), factor in zip(moves, _factors([move for _, move in moves]), strict=True):
+                    factors = _factors([move for _, move, _ in moves])
+                    for (kernel, move, gradients), factor in zip(moves, factors, strict=True):
+                        lr = rate * gradients
                         kernel.mul_(1 - lr * group["weight_decay"])
                         factor *= -lr * _RMS * max(move.shape) ** 0.5
                         pair = (factor, move) if len(factor) == len(move) else (move, factor)
@@ -95,21 +98,24 @@ class Muon(torch.optim.AdamW):
                             kernel.add_((pair[0] @ pair[1]).view(kernel.shape))
         return super().step(closure)
 
-    def _moves(self, kernels: list[nn.Parameter], counts: Tensor | float) -> list[tuple[nn.Parameter, Tensor]]:
-        """The kernels whose turn it is, with their momentum as matrices (out, in * x * y * z)."""
+    def _moves(self, kernels: list[nn.Parameter], counts: Tensor | float) -> list[tuple[nn.Parameter, Tensor, int]]:
+        """Kernels whose turn it is, their momentum as matrices (out, in * x * y * z), gradients since the last turn."""
         moves = []
         for index, kernel in enumerate(kernels):
             if kernel.grad is None:
                 continue
             state = self.state[kernel]
             if not state:  # AdamW asks for every "step"
-                state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(kernel), "turn": index}
+                state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(kernel), "turn": index, "gradients": 0}
             gradient = self._unscaled(kernel.grad, counts)
             kernel.grad = None  # AdamW passes those without one by
             average = state["momentum"].lerp_(gradient, counts * (1 - self.momentum))
-            state["turn"] = (state.get("turn", 0) + 1) % self.interval  # runs of before have none
+            turn = state.get("turn", 0)  # runs of before have none
+            state["turn"], state["gradients"] = (turn + 1) % self.interval, state.get("gradients", turn) + 1
             if state["turn"] == 0:
-                moves.append((kernel, torch.lerp(gradient, average, self.momentum).flatten(1)))  # as Nesterov
+                nesterov = torch.lerp(gradient, average, self.momentum)
+                moves.append((kernel, nesterov.flatten(1), state["gradients"]))
+                state["gradients"] = 0
         return moves
 
     def _unscaled(self, gradient: Tensor, counts: Tensor | float) -> Tensor:

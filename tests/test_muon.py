@@ -118,13 +118,13 @@ def move(kernel: Tensor, average: Tensor, gradient: Tensor, far: float) -> Tenso
     return kernel * (1 - 0.01 * far * 0.5) - 0.01 * far * 0.2 * kernel[0].numel() ** 0.5 * direction
 
 
-def test_kernels_that_take_turns_move_as_many_times_as_far_by_all_gradients() -> None:
+def test_kernels_that_take_turns_move_as_far_as_their_gradients_are_many() -> None:
     kernels = [nn.Parameter(torch.randn(4, 2, 3, 3, 3)) for _ in range(3)]
     optimizer = Muon(split_kernels([{"params": kernels, "lr": 0.01, "lr_scale": 1.0}]), weight_decay=0.5, interval=3)
     for group in optimizer.param_groups:
         group["lr"] = 0.01
     expected = [kernel.detach().double() for kernel in kernels]
-    averages = [torch.zeros_like(value) for value in expected]
+    averages, waiting = [torch.zeros_like(value) for value in expected], [0, 0, 0]
     for step in range(7):
         if step == 4:  # as from a checkpoint
             stored = copy.deepcopy(optimizer.state_dict())
@@ -133,8 +133,10 @@ def test_kernels_that_take_turns_move_as_many_times_as_far_by_all_gradients() ->
         for index, kernel in enumerate(kernels):
             kernel.grad = torch.randn_like(kernel)
             averages[index] = 0.95 * averages[index] + 0.05 * kernel.grad.double()
+            waiting[index] += 1
             if (index + step + 1) % 3 == 0:
-                expected[index] = move(expected[index], averages[index], kernel.grad.double(), far=3)
+                expected[index] = move(expected[index], averages[index], kernel.grad.double(), far=waiting[index])
+                waiting[index] = 0
         optimizer.step()
         for kernel, value in zip(kernels, expected, strict=True):
             assert torch.allclose(kernel.double(), value, atol=1e-5)
