@@ -142,10 +142,11 @@ class CovarianceFeaturePools(MeanTeacher):
             regions = functional.avg_pool3d(features, side, ceil_mode=True).movedim(1, -1).flatten(0, 3)
             target = self.pool.nearest_pools(regions)
             named = self.selector(self.pool.standardise(regions.detach()))  # (R, J)
+            naming = functional.cross_entropy(named, target) * self.pool.sizes.any()  # without pools all are the first
             compact, separation = self.pool.pool_losses(all_rows(regions), all_rows(named.argmax(1)))
         weight = self.ramp(step) if stage == 3 else 0.0
         terms = {
-            "dfp_selector": LossTerm(functional.cross_entropy(named, target), 1.0 if stage == 2 else 0.0),
+            "dfp_selector": LossTerm(naming, 1.0 if stage == 2 else 0.0),
             "dfp_anchor": LossTerm(anchor, weight * config.anchor_weight * config.use_dfp),
             "dfp_compact": LossTerm(compact, weight * config.compact_weight),
             "dfp_separation": LossTerm(separation, weight * config.separation_weight),

@@ -137,6 +137,8 @@ def test_a_build_without_a_reliable_voxel_is_named(caplog: pytest.LogCaptureFixt
         built.losses(random_batch(), step)
     text = "no voxel has been reliable (--confidence_threshold): pools are built at step 5 at the earliest"
     assert text in caplog.text and not built.pool.sizes.any()
+    term = built(random_batch(), 5).terms["dfp_selector"]
+    assert built.stage(5) == 2 and term.weight == 1 and term.value == 0 and term.value.requires_grad  # none to name
     caplog.clear()
     built = method()
     for step in range(6):
