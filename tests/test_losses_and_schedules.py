@@ -44,6 +44,11 @@ def test_soft_dice_loss_leaves_out_absent_classes() -> None:
     assert soft_dice_loss(probs, volume([0, 0]).long()).item() == 0
 
 
+def test_soft_dice_loss_is_the_mean_over_present_classes() -> None:
+    probs = one_hot_labels(volume([1, 0, 0]).long(), 4).float()  # class 1 as it is, class 2 missed, class 3 nowhere
+    assert soft_dice_loss(probs, volume([1, 2, 0]).long()).item() == pytest.approx(0.5, abs=1e-4)
+
+
 def test_dice_ce_loss_is_the_mean_of_both() -> None:
     logits = torch.zeros(1, 2, 1, 1, 2, requires_grad=True)
     labels = volume([1, 0]).long()

@@ -72,6 +72,13 @@ def test_blur_has_half_the_chance_of_the_other_changes(monkeypatch: pytest.Monke
     assert len(curved) == 100 and 30 < len(blurred) < 70
 
 
+def test_each_axis_is_mirrored_in_half_of_the_patches() -> None:
+    image, options = np.arange(8.0).reshape(1, 2, 2, 2), AugmentOptions((2, 2, 2), flip_axes=(0, 1, 2))
+    found = [mirror_and_turn([image], np.random.default_rng(seed), options)[0] for seed in range(400)]
+    firsts = np.array([np.unravel_index(int(patch[0, 0, 0, 0]), (2, 2, 2)) for patch in found])  # 1 where mirrored
+    assert (abs(firsts.mean(0) - 0.5) < 0.1).all() and (abs(np.corrcoef(firsts.T) - np.eye(3)) < 0.2).all()
+
+
 def test_quarter_turns_are_in_the_first_two_axes() -> None:
     image, options = np.arange(4.0).reshape(1, 2, 2, 1), AugmentOptions((2, 2, 1), flip_axes=(), rotate90=True)
     found = [mirror_and_turn([image], np.random.default_rng(seed), options)[0] for seed in range(30)]
