@@ -65,8 +65,7 @@ def main() -> None:
             sys.stdout.write(f"  {name:16s}{mean:8.2f}{gap.mean():+8.2f} +- {spread:.2f}\n")
         if settings.scores is not None:
             add_row(kept, path, run, scores[next(iter(scores))])
-    if settings.scores is not None:
-        write_rows(settings.scores, kept.values())
+            write_rows(settings.scores, kept.values())  # so far, for there may be hours to come
 
 
 def parse() -> argparse.Namespace:
