@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,10 @@ logger = logging.getLogger(__name__)
 
 POSITION, ORIENTATION, THICKNESS = "0020|0032", "0020|0037", "0018|0050"
 PIXEL_SIZES = ("0028|0030", "0018|1164", "0018|2010")  # in the body; else at the detector, or on a scanned film
-TAGS = (POSITION, ORIENTATION, THICKNESS, *PIXEL_SIZES)
+GREY_LEVELS = "0028|0004"
+TAGS = (POSITION, ORIENTATION, THICKNESS, GREY_LEVELS, *PIXEL_SIZES)
+
+_NUMBER = re.compile(r"\d+")
 
 Header = dict[str, str]  # text per tag of TAGS that a slice has
 
@@ -94,15 +98,18 @@ def read_dicom_series(folder: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
 def _refuse_lost_slices(folder: Path, files: tuple[str, ...]) -> None:
     """Raise a ValueError for a DICOM file outside the series: GDCM leaves damaged slices out without a word.
 
-    A structure set or a report beside the slices is none of them.
+    One that is empty or cut off is known by its name, which is that of a slice but for its numbers. A structure set or
+    a report beside the slices is none of them.
     """
     kept = {Path(name).name for name in files} | {"DICOMDIR"}
+    patterns = {_NUMBER.sub("0", name) for name in kept}
     for path in sorted(folder.iterdir()):
         if path.name in kept or path.name.startswith(".") or not path.is_file():
             continue
         with path.open("rb") as file:
             marked = file.read(132)[128:] == b"DICM"
-        if (marked or path.suffix.lower() == ".dcm") and tags_of(path).is_scan:
+        named = path.suffix.lower() == ".dcm" or _NUMBER.sub("0", path.name) in patterns
+        if (marked or named) and tags_of(path).is_scan:
             raise ValueError(
                 f"{path} is no readable slice of the series; export it again, or remove it if it is no slice"
             )
@@ -116,7 +123,9 @@ def _read_slice(file: str, folder: Path) -> sitk.Image:
             f"{file}: a multi-frame file; where each of its {frames} frames lies, it does not say; make NIfTI of it, "
             "as dcm2niix does, or export one file per slice"
         )
-    _set_voxel_size(image, [{tag: image.GetMetaData(tag) for tag in TAGS if image.HasMetaDataKey(tag)}], folder)
+    header = {tag: image.GetMetaData(tag) for tag in TAGS if image.HasMetaDataKey(tag)}
+    _refuse_inverted([header], folder)
+    _set_voxel_size(image, [header], folder)
     return image
 
 
@@ -134,6 +143,7 @@ def _read_slices(files: tuple[str, ...], folder: Path) -> sitk.Image:
     image = reader.Execute()
     count = len(files)
     headers = [{tag: reader.GetMetaData(k, tag) for tag in TAGS if reader.HasMetaDataKey(k, tag)} for k in range(count)]
+    _refuse_inverted(headers, folder)
     _set_voxel_size(image, headers, folder)
     positions, directions = _numbers(headers, POSITION, 3, folder), _numbers(headers, ORIENTATION, 6, folder)
     if 0 < len(positions) < count:
@@ -148,6 +158,15 @@ def _read_slices(files: tuple[str, ...], folder: Path) -> sitk.Image:
     names = [Path(name).name for name in files]
     require_grid(folder, names, positions, directions.reshape(-1, 2, 3), min(image.GetSpacing()[:2]))
     return image
+
+
+def _refuse_inverted(headers: list[Header], folder: Path) -> None:
+    """Raise a ValueError where high values are to be shown dark: GDCM turns them round, Hounsfield units too."""
+    if any(header.get(GREY_LEVELS, "").strip() == "MONOCHROME1" for header in headers):
+        raise ValueError(
+            f"{folder}: pixels are MONOCHROME1, not MONOCHROME2 (tag {GREY_LEVELS}), and would be read inverted; "
+            "export the series as MONOCHROME2, or make NIfTI of it, as dcm2niix does"
+        )
 
 
 def _numbers(headers: list[Header], tag: str, count: int, folder: Path) -> np.ndarray:

@@ -191,3 +191,34 @@ def test_the_order_of_a_mirrored_or_oblique_series_is_no_fault(
         )
         assert np.array_equal(image[0], make.counting_image()) and spacing == pytest.approx((0.5, 0.75, 2.0))
     assert not caplog.text
+
+
+@pytest.mark.parametrize("inverted", ["all", "one"])
+def test_series_that_would_be_read_inverted_is_refused(tmp_path: Path, inverted: str) -> None:
+    folder = make.write_dicom(tmp_path / "ct", np.arange(60).reshape(3, 4, 5), modality="CT")
+    files = sorted(folder.iterdir())
+    for path in files if inverted == "all" else files[2:3]:
+        header = pydicom.dcmread(path)
+        header.PhotometricInterpretation = "MONOCHROME1"
+        header.save_as(path)
+    with pytest.raises(ValueError, match=r"ct: pixels are MONOCHROME1, not MONOCHROME2 .* export the series as"):
+        read_dicom_series(folder)
+    for path in files[1:]:
+        path.unlink()
+    if inverted == "all":
+        with pytest.raises(ValueError, match="MONOCHROME1"):
+            read_dicom_series(folder)
+
+
+@pytest.mark.parametrize(("suffix", "left"), [("", 0), (".IMA", 100)])
+def test_empty_or_cut_off_slice_is_known_by_its_name(tmp_path: Path, suffix: str, left: int) -> None:
+    folder = make.write_dicom(tmp_path / "mr", np.arange(60).reshape(3, 4, 5))
+    for path in sorted(folder.iterdir()):
+        path.rename(path.with_suffix(suffix))
+    last = max(folder.iterdir())
+    whole = last.read_bytes()
+    (folder / "notes").write_text("of a radiologist")
+    assert read_dicom_series(folder)[0].shape == (1, 3, 4, 5)
+    last.write_bytes(whole[:left])
+    with pytest.raises(ValueError, match=f"{last.name} is no readable slice of the series; export it again"):
+        read_dicom_series(folder)
