@@ -29,13 +29,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from nibabel import Nifti1Header
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataloaders.case_lists import some
 from dataloaders.error_text import DeviceError, pass_on_device_error, reason_of
-from dataloaders.geometry import READ_ERRORS, states_orientation
+from dataloaders.geometry import states_orientation
 from dataloaders.orientation import note_stored_axes, stated_axes
 from myutils.build import kept_components
 from myutils.checkpoint import InferenceBundle
@@ -56,6 +54,7 @@ from myutils.label_files import (
     save_in_geometry_of,
     save_volume,
 )
+from myutils.progress import ProgressBar
 from myutils.run_folder import make_folder
 from myutils.scan_inputs import Scan, find_scans, join_channels, require_free_outputs, warn_of_modality
 from myutils.stop_signals import sigterm_as_ctrl_c
@@ -197,8 +196,8 @@ def without_done(job: Job) -> Job:
     done = set(there)
     for scan, paths in outputs.items():
         kept = [path for path in paths if path in done]
-        header = _header_of(scan) if kept else None
-        strangers = [] if header is None else [path for path in kept if lies_elsewhere(path, header)]
+        place = _place_of(scan) if kept else None
+        strangers = [] if place is None else [path for path in kept if lies_elsewhere(path, *place)]
         if strangers:
             raise ValueError(
                 f"{strangers[0]} has another shape or place than {scan.path}: it is of another scan of this name; pass "
@@ -212,11 +211,11 @@ def without_done(job: Job) -> Job:
     return dataclasses.replace(job, scans=left, cut_off=frozenset(cut_off))
 
 
-def _header_of(scan: Scan) -> Nifti1Header | None:
-    """A scan's header; None of a DICOM series, and of a file that cannot be read, which is named in its turn."""
+def _place_of(scan: Scan) -> tuple[tuple[int, ...], np.ndarray] | None:
+    """A scan's shape and affine; None of a file that cannot be read, which is named in its turn."""
     try:
-        return scan.header()
-    except READ_ERRORS:
+        return scan.place()
+    except SCAN_ERRORS:
         return None
 
 
@@ -229,7 +228,7 @@ def run(job: Job) -> list[str]:
     """
     failed: list[str | None] = []  # None for a scan that did not fail
     with logging_redirect_tqdm():
-        for scan in tqdm(own_share(job.scans), desc="predict", unit="scan", disable=not is_main_rank()):
+        for scan in ProgressBar(own_share(job.scans), desc="predict", unit="scan", disable=not is_main_rank()):
             try:
                 segment(scan, job)
                 failed.append(None)

@@ -164,6 +164,10 @@ class KeptCases:
         """As the source's."""
         return self._source.patient(case_id)
 
+    def states_orientation(self, case_id: str) -> bool:
+        """As the source's."""
+        return self._source.states_orientation(case_id)
+
     def load(self, case_id: str) -> Volume:
         """As ``load_case``, with the label."""
         if case_id in self._kept:

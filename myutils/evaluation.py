@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dataloaders.base import CaseSource, Volume
 from dataloaders.case_lists import some
@@ -23,8 +22,9 @@ from dataloaders.say_once import warn_once
 from myutils.components import largest_component
 from myutils.distributed import is_main_rank, join_shares, own_share
 from myutils.inference import SCAN_ERRORS, InferenceOptions, predict_label_map
-from myutils.label_files import save_label_map
+from myutils.label_files import is_default_place, save_label_map
 from myutils.metrics import CaseMetrics, segmentation_metrics
+from myutils.progress import ProgressBar
 from networks.base import Segmenter
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,8 @@ def evaluate_cases(
         raise ValueError("no case to evaluate; the split is empty")
     cases = source if isinstance(source, KeptCases) else KeptCases(source, limit_bytes=0)
     outcomes: list[CaseResult | str] = []  # or why the case cannot be scored
-    for case_id in tqdm(own_share(case_ids), desc="evaluate", unit="case", disable=not (progress and is_main_rank())):
+    hidden = not (progress and is_main_rank())
+    for case_id in ProgressBar(own_share(case_ids), desc="evaluate", unit="case", disable=hidden):
         try:
             volume = cases.load(case_id)
             label_map = predict_label_map(network, volume, preprocess, inference, device)
@@ -113,7 +114,9 @@ def evaluate_cases(
             outcomes.append(reason_of(error))
             continue
         if save_dir is not None:
-            save_label_map(save_dir / f"{case_id}.nii.gz", label_map, volume.affine)
+            # a header is read again only where it may state nothing
+            placed = not is_default_place(volume.affine, label_map.shape) or cases.states_orientation(case_id)
+            save_label_map(save_dir / f"{case_id}.nii.gz", label_map, volume.affine, placed=placed)
     joined = list(zip(case_ids, join_shares(outcomes), strict=True))
     results = [outcome for _, outcome in joined if isinstance(outcome, CaseResult)]
     reasons = {case_id: outcome for case_id, outcome in joined if isinstance(outcome, str)}

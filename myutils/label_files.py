@@ -29,22 +29,32 @@ class OutputFolderError(OSError):
     """A file could not be written for a reason that holds for all others in its folder too."""
 
 
-def save_label_map(path: Path, label_map: np.ndarray, affine: np.ndarray) -> None:
+def save_label_map(path: Path, label_map: np.ndarray, affine: np.ndarray, *, placed: bool = True) -> None:
     """Write class ids (X, Y, Z) as uint8; geometry as in :func:`save_volume`."""
-    save_volume(path, label_map.astype(np.uint8), affine)
+    save_volume(path, label_map.astype(np.uint8), affine, placed=placed)
 
 
-def save_volume(path: Path, array: np.ndarray, affine: np.ndarray, origin: str = "") -> None:
+def is_default_place(affine: np.ndarray, shape: Sequence[int]) -> bool:
+    """Whether ``affine`` (4, 4) is what nibabel takes for a file of ``shape`` (X, Y, Z) that states neither form."""
+    header = nib.Nifti1Header()
+    header.set_data_shape(shape)
+    header.set_zooms(voxel_sizes(affine))
+    return np.allclose(header.get_base_affine(), affine)
+
+
+def save_volume(path: Path, array: np.ndarray, affine: np.ndarray, origin: str = "", *, placed: bool = True) -> None:
     """Write an array (X, Y, Z) or (X, Y, Z, K) with ``affine`` (4, 4) as sform and qform, in mm.
 
-    ``origin`` is the text of ``origin_of``, for the header.
+    ``origin`` is the text of ``origin_of``, for the header. Where the scan is not ``placed``, for its file states
+    neither form, this one does neither, so that all programs lay the two on each other; ``affine`` then is the default.
 
     Note:
         A qform holds no shear; for a sheared affine it is the closest rotation, and the sform is exact.
     """
     image = nib.Nifti1Image(array, affine)
-    image.set_qform(affine, code=SCANNER_CODE)
-    image.set_sform(affine, code=SCANNER_CODE)
+    code = SCANNER_CODE if placed else 0
+    image.set_qform(affine, code=code)
+    image.set_sform(affine, code=code)
     image.header.set_xyzt_units("mm")
     _save(image, path, origin)
 
@@ -109,16 +119,15 @@ def are_probabilities(path: Path) -> bool:
     return said_origin(path) is not None and nib.load(path).ndim == 4  # type: ignore[attr-defined]
 
 
-def lies_elsewhere(path: Path, header: nib.Nifti1Header) -> bool:
-    """Whether a file's voxels lie elsewhere than those of the scan with this header; False where it cannot be read."""
+def lies_elsewhere(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> bool:
+    """Whether a file's voxels lie elsewhere than those of a scan of ``shape`` (X, Y, Z); False if it cannot be read."""
     try:
         image: Any = nib.load(path)
-        shape, affine = image.shape[:3], image.affine
+        found = image.affine
     except READ_ERRORS:
         return False
-    wanted = header.get_best_affine()
-    tolerance = GRID_TOLERANCE * float(voxel_sizes(wanted).min())
-    return shape != header.get_data_shape()[:3] or not np.allclose(affine, wanted, rtol=0, atol=tolerance)
+    tolerance = GRID_TOLERANCE * float(voxel_sizes(affine).min())
+    return image.shape[:3] != shape or not np.allclose(found, affine, rtol=0, atol=tolerance)
 
 
 def _save(image: nib.Nifti1Image, path: Path, origin: str) -> None:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from dataloaders.patches import Batch
 from myutils.methods.base import StepOutput
 from myutils.overlay import class_colours, richest_slice
+from myutils.progress import ProgressBar
 from myutils.run_folder import hold
 from myutils.whole_files import whole_file
 
@@ -163,7 +164,8 @@ def setup_logging(*, is_main: bool) -> None:
     logging.basicConfig(level=level, format="%(message)s", force=True)
 
 
-def progress_bar(name: str, first: int, last: int, *, disable: bool) -> tqdm[Any]:
+def step_bar(name: str, first: int, last: int, *, disable: bool) -> tqdm[Any]:
     """A bar of the steps from ``first`` to ``last``; where nobody watches it, a line now and then."""
     least, most = (0.2, 10.0) if sys.stderr.isatty() else (10.0, 60.0)
-    return tqdm(total=last, initial=first, desc=name, unit="step", disable=disable, mininterval=least, maxinterval=most)
+    often: dict[str, Any] = {"mininterval": least, "maxinterval": most}
+    return ProgressBar(total=last, initial=first, desc=name, unit="step", disable=disable, **often)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
+import numpy as np
 import SimpleITK as sitk  # noqa: N813 - its usual name
 
 from dataloaders.base import Volume
@@ -51,6 +52,14 @@ class Scan:
         found = read_dicom_series(self.path) if self.is_dicom else read_nifti_channels(self.files, self.name)
         image, affine, spacing = found
         return Volume(self.name, image, None, affine, spacing)
+
+    def place(self) -> tuple[tuple[int, ...], np.ndarray]:
+        """Shape (X, Y, Z) and affine, in mm or the file's unit; of a DICOM series by reading it. Errors as ``read``."""
+        header = self.header()
+        if header is None:
+            volume = self.read()
+            return volume.image.shape[1:], volume.affine
+        return header.get_data_shape()[:3], header.get_best_affine()
 
     def header(self) -> nib.Nifti1Header | None:
         """The NIfTI header; None for DICOM."""

@@ -36,7 +36,7 @@ from myutils.host_memory import named_shortages
 from myutils.methods.base import batch_dice
 from myutils.methods.step_output import StepOutput, fingerprint, require_gradients, warn_if_still
 from myutils.prototype_checks import NonFiniteFeaturesError
-from myutils.run_log import RunLog, progress_bar, step_scalars
+from myutils.run_log import RunLog, step_bar, step_scalars
 from myutils.schedules import poly_lr
 from myutils.seeding import derive_seed, seed_everything
 from myutils.stop_signals import TrainingInterrupted, leave_stops_to_parent, stop_signals
@@ -125,7 +125,7 @@ class Trainer:
         try:
             if first == 0:
                 self._save(("last.pt",))
-            shown = progress_bar(self.state.config.method, first, self.max_iteration, disable=not self.ranks.is_main)
+            shown = step_bar(self.state.config.method, first, self.max_iteration, disable=not self.ranks.is_main)
             with named_shortages(), stop_signals(self), shown as bar:
                 if self.state.validates:
                     self._validate(log)

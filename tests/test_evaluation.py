@@ -11,6 +11,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813 - its usual name
 import torch
 from conftest import BallSource
 from helpers_runs import PointwiseNetwork
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from dataloaders.base import Volume
 from dataloaders.error_text import DeviceError
+from dataloaders.nifti_folder import NiftiFolder
 from dataloaders.preprocess import Preprocess
 from myutils import evaluation
 from myutils.evaluation import (
@@ -96,6 +98,26 @@ def test_exact_network_scores_one_and_saves_its_label_maps(tmp_path: Path) -> No
     assert saved.get_data_dtype() == np.uint8 and saved.header.get_xyzt_units()[0] == "mm"
     assert int(saved.header["sform_code"]) == int(saved.header["qform_code"]) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["ball00.nii.gz"]
+
+
+def test_label_map_of_a_scan_that_states_no_place_states_none(tmp_path: Path) -> None:
+    volume, (image, label) = BallSource().load("ball00", with_label=True), ("images", "labels")
+    assert volume.label is not None
+    for folder, voxels in ((image, volume.image[0]), (label, volume.label)):
+        (tmp_path / folder).mkdir()
+        scan = nib.Nifti1Image(voxels, None)
+        nib.save(scan, tmp_path / folder / "unplaced.nii.gz")
+        scan.set_sform(scan.header.get_base_affine(), code=1)  # where nibabel takes the other to lie
+        nib.save(scan, tmp_path / folder / "placed.nii.gz")
+    source = NiftiFolder(tmp_path, num_classes=3)
+    network, ids = threshold_network(0.5, 1.5), ["placed", "unplaced"]
+    evaluate_cases(network, source, ids, Preprocess("mr"), OPTIONS, CPU, save_dir=tmp_path / "out", progress=False)
+    for name, codes in (("placed", 1), ("unplaced", 0)):
+        files = (sitk.ReadImage(str(tmp_path / folder / f"{name}.nii.gz")) for folder in (image, "out"))
+        places = [(file.GetOrigin(), file.GetDirection(), file.GetSpacing(), file.GetSize()) for file in files]
+        assert places[0] == places[1]
+        header: Any = nib.load(tmp_path / "out" / f"{name}.nii.gz").header
+        assert int(header["qform_code"]) == int(header["sform_code"]) == codes
 
 
 def test_distances_are_in_mm_of_the_original_grid_with_resampling() -> None:

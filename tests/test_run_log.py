@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import logging
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ import torch
 from helpers_runs import random_batch, small_method
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from myutils.methods.base import LossTerm, StepOutput
-from myutils.run_log import RunLog, read_metrics, setup_logging, step_scalars
+from myutils.run_log import RunLog, read_metrics, setup_logging, step_bar, step_scalars
 
 
 def test_scalars_go_to_the_file_and_to_tensorboard(tmp_path: Path) -> None:
@@ -148,3 +150,34 @@ def test_only_the_main_rank_logs_below_warnings() -> None:
     finally:
         root.handlers[:] = before
         root.setLevel(level)
+
+
+class Broken(io.StringIO):
+    """A pipe whose reader is gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    def flush(self) -> None:
+        self.write("")
+
+
+def test_a_bar_goes_on_where_nobody_can_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Broken())
+    with step_bar("mean_teacher", 0, 3, disable=False) as bar:
+        for step in range(3):
+            bar.update()
+            bar.set_postfix({"loss": str(step)})
+    assert bar.n == 3
+
+
+def test_log_lines_take_the_place_of_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", shown)
+    log = logging.Logger("test")
+    log.addHandler(logging.StreamHandler(sys.stderr))
+    with step_bar("mean_teacher", 0, 3, disable=False) as bar, logging_redirect_tqdm([log]):
+        bar.refresh()
+        log.warning("a case is damaged")
+    cleared, _, after = shown.getvalue().partition("a case is damaged\n")
+    assert cleared.endswith("\r") and "mean_teacher" in after  # the bar is taken away, and drawn again below

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import gzip
 import hashlib
+import io
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from data_makers import write_dicom
 from helpers_scans import trained_run, write_cohort
 
 import predict_3d
@@ -230,3 +233,38 @@ def test_a_stopped_prediction_ends_with_130(
     assert ("stopped before the first case" if place == "load_together" else "stopped; the label maps in") in (
         capsys.readouterr().err
     )
+
+
+def test_a_label_map_of_another_dicom_series_is_not_taken_for_this_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained_run(write_cohort(tmp_path / "balls", labeled=2), tmp_path / "run", method="supervised", labelnum=1)
+    voxels = np.random.default_rng(0).integers(0, 99, (16, 16, 16))
+    command = ["--checkpoint", str(run), "--output", str(tmp_path / "out"), "--existing", "keep", "--input"]
+    write_dicom(tmp_path / "one" / "p1", voxels)
+    write_dicom(tmp_path / "two" / "p1", voxels, origin=(300.0, 20.0, 30.0))
+    for _ in range(2):
+        assert predict_3d.main([*command, str(tmp_path / "one")]) == 0
+    assert "1 of 1 scans are done already" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as refusal:
+        predict_3d.main([*command, str(tmp_path / "two")])
+    assert refusal.value.code == 2 and "p1.nii.gz has another shape or place than" in capsys.readouterr().err
+
+
+class FullLog(io.StringIO):
+    """A log file on a full disk."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def flush(self) -> None:
+        self.write("")
+
+
+def test_scans_are_segmented_without_an_error_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cohort = write_cohort(tmp_path / "balls", cases=2, labeled=2)
+    run = trained_run(cohort, tmp_path / "run", method="supervised", labelnum=1)
+    command = ["--checkpoint", str(run), "--output", str(tmp_path / "out"), "--input", str(cohort / "images")]
+    monkeypatch.setattr(sys, "stderr", FullLog())
+    assert predict_3d.main(command) == 0
+    assert len([*(tmp_path / "out").iterdir()]) == 2
