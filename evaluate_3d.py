@@ -47,6 +47,7 @@ from myutils.components import name_kept_components
 from myutils.config import RunConfig
 from myutils.distributed import is_main_rank, start_process_group, stop_process_group
 from myutils.ensemble import load_together
+from myutils.evaluation import DamagedCasesError
 from myutils.evaluation_cases import (
     SPLITS,
     choose_cases,
@@ -219,10 +220,10 @@ def run(job: Job) -> None:
     name_kept_components(kept, bundle.class_names)
     if is_main_rank():
         warn_of_stored_axes(job.source, job.case_ids, bundle)
-    about = folder / ABOUT
-    is_new = not about.exists()
+    about, path = about_job(job), folder / ABOUT
+    is_new = not path.exists()
     if is_main_rank():
-        write_summary_json(about, about_job(job))
+        write_summary_json(path, about)
     try:
         results, summary = score_into(
             folder,
@@ -232,12 +233,12 @@ def run(job: Job) -> None:
             job.options,
             job.device,
             keep_largest=kept,
-            about=about_job(job),
+            about=about,
             advice="mend them, or leave them out with --test_list or --val_list",
         )
-    except ValueError:
-        if is_new and is_main_rank() and not (folder / CASES).exists():  # nothing was scored
-            about.unlink(missing_ok=True)
+    except DamagedCasesError as error:
+        if is_new and not error.results and is_main_rank():
+            path.unlink(missing_ok=True)
         raise
     if is_main_rank():
         files = "".join(f"{folder / name}\n" for name in (CASES, SUMMARY, PREDICTIONS))

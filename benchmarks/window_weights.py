@@ -19,13 +19,12 @@ import dataclasses
 import platform
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import monai
-import numpy as np
 import torch
 from monai.inferers import sliding_window_inference
 from torch import Tensor
@@ -56,13 +55,12 @@ def main() -> None:
     for path in settings.checkpoint:
         run = loaded(path, settings)
         scores = scores_of(run, settings.sigmas)
-        usual = dice_of_cases(scores["monai constant"])
-        sys.stdout.write(f"{path}, {len(usual)} cases\n")
-        for name, found in scores.items():
-            gap = dice_of_cases(found) - usual
+        dice = {name: 100 * KeptRow(name, (), {0: found}, {}).case_values("dice")[0] for name, found in scores.items()}
+        sys.stdout.write(f"{path}, {len(run.cases)} cases\n")
+        for name, found in dice.items():
+            gap = found - dice["monai constant"]
             spread = gap.std(ddof=1) if len(gap) > 1 else 0.0
-            mean = dice_of_cases(found).mean()
-            sys.stdout.write(f"  {name:16s}{mean:8.2f}{gap.mean():+8.2f} +- {spread:.2f}\n")
+            sys.stdout.write(f"  {name:16s}{found.mean():8.2f}{gap.mean():+8.2f} +- {spread:.2f}\n")
         if settings.scores is not None:
             add_row(kept, path, run, scores[next(iter(scores))])
             write_rows(settings.scores, kept.values())  # so far, for there may be hours to come
@@ -113,7 +111,7 @@ def loaded(path: Path, settings: argparse.Namespace) -> Loaded:
     return Loaded(bundle, options, cases, {case_id: source.patient(case_id) for case_id in ids}, device)
 
 
-def scores_of(run: Loaded, sigmas: Sequence[float]) -> dict[str, Scores]:
+def scores_of(run: Loaded, sigmas: Sequence[float]) -> Mapping[str, Scores]:
     """The figures of each case and class by the name of the weights, those of ``sigmas`` first."""
     bundle, options, device = run.bundle, run.options, run.device
     network = bundle.network
@@ -142,15 +140,7 @@ def scores_of(run: Loaded, sigmas: Sequence[float]) -> dict[str, Scores]:
             found = label_map_from(bundle.preprocess.restore(side(image).numpy(), volume))
             result = score_case(volume, found, bundle.num_classes, run.patients[volume.case_id])
             scores[name] |= {(volume.case_id, class_id): figures for class_id, figures in result.metrics.items()}
-    return {**scores}
-
-
-def dice_of_cases(scores: Scores) -> np.ndarray:
-    """Dice (N,) of each case in percent, the mean over classes."""
-    by_case: dict[str, list[float]] = {}
-    for (case_id, _), figures in scores.items():
-        by_case.setdefault(case_id, []).append(100 * figures.dice)
-    return np.array([np.mean(found) for found in by_case.values()])
+    return scores
 
 
 def add_row(rows: dict[str, KeptRow], path: Path, run: Loaded, scores: Scores) -> None:

@@ -60,7 +60,7 @@ def score_into(
         Results per case and their summary, on every rank.
 
     Raises:
-        ValueError: If cases cannot be scored; ``CASES`` then holds the others, and there is no summary.
+        DamagedCasesError: If cases cannot be scored; ``CASES`` then holds the others, and there is no summary.
         DeviceError: If the GPU failed.
     """
     if is_main_rank():
@@ -78,7 +78,8 @@ def score_into(
             save_dir=folder / PREDICTIONS,
         )
     except DamagedCasesError as error:
-        raise _keep_the_others(folder, error, bundle.class_names, advice) from error
+        error.args = (_keep_the_others(folder, error, bundle.class_names, advice),)
+        raise
     summary = summarise(results, bundle.class_names) | about
     if is_main_rank():
         write_scores(folder, results, bundle.class_names)
@@ -86,14 +87,14 @@ def score_into(
     return results, summary
 
 
-def _keep_the_others(folder: Path, error: DamagedCasesError, class_names: Sequence[str], advice: str) -> ValueError:
-    """Write the scores of the cases that could be scored, without a summary; returns the error that says so."""
+def _keep_the_others(folder: Path, error: DamagedCasesError, class_names: Sequence[str], advice: str) -> str:
+    """Write the scores of the cases that could be scored, without a summary; returns what is to be said of it."""
     if not error.results:
-        return ValueError(f"{error}; nothing was scored, and nothing in {folder} was changed")
+        return f"{error}; nothing was scored, and nothing in {folder} was changed"
     if is_main_rank():
         write_scores(folder, error.results, class_names)
         (folder / SUMMARY).unlink(missing_ok=True)  # that of an evaluation before
-    return ValueError(f"{error}; {folder / CASES} holds the others, there is no summary: {advice}")
+    return f"{error}; {folder / CASES} holds the others, there is no summary: {advice}"
 
 
 def write_scores(folder: Path, results: Sequence[CaseResult], class_names: Sequence[str]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,20 @@ from myutils.methods.base import Method, StepOutput
 from myutils.resolving import resolve_config
 from myutils.trainer import Trainer
 from networks.base import Branch, SegmentationNetwork, SegmentationOutput
+
+
+class BrokenStream(io.StringIO):
+    """A stream that cannot be written to: ``errno.EPIPE`` as a pipe without a reader, ``ENOSPC`` as on a full disk."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def write(self, text: str) -> int:
+        raise OSError(self.number, os.strerror(self.number))
+
+    def flush(self) -> None:
+        self.write("")
 
 
 class PointwiseNetwork(SegmentationNetwork):

@@ -22,13 +22,7 @@ from dataloaders.error_text import DeviceError
 from dataloaders.nifti_folder import NiftiFolder
 from dataloaders.preprocess import Preprocess
 from myutils import evaluation
-from myutils.evaluation import (
-    CaseResult,
-    DamagedCasesError,
-    evaluate_cases,
-    score_case,
-    summarise,
-)
+from myutils.evaluation import CaseResult, DamagedCasesError, evaluate_cases, score_case, summarise
 from myutils.evaluation_folder import CSV_COLUMNS, refuse_other_results, write_cases_csv, write_summary_json
 from myutils.inference import InferenceOptions
 from myutils.metrics import CaseMetrics

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers_runs import random_batch, small_method
+from helpers_runs import BrokenStream, random_batch, small_method
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -152,18 +152,8 @@ def test_only_the_main_rank_logs_below_warnings() -> None:
         root.setLevel(level)
 
 
-class Broken(io.StringIO):
-    """A pipe whose reader is gone."""
-
-    def write(self, text: str) -> int:
-        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
-
-    def flush(self) -> None:
-        self.write("")
-
-
 def test_a_bar_goes_on_where_nobody_can_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", Broken())
+    monkeypatch.setattr(sys, "stderr", BrokenStream(errno.EPIPE))
     with step_bar("mean_teacher", 0, 3, disable=False) as bar:
         for step in range(3):
             bar.update()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import gzip
 import hashlib
-import io
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from data_makers import write_dicom
+from helpers_runs import BrokenStream
 from helpers_scans import trained_run, write_cohort
 
 import predict_3d
@@ -251,20 +251,10 @@ def test_a_label_map_of_another_dicom_series_is_not_taken_for_this_one(
     assert refusal.value.code == 2 and "p1.nii.gz has another shape or place than" in capsys.readouterr().err
 
 
-class FullLog(io.StringIO):
-    """A log file on a full disk."""
-
-    def write(self, text: str) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def flush(self) -> None:
-        self.write("")
-
-
 def test_scans_are_segmented_without_an_error_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cohort = write_cohort(tmp_path / "balls", cases=2, labeled=2)
     run = trained_run(cohort, tmp_path / "run", method="supervised", labelnum=1)
     command = ["--checkpoint", str(run), "--output", str(tmp_path / "out"), "--input", str(cohort / "images")]
-    monkeypatch.setattr(sys, "stderr", FullLog())
+    monkeypatch.setattr(sys, "stderr", BrokenStream(errno.ENOSPC))
     assert predict_3d.main(command) == 0
     assert len([*(tmp_path / "out").iterdir()]) == 2
