@@ -1,8 +1,8 @@
 """Random patches: crop first, then mirror, turn, deform and change intensities, all from one seeded generator.
 
 The cost of a sample follows the patch, not the volume: an affine change samples the patch's own grid. Written by
-hand on NumPy and SciPy, because MONAI's random transforms work on the whole volume or need a second crop, and give
-two views of one geometry only through deep copies of their state.
+hand, because MONAI's random transforms work on the whole volume or need a second crop, and give two views of one
+geometry only through deep copies of their state.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy import ndimage
+from torch.nn.functional import grid_sample
 
 from dataloaders.orientation import in_order
 
@@ -122,21 +124,35 @@ def affine_crop(
 ) -> np.ndarray:
     """Sample a patch of array (..., X, Y, Z) through ``matrix`` about the patch's centre; ``fill`` as of ``crop``.
 
-    A voxel reaches half a step beyond its centre, where SciPy sees the outside already: a single slice would be lost to
-    any scale but 1. So it gets a block with a margin of ``fill``.
+    ``order`` 1 interpolates linearly, 0 takes the nearest voxel. A voxel reaches half a step beyond its centre, or a
+    single slice would be lost to any scale but 1: so the block that is sampled has a margin of ``fill``.
     """
     half = (np.asarray(patch_size) - 1) / 2
     reach = np.abs(matrix) @ half
     first = np.floor(corner + half - reach).astype(int) - 1
     sides = np.ceil(2 * reach).astype(int) + 4
     block = crop(array, first, tuple(sides), fill)
-    offset = corner + half - matrix @ half - first
-    flat = block.reshape(-1, *block.shape[-3:])
-    sampled = [
-        ndimage.affine_transform(channel, matrix, offset, tuple(patch_size), order=order, mode="constant", cval=outside)
-        for channel, outside in zip(flat, np.broadcast_to(np.ravel(fill), len(flat)), strict=True)
-    ]
-    return np.stack(sampled).reshape(*array.shape[:-3], *patch_size)
+    grid = _sampling_grid(matrix, corner + half - matrix @ half - first, patch_size, sides)
+    channels = torch.from_numpy(block.reshape(1, -1, *sides)).float()
+    mode = "bilinear" if order else "nearest"
+    # the block holds all of the grid: what padding_mode adds is never seen
+    sampled = grid_sample(channels, grid, mode, padding_mode="border", align_corners=True)
+    return sampled.numpy().astype(array.dtype, copy=False).reshape(*array.shape[:-3], *patch_size)
+
+
+def _sampling_grid(matrix: np.ndarray, offset: np.ndarray, size: Sequence[int], sides: np.ndarray) -> torch.Tensor:
+    """Where each of ``size`` voxels v lies in a block of ``sides``, at matrix v + offset, as ``grid_sample`` has it.
+
+    Returns:
+        (1, X, Y, Z, 3), -1 to 1 from the centre of a block's first voxel to that of its last, the last axis first.
+    """
+    grid = torch.empty((1, *size, 3))
+    for axis in range(3):
+        step = 2 / (sides[axis] - 1)
+        x, y, z = (torch.from_numpy(step * matrix[axis, i] * np.arange(size[i])).float() for i in range(3))
+        x = x + (step * offset[axis] - 1)
+        torch.add((x[:, None] + y)[..., None], z, out=grid[0, ..., 2 - axis])
+    return grid
 
 
 def turns_quarterly(patch_size: Sequence[int], spacing: Sequence[float]) -> bool:
