@@ -69,6 +69,7 @@ from myutils.evaluation_folder import (
 from myutils.flags import option
 from myutils.inference import InferenceOptions
 from myutils.inference_flags import InferenceFlags, inference_options, start
+from myutils.progress import show
 from myutils.run_folder import make_folder
 from myutils.score_table import format_table
 from myutils.stop_signals import sigterm_as_ctrl_c
@@ -242,7 +243,7 @@ def run(job: Job) -> None:
         raise
     if is_main_rank():
         files = "".join(f"{folder / name}\n" for name in (CASES, SUMMARY, PREDICTIONS))
-        sys.stdout.write(f"\n{len(results)} cases, {job.flags.split}\n{format_table(summary)}\n\n{files}")
+        show(f"\n{len(results)} cases, {job.flags.split}\n{format_table(summary)}\n\n{files}")
 
 
 def about_job(job: Job) -> dict[str, Any]:

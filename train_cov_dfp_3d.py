@@ -46,6 +46,7 @@ from myutils.finite_watch import NonFiniteLossError
 from myutils.fitting import fit_to_cases, require_headers, require_sizes
 from myutils.flags import SuggestingParser, add_flags, given_flags
 from myutils.methods.base import METHODS
+from myutils.progress import show
 from myutils.rank_checks import require_equal, require_equal_states
 from myutils.registry import closest_hint
 from myutils.report import draw_run, evaluate_run
@@ -291,9 +292,8 @@ def evaluate(trained: dict[str, Path], trainer: Trainer) -> None:
         return
     baseline = outcome["supervised"][1] if len(outcome) > 1 else None
     table = format_table(outcome[config.method][1], baseline, name=config.method)
-    sys.stdout.write(f"\n{len(test_ids)} test cases, {config.max_iteration} steps, seed {config.seed}\n{table}\n\n")
-    results = {name: cases for name, (cases, _) in outcome.items()}
-    draw_run(folder / "overlay.png", source, trained, results, source.class_names)
+    show(f"\n{len(test_ids)} test cases, {config.max_iteration} steps, seed {config.seed}\n{table}\n\n")
+    draw_run(folder / "overlay.png", source, trained, {name: cases for name, (cases, _) in outcome.items()})
 
 
 if __name__ == "__main__":

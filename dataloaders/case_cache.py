@@ -28,6 +28,7 @@ import numpy as np
 
 from dataloaders.base import CaseSource, Volume
 from dataloaders.checked_cases import load_case
+from dataloaders.error_text import unwritable
 from dataloaders.preprocess import Preprocess
 from dataloaders.say_once import warn_once
 
@@ -186,7 +187,10 @@ class CaseStore:
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise unwritable("--cache_dir", folder, error) from error
         self.folder, self._limit = folder, limit_bytes
         self._full = False
         self._counted, self._written = limit_bytes, 0  # bytes at the last count, and written by this process since

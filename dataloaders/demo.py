@@ -22,6 +22,7 @@ import nibabel as nib
 from dataloaders.base import SOURCES, CaseSource, Grid, SourceOptions, TrainingDefaults, Volume
 from dataloaders.demo_cohort import CohortSettings, CohortSimulator
 from dataloaders.demo_template import CLASS_NAMES, build_template
+from dataloaders.error_text import unwritable
 from dataloaders.nifti_folder import NiftiFolder
 
 logger = logging.getLogger(__name__)
@@ -107,8 +108,11 @@ def cohort_folder(cache_dir: Path, settings: CohortSettings, cases: int) -> Path
         return folder
     started = time.perf_counter()
     logger.info("making the demo cohort, %d cases, once (kept in %s)", cases, folder)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=".demo-", dir=cache_dir))
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=".demo-", dir=cache_dir))
+    except OSError as error:
+        raise unwritable("--cache_dir", cache_dir, error) from error
     fresh.chmod(0o755)  # mkdtemp makes it private, but a cache may be shared
     try:
         _write_cohort(fresh, settings, cases)

@@ -49,6 +49,12 @@ def message_of(error: Exception) -> str:
     return f"{text} ({type(error).__name__} at {file}, line {line})"
 
 
+def unwritable(flag: str, folder: Path, error: OSError) -> OSError:
+    """The error of a folder that cannot be made or written into, naming the ``flag`` that asked for it."""
+    what = "write into" if folder.is_dir() else "make"
+    return OSError(f"{flag}: cannot {what} {folder}: {error.strerror}; pass a folder that can be written")
+
+
 def reason_of(error: Exception) -> str:
     """``message_of`` in one line."""
     return " ".join(message_of(error).split())

@@ -12,6 +12,7 @@ from dataloaders.class_names import sided_names
 from myutils.build import kept_components
 from myutils.components import name_kept_components
 from myutils.evaluation_folder import CASES, PREDICTIONS, SUMMARY
+from myutils.progress import show
 from myutils.report import result_checkpoint
 from myutils.trainer import Trainer
 
@@ -30,7 +31,7 @@ def list_files(folder: Path) -> None:
         "TensorBoard": folder / "tensorboard",
     }.items():
         if path.exists():
-            sys.stdout.write(f"{title:18s}{path}\n")
+            show(f"{title:18s}{path}\n")
 
 
 def describe(trainer: Trainer) -> None:

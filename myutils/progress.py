@@ -1,12 +1,32 @@
-"""Progress bars that no lost terminal or full log file can stop a job with."""
+"""Progress bars and results on the screen: no lost terminal or full log file can stop a job with them."""
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+
+def show(text: str) -> None:
+    """Write a result, which is in a file too, to the standard output; where this cannot be, say so and go on."""
+    try:
+        if sys.stdout is None:  # closed before the start
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        logger.warning("standard output: %s; results are in files alone", error.strerror)
+        # for good: what is left unwritten there would fail again when Python ends
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
 
 
 class ProgressBar(tqdm):

@@ -64,21 +64,14 @@ def evaluate_run(
     )
 
 
-def draw_run(
-    path: Path,
-    source: CaseSource,
-    runs: dict[str, Path],
-    results: dict[str, list[CaseResult]],
-    class_names: Sequence[str],
-) -> None:
+def draw_run(path: Path, source: CaseSource, runs: dict[str, Path], results: dict[str, list[CaseResult]]) -> None:
     """One picture of a few test cases: image, truth, each run's prediction with its Dice, and the loss curves.
 
     Args:
         path: PNG to write.
-        source: For images and labels.
+        source: For images, labels and the names of classes.
         runs: Folder of each run by the name to show.
         results: Scores of each run by the same names, cases in the same order.
-        class_names: Names of all classes.
     """
     cases = []
     first = next(iter(results.values()))
@@ -95,4 +88,4 @@ def draw_run(
             notes[name] = f"Dice {100 * dice:.1f} %"
         cases.append(OverlayCase(case_id, volume.image[0], maps, volume.spacing, notes))
     curves = {name: read_metrics(folder, "Loss/supervised") for name, folder in runs.items()}
-    save_overlay(path, cases, class_names=class_names, loss_curves=curves)
+    save_overlay(path, cases, class_names=source.class_names, loss_curves=curves)

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
+from dataloaders.error_text import unwritable
 from myutils.whole_files import unfinished_files
 
 try:
@@ -75,8 +76,7 @@ def make_folder(folder: Path, flag: str, *, exist_ok: bool = True) -> None:
     except OSError as error:
         if not exist_ok and isinstance(error, FileExistsError) and folder.is_dir():
             raise
-        what = "write into" if folder.is_dir() else "make"
-        raise OSError(f"{flag}: cannot {what} {folder}: {error.strerror}; pass a folder that can be written") from error
+        raise unwritable(flag, folder, error) from error
 
 
 def hold(folder: Path) -> IO[str]:

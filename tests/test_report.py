@@ -103,8 +103,8 @@ def test_draw_run_shows_a_run_and_its_baseline(trained: tuple[Path, BallSource],
     folder, source = trained
     results, _ = evaluate_run(folder, source, ["ball05"], CPU)
     runs = {"mean_teacher": folder, "supervised": folder}
-    draw_run(tmp_path / "one.png", source, {"mean_teacher": folder}, {"mean_teacher": results}, source.class_names)
-    draw_run(tmp_path / "two.png", source, runs, dict.fromkeys(runs, results), source.class_names)
+    draw_run(tmp_path / "one.png", source, {"mean_teacher": folder}, {"mean_teacher": results})
+    draw_run(tmp_path / "two.png", source, runs, dict.fromkeys(runs, results))
     one, two = (pictures.imread(tmp_path / name) for name in ("one.png", "two.png"))
     assert one.std() > 0.05 and two.shape[1] > one.shape[1]
 
@@ -117,7 +117,7 @@ def test_the_picture_s_dice_leaves_out_classes_that_no_case_shows(
     nowhere = replace(result, truth_ml={1: 2.0, 2: 0.0})
     drawn: list[OverlayCase] = []
     monkeypatch.setattr("myutils.report.save_overlay", lambda _, cases, **__: drawn.extend(cases))
-    draw_run(tmp_path / "a.png", source, {"a": folder}, {"a": [nowhere]}, source.class_names)
+    draw_run(tmp_path / "a.png", source, {"a": folder}, {"a": [nowhere]})
     assert [case.notes for case in drawn] == [{"a": f"Dice {100 * result.metrics[1].dice:.1f} %"}]
 
 
@@ -126,7 +126,7 @@ def test_draw_run_needs_no_log(trained: tuple[Path, BallSource], tmp_path: Path)
     results, _ = evaluate_run(folder, source, ["ball05"], CPU)
     (folder / "metrics.jsonl").rename(tmp_path / "metrics.jsonl")
     try:
-        draw_run(tmp_path / "a.png", source, {"mean_teacher": folder}, {"mean_teacher": results}, source.class_names)
+        draw_run(tmp_path / "a.png", source, {"mean_teacher": folder}, {"mean_teacher": results})
     finally:
         (tmp_path / "metrics.jsonl").rename(folder / "metrics.jsonl")
     assert (tmp_path / "a.png").stat().st_size > 0

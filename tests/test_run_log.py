@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from myutils.methods.base import LossTerm, StepOutput
+from myutils.progress import show
 from myutils.run_log import RunLog, read_metrics, setup_logging, step_bar, step_scalars
 
 
@@ -159,6 +160,18 @@ def test_a_bar_goes_on_where_nobody_can_read_it(monkeypatch: pytest.MonkeyPatch)
             bar.update()
             bar.set_postfix({"loss": str(step)})
     assert bar.n == 3
+
+
+@pytest.mark.parametrize("stream", [None, BrokenStream(errno.EPIPE)])
+def test_results_that_cannot_be_shown_are_named_once(
+    stream: BrokenStream | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "stdout", stream)
+    show("a table")
+    show("a path")
+    sys.stdout.close()
+    why = "Broken pipe" if stream else "Bad file descriptor"
+    assert caplog.messages == [f"standard output: {why}; results are in files alone"]
 
 
 def test_log_lines_take_the_place_of_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:

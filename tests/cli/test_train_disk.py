@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers_runs import BrokenStream
 from train_job import different, job, nifti_job, one_thread, resume, weights  # noqa: F401
 
 import train_cov_dfp_3d as train
@@ -54,6 +56,13 @@ def test_full_disk_at_the_first_checkpoint_says_to_start_again(
         assert train.main(job(folder, "--no-evaluate", exp="a")) == 1
     message = capsys.readouterr().err
     assert f"delete {folder / 'runs' / 'a'} and start again" in message and "--resume" not in message
+
+
+def test_a_full_disk_under_the_shown_results_fails_nothing(folder: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setattr(sys, "stdout", BrokenStream(errno.ENOSPC))
+    assert train.main(job(folder, exp="a")) == 0
+    assert capsys.readouterr().err.count("standard output: No space left on device; results are in files alone") == 1
+    assert (folder / "runs" / "a" / "test" / "cases.csv").exists() and (folder / "runs" / "a" / "overlay.png").exists()
 
 
 def test_full_disk_in_the_log_is_no_traceback(folder: Path, monkeypatch: Patch, capsys: Capture) -> None:

@@ -115,6 +115,14 @@ def test_output_dir_that_is_a_file_is_refused(folder: Path, capsys: Capture) -> 
     assert_refused(job(folder), capsys, "--output_dir: cannot make", "Not a directory; pass a folder that can be")
 
 
+def test_folders_that_no_file_system_makes_are_refused(folder: Path, capsys: Capture) -> None:
+    assert_refused(job(folder, exp="é" * 128), capsys, "--exp: a name of 256 bytes; folders have at most 255")
+    (folder / "file").write_text("a file")
+    told = "--cache_dir: cannot make", "Not a directory; pass a folder that can be written"
+    assert_refused(job(folder, cache_dir=str(folder / "file" / "cache"), cache_gb="1"), capsys, *told)
+    assert_refused(["--cache_dir", str(folder / "file" / "demo")], capsys, *told)  # where the demo is kept
+
+
 def test_resume_needs_the_name_of_a_run(folder: Path, capsys: Capture) -> None:
     assert_refused(["--resume"], capsys, "--resume: name the run with --exp")
     assert_refused(resume(folder, "a"), capsys, "holds no last.pt", "no run in")
