@@ -44,7 +44,7 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, Spacing]:
         ValueError: If the file is truncated, not a NIfTI image, complex or in colour, not 3D or
             4D, or its affine not invertible.
     """
-    image = _open_nifti(path)
+    image = open_nifti(path)
     _require_axes(image.shape, path)
     kind = image.get_data_dtype().kind
     if kind == "c":
@@ -140,20 +140,25 @@ def _contradiction(header: nib.Nifti1Header, shape: Sequence[int], unit: float) 
 
 
 def _header_of(path: Path) -> nib.Nifti1Image:
-    """``_open_nifti`` for the header's sake: a start asks each file for several things, and reads it once."""
+    """``open_nifti`` for the header's sake: a start asks each file for several things, and reads it once."""
     if not path.is_file():
-        return _open_nifti(path)  # which says so
+        return open_nifti(path)  # which says so
     state = path.stat()
     return _opened(path, state.st_mtime_ns, state.st_size)
 
 
 @lru_cache(maxsize=4096)
 def _opened(path: Path, changed: int, size: int) -> nib.Nifti1Image:
-    return _open_nifti(path)
+    return open_nifti(path)
 
 
-def _open_nifti(path: Path) -> nib.Nifti1Image:
-    """Open the header; the voxels are read later."""
+def open_nifti(path: Path) -> nib.Nifti1Image:
+    """Open the header; the voxels are read later.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no NIfTI file that can be read.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; check the data folder and the list files")
     try:

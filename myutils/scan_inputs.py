@@ -17,7 +17,7 @@ from dataloaders.case_lists import CHANNEL_SUFFIX, is_nifti, refuse_broken_links
 from dataloaders.dicom import LABEL_FOLDER
 from dataloaders.dicom_series import quiet_itk, read_dicom_series
 from dataloaders.dicom_tags import kind_of, read_tags
-from dataloaders.geometry import READ_ERRORS, nifti_channels, read_nifti_channels
+from dataloaders.geometry import READ_ERRORS, nifti_channels, open_nifti, read_nifti_channels
 from dataloaders.nifti_folder import list_nifti
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Scan:
 
     def header(self) -> nib.Nifti1Header | None:
         """The NIfTI header; None for DICOM."""
-        return None if self.is_dicom else nib.load(self.path).header  # type: ignore[return-value]
+        return None if self.is_dicom else open_nifti(self.path).header
 
 
 def warn_of_modality(scan: Scan, trained: str) -> None:

@@ -20,6 +20,7 @@ from dataloaders.geometry import (
     states_orientation,
 )
 from dataloaders.nifti_folder import NiftiFolder
+from myutils.scan_inputs import Scan
 
 
 def test_read_nifti_gives_channels_first_float32(tmp_path: Path) -> None:
@@ -161,6 +162,7 @@ def test_a_voxel_size_of_zero_is_named(tmp_path: Path, caplog: pytest.LogCapture
     path.write_bytes(content)
     _, _, spacing = read_nifti(path)
     assert spacing[2] == (3.0 if sform else 1.0)
+    Scan("a", path).header()  # says no more
     said = [message for message in caplog.messages if "qform" not in message]
     assert len(said) == (not sform) and all("a.nii: its header is wrong" in message for message in said)
 
