@@ -97,7 +97,7 @@ class Preprocess:
         if self.spacing is None:
             return replace(volume, image=image)
         shape, ratio, order = image.shape[1:], self._ratio(volume.spacing), SPLINE_ORDER[self.interpolation]
-        image = np.stack([resample(channel, size, ratio, order=order) for channel in image])
+        image = resample(image, size, ratio, order=order)
         label = volume.label
         if label is not None:
             label = resample_labels(label, size, ratio)
@@ -131,7 +131,7 @@ class Preprocess:
         if self.spacing is None:
             return in_order(probabilities[:, rows])
         inverse = turn.values_back([1 / step for step in ratio])
-        return np.stack([resample(p, shape, inverse, order=1, rows=rows) for p in probabilities])  # (K, X, Y, Z)
+        return resample(probabilities, shape, inverse, order=1, rows=rows)  # (K, X, Y, Z)
 
     def turn_of(self, volume: Volume) -> Turn:
         """How ``__call__`` turns a case."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import torch
 from scipy import ndimage
+
+from dataloaders.orientation import in_order
 
 SplineOrder = Literal[1, 3]
 SPLINE_ORDER: dict[str, SplineOrder] = {"linear": 1, "cubic": 3}
@@ -14,23 +18,50 @@ SPLINE_ORDER: dict[str, SplineOrder] = {"linear": 1, "cubic": 3}
 def resample(
     array: np.ndarray, size: tuple[int, ...], ratio: tuple[float, ...], *, order: SplineOrder, rows: slice | None = None
 ) -> np.ndarray:
-    """Sample an array (X, Y, Z) on a grid with the same centre.
+    """Sample arrays (..., X, Y, Z) on a grid with the same centre.
 
     Args:
-        array: Values; the type is kept.
+        array: Values in float32 or float64; the type is kept.
         size: Voxels of the new grid per axis.
         ratio: Voxel size of the new grid over that of the old one, per axis.
         order: Spline order: 1 linear, 3 cubic, which would overshoot at edges and is kept within the array's range; the
             border value continues beyond the border.
         rows: Part of the new grid along X; all of it by default.
     """
-    rows = rows or slice(0, size[0])
-    if _is_same_grid(array, size, ratio):
-        return array[rows].copy()
-    sampled = np.empty((rows.stop - rows.start, *size[1:]), dtype=array.dtype)
-    start = _first_voxel(array.shape, size, ratio) + np.array([rows.start * ratio[0], 0, 0])
-    ndimage.affine_transform(array, np.asarray(ratio), start, output=sampled, order=order, mode="nearest")
-    return sampled.clip(array.min(), array.max()) if order > 1 else sampled
+    rows, old = rows or slice(0, size[0]), array.shape[-3:]
+    if _is_same_grid(old, size, ratio):
+        return array[..., rows, :, :].copy()
+    starts = _first_voxel(old, size, ratio)
+    starts[0] += rows.start * ratio[0]
+    sampled = np.empty((*array.shape[:-3], rows.stop - rows.start, *size[1:]), dtype=array.dtype)
+    for index in np.ndindex(array.shape[:-3]):
+        one, new = array[index], sampled[index]
+        if order == 1:
+            new[...] = _interpolate(
+                one, [s + np.arange(n) * r for s, n, r in zip(starts, new.shape, ratio, strict=True)]
+            )
+        else:
+            ndimage.affine_transform(one, np.asarray(ratio), starts, output=new, order=order, mode="nearest")
+            new.clip(one.min(), one.max(), out=new)
+    return sampled
+
+
+def _interpolate(array: np.ndarray, places: Sequence[np.ndarray]) -> np.ndarray:
+    """An array (X, Y, Z) at ``places`` along each axis, linear between voxels.
+
+    One axis after the other takes a fifth of the time of ``ndimage.affine_transform``, which weighs eight voxels for
+    each new one; where there are fewer places than voxels first.
+    """
+    pairs = [_between(at, count) for at, count in zip(places, array.shape, strict=True)]
+    rows, _ = pairs[0]
+    first, last = rows.min(), rows.max()
+    rows -= first
+    values = torch.from_numpy(in_order(array[first : last + 1]))
+    for axis in sorted((2, 1, 0), key=lambda axis: len(places[axis]) / array.shape[axis]):
+        (below, above), (_, part) = (torch.from_numpy(both) for both in pairs[axis])
+        weight = part.to(values.dtype).reshape([-1 if other == axis else 1 for other in range(3)])
+        values = values.index_select(axis, below).lerp_(values.index_select(axis, above), weight)
+    return values.numpy()
 
 
 def resample_labels(labels: np.ndarray, size: tuple[int, ...], ratio: tuple[float, ...]) -> np.ndarray:
@@ -39,7 +70,7 @@ def resample_labels(labels: np.ndarray, size: tuple[int, ...], ratio: tuple[floa
     Where two classes weigh the same, as halfway between two voxels, the lower id wins at every second voxel and the
     higher one at the others: one side alone, which is what the nearest voxel comes to, would move or swell a structure.
     """
-    if _is_same_grid(labels, size, ratio):
+    if _is_same_grid(labels.shape, size, ratio):
         return labels.copy()
     starts = _first_voxel(labels.shape, size, ratio)
     (below_x, part_x), (below_y, part_y), (below_z, part_z) = (
@@ -69,8 +100,8 @@ def resampled_affine(
     return affine @ step
 
 
-def _is_same_grid(array: np.ndarray, size: tuple[int, ...], ratio: tuple[float, ...]) -> bool:
-    return tuple(size) == array.shape and all(abs(step - 1) < 1e-9 for step in ratio)
+def _is_same_grid(old: tuple[int, ...], size: tuple[int, ...], ratio: tuple[float, ...]) -> bool:
+    return tuple(size) == old and all(abs(step - 1) < 1e-9 for step in ratio)
 
 
 def _first_voxel(old_size: tuple[int, ...], new_size: tuple[int, ...], ratio: tuple[float, ...]) -> np.ndarray:
@@ -83,5 +114,5 @@ def _between(at: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     at = at.clip(0, count - 1)
     below = np.floor(at + 1e-6).astype(int).clip(max=max(0, count - 2))
     above = (below + 1).clip(max=count - 1)
-    part = at - below
+    part = (at - below).clip(min=0)
     return np.stack([below, above]), np.stack([1 - part, part])

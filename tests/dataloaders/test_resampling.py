@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dataloaders.resampling import resample, resample_labels
+from dataloaders.resampling import SplineOrder, resample, resample_labels
 
 
 def naive_place(index: tuple[int, ...], old: tuple[int, ...], new: tuple[int, ...], ratio: tuple) -> np.ndarray:
@@ -25,9 +25,43 @@ def test_same_grid_is_copied_untouched() -> None:
     assert np.array_equal(copied, labels) and copied is not labels
 
 
-@pytest.mark.parametrize(
-    ("new", "ratio"), [((6, 2, 3), (0.7, 1.4, 0.7)), ((2, 6, 2), (2.0, 0.5, 1.0)), ((4, 3, 1), (1.0, 1.1, 2.0))]
-)
+GRIDS = [((6, 2, 3), (0.7, 1.4, 0.7)), ((2, 6, 2), (2.0, 0.5, 1.0)), ((4, 3, 1), (1.0, 1.1, 2.0))]
+
+
+@pytest.mark.parametrize(("new", "ratio"), GRIDS)
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_values_are_linear_between_voxels_by_a_naive_loop(new: tuple, ratio: tuple, mirrored: bool) -> None:
+    old = (4, 3, 2)
+    arrays = np.random.default_rng(0).random((2, *old))
+    arrays = arrays[:, ::-1, :, ::-1] if mirrored else arrays
+    expected = np.zeros((2, *new))
+    for index in itertools.product(*map(range, new)):
+        at = naive_place(index, old, new, ratio)
+        for voxel in itertools.product(*map(range, old)):
+            expected[(slice(None), *index)] += arrays[(slice(None), *voxel)] * np.prod(
+                np.clip(1 - np.abs(at - voxel), 0, None)
+            )
+    np.testing.assert_allclose(resample(arrays, new, ratio, order=1), expected, atol=1e-12)
+    band = resample(arrays, new, ratio, order=1, rows=slice(1, new[0]))
+    np.testing.assert_allclose(band, expected[:, 1:], atol=1e-12)
+
+
+@pytest.mark.parametrize(("order", "dtype"), [(1, np.float32), (3, np.float32), (3, np.float64)])
+def test_arrays_are_resampled_one_by_one_in_their_own_type_and_range(order: SplineOrder, dtype: type) -> None:
+    arrays = np.zeros((2, 1, 6, 6, 6), dtype)
+    arrays[0, :, :3] = 1  # an edge, beyond which a cubic spline swings
+    arrays[1, :, 3:] = 5
+    both = resample(arrays, (12, 12, 12), (0.5, 0.5, 0.5), order=order)
+    assert both.shape == (2, 1, 12, 12, 12) and both.dtype == dtype
+    for one, alone in zip(arrays, both, strict=True):
+        assert (alone.min(), alone.max()) == (0, one.max())
+        assert np.array_equal(resample(one[0], (12, 12, 12), (0.5, 0.5, 0.5), order=order), alone[0])
+    for rows in (slice(0, 5), slice(5, 12)):
+        part = resample(arrays, (12, 12, 12), (0.5, 0.5, 0.5), order=order, rows=rows)
+        np.testing.assert_allclose(part, both[:, :, rows], atol=1e-6)
+
+
+@pytest.mark.parametrize(("new", "ratio"), GRIDS)
 def test_labels_take_the_class_of_the_largest_linear_weight_by_a_naive_loop(new: tuple, ratio: tuple) -> None:
     old = (4, 3, 2)
     labels = np.random.default_rng(0).integers(0, 5, old).astype(np.uint8)
