@@ -1,4 +1,4 @@
-"""What data cost: a patch from volumes of several sizes, and the start of a training on many cases.
+"""What data cost: a patch from volumes of several sizes, resampling, and the start of a training on many cases.
 
     python -m benchmarks.data_speed --sizes 64 128 256 --cases 500
 
@@ -6,6 +6,9 @@ Patches: image and label, each turned, scaled, mirrored and changed in its inten
 the other in one process. ``ours`` cuts and turns in one go; ``monai`` are its dictionary transforms, the whole volume
 first and the crop last; ``monai, crop first`` the other way round. Printed: the median time of a patch, and its ratio
 to ours.
+
+Resampling: an image of 160 x 160 x 100 voxels to 256 x 256 x 200 (MONAI's ``Spacing`` makes a voxel less of each) and
+back, linearly, in turn with MONAI's; ``scipy`` is ``ndimage.affine_transform``.
 
 Start: from the command to the end of the first step on ``--cases`` gzipped NIfTI scans, the first time with an empty
 ``--cache_gb`` folder, then again.
@@ -25,36 +28,36 @@ from pathlib import Path
 import monai
 import nibabel as nib
 import numpy as np
+import scipy
 import torch
 from monai import transforms as mt
+from monai.data import MetaTensor
+from scipy import ndimage
 
 from benchmarks.trainer_process import TRAINER, run_to_end
 from dataloaders.base import Volume
 from dataloaders.case_cache import PreparedCase
 from dataloaders.patches import PatchDataset
+from dataloaders.resampling import resample
 from dataloaders.samplers import SampleKey
 from dataloaders.transforms import AugmentOptions
 
 ANGLE, SCALE = 12.0, 0.12  # of every patch, so that each time is of the same work
+COARSE, FINE = (160, 160, 100), (256, 256, 200)
 
 
 def main() -> None:
     """Measure and print."""
     settings = parse()
     patch = tuple(settings.patch_size)
-    lines = [f"monai {monai.__version__}, torch {torch.__version__}, patch {'x'.join(map(str, patch))}"]
-    lines.append(f"{'volume':>8s}{'side':>20s}{'ms per patch':>14s}{'x ours':>8s}")
-    for size in settings.sizes:
-        sides = make_sides(size, patch)
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(settings.rounds + 1):
-            for name, side in sides.items():
-                started = time.perf_counter()
-                side()
-                seconds[name].append(time.perf_counter() - started)
-        typical = {name: statistics.median(found[1:]) for name, found in seconds.items()}
+    versions = f"monai {monai.__version__}, scipy {scipy.__version__}, torch {torch.__version__}"
+    lines = [f"{versions}, patch {'x'.join(map(str, patch))}"]
+    lines.append(f"{'':10s}{'side':>19s}{'ms':>14s}{'x ours':>8s}")
+    parts = {f"{size}^3": make_sides(size, patch) for size in settings.sizes}
+    for part, sides in (parts | resampling_sides()).items():
+        typical = typical_seconds(sides, settings.rounds)
         for name, value in typical.items():
-            lines.append(f"{size:7d}^3{name:>19s}{1000 * value:14.2f}{value / typical['ours']:8.1f}")
+            lines.append(f"{part:>10s}{name:>19s}{1000 * value:14.2f}{value / typical['ours']:8.1f}")
     if settings.cases:
         first, again = start_seconds(settings.cases)
         lines.append(f"start with {settings.cases} cases: {first:.1f} s, again {again:.1f} s")
@@ -69,6 +72,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="patches of each side")
     parser.add_argument("--cases", type=int, default=500, help="scans of the training that is started; 0: none")
     return parser.parse_args()
+
+
+def typical_seconds(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each side, all in turn, without the first round."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds + 1):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            side()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(found[1:]) for name, found in seconds.items()}
 
 
 class OneCase:
@@ -114,6 +128,23 @@ def make_sides(size: int, patch: tuple[int, ...]) -> dict[str, Callable[[], obje
     for name, steps in orders.items():
         sides[name] = partial(mt.Compose(steps), held)  # dictionary transforms change a copy
     return sides
+
+
+def resampling_sides() -> dict[str, dict[str, Callable[[], object]]]:
+    """Functions that bring an image to finer voxels and back."""
+    rng = np.random.default_rng(0)
+    parts: dict[str, dict[str, Callable[[], object]]] = {}
+    for part, old, new in (("finer", COARSE, FINE), ("coarser", FINE, COARSE)):
+        image = rng.standard_normal(old, dtype=np.float32)
+        ratio = tuple(a / b for a, b in zip(old, new, strict=True))
+        start = (np.array(old) - 1) / 2 - (np.array(new) - 1) / 2 * ratio
+        held = MetaTensor(torch.from_numpy(image)[None], affine=torch.eye(4, dtype=torch.float64))
+        parts[part] = {
+            "ours": partial(resample, image, new, ratio, order=1),
+            "monai": partial(mt.Spacing(ratio, mode="bilinear", padding_mode="border"), held),
+            "scipy": partial(ndimage.affine_transform, image, np.array(ratio), start, new, order=1, mode="nearest"),
+        }
+    return parts
 
 
 def start_seconds(cases: int) -> tuple[float, float]:

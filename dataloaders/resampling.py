@@ -37,9 +37,8 @@ def resample(
     for index in np.ndindex(array.shape[:-3]):
         one, new = array[index], sampled[index]
         if order == 1:
-            new[...] = _interpolate(
-                one, [s + np.arange(n) * r for s, n, r in zip(starts, new.shape, ratio, strict=True)]
-            )
+            places = [start + np.arange(n) * step for start, n, step in zip(starts, new.shape, ratio, strict=True)]
+            new[...] = _interpolate(one, places)
         else:
             ndimage.affine_transform(one, np.asarray(ratio), starts, output=new, order=order, mode="nearest")
             new.clip(one.min(), one.max(), out=new)
@@ -49,15 +48,17 @@ def resample(
 def _interpolate(array: np.ndarray, places: Sequence[np.ndarray]) -> np.ndarray:
     """An array (X, Y, Z) at ``places`` along each axis, linear between voxels.
 
-    One axis after the other takes a fifth of the time of ``ndimage.affine_transform``, which weighs eight voxels for
-    each new one; where there are fewer places than voxels first.
+    One axis after the other takes less time than ``ndimage.affine_transform``, which weighs eight voxels for each new
+    one. Axes that lose voxels come first; few are left then for Z, whose neighbours are costly to gather.
     """
     pairs = [_between(at, count) for at, count in zip(places, array.shape, strict=True)]
     rows, _ = pairs[0]
     first, last = rows.min(), rows.max()
     rows -= first
     values = torch.from_numpy(in_order(array[first : last + 1]))
-    for axis in sorted((2, 1, 0), key=lambda axis: len(places[axis]) / array.shape[axis]):
+    shrinking = [axis for axis in range(3) if len(places[axis]) < array.shape[axis]]
+    growing = [axis for axis in (2, 1, 0) if axis not in shrinking]
+    for axis in (*shrinking, *growing):
         (below, above), (_, part) = (torch.from_numpy(both) for both in pairs[axis])
         weight = part.to(values.dtype).reshape([-1 if other == axis else 1 for other in range(3)])
         values = values.index_select(axis, below).lerp_(values.index_select(axis, above), weight)

@@ -92,10 +92,22 @@ def test_data_speed_prints_a_line_per_side_and_size(
 ) -> None:
     flags = ["--sizes", "24", "--patch_size", "16", "16", "16", "--rounds", "1", "--cases", "0"]
     monkeypatch.setattr(sys, "argv", ["x", *flags])
+    monkeypatch.setattr(data_speed, "COARSE", (8, 8, 5))
     data_speed.main()
     lines = capsys.readouterr().out.splitlines()[2:]
-    assert [line[:28].split(maxsplit=1)[1] for line in lines] == ["ours", "monai", "monai, crop first"]
+    sides = [line[:29].split(maxsplit=1)[1] for line in lines]
+    assert sides == ["ours", "monai", "monai, crop first", *2 * ["ours", "monai", "scipy"]]
     assert lines[0].split()[-1] == "1.0" and all(float(line.split()[-2]) > 0 for line in lines)
+
+
+def test_data_speed_resamples_alike_on_every_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_speed, "COARSE", (8, 8, 5))
+    monkeypatch.setattr(data_speed, "FINE", (15, 15, 9))
+    for sides in data_speed.resampling_sides().values():
+        ours, monai, scipy = (np.asarray(side()) for side in sides.values())
+        np.testing.assert_allclose(ours, scipy, atol=1e-5)
+        assert ours.std() > 0.1 and monai.std() == pytest.approx(ours.std(), rel=0.2)
+        assert np.abs(np.subtract(monai.shape[1:], ours.shape)).max() <= 1  # it keeps the corner voxels
 
 
 def test_data_speed_has_patches_of_one_size_from_every_side() -> None:

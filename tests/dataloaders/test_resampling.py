@@ -38,9 +38,8 @@ def test_values_are_linear_between_voxels_by_a_naive_loop(new: tuple, ratio: tup
     for index in itertools.product(*map(range, new)):
         at = naive_place(index, old, new, ratio)
         for voxel in itertools.product(*map(range, old)):
-            expected[(slice(None), *index)] += arrays[(slice(None), *voxel)] * np.prod(
-                np.clip(1 - np.abs(at - voxel), 0, None)
-            )
+            weight = np.prod(np.clip(1 - np.abs(at - voxel), 0, None))
+            expected[(slice(None), *index)] += weight * arrays[(slice(None), *voxel)]
     np.testing.assert_allclose(resample(arrays, new, ratio, order=1), expected, atol=1e-12)
     band = resample(arrays, new, ratio, order=1, rows=slice(1, new[0]))
     np.testing.assert_allclose(band, expected[:, 1:], atol=1e-12)
