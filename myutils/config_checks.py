@@ -52,8 +52,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"--flip_axes {' '.join(map(str, axes))}: axes are 0, 1 and 2, each at most once")
     if exp is not None and (exp in ("", "..") or Path(exp).name != exp):
         raise ValueError(f"--exp {exp!r}: a plain folder name; put the parent folder into --output_dir")
-    if exp is not None and len(os.fsencode(exp)) > _LONGEST_NAME:
-        raise ValueError(f"--exp: a name of {len(os.fsencode(exp))} bytes; folders have at most {_LONGEST_NAME}")
+    if exp is not None and (size := len(os.fsencode(exp))) > _LONGEST_NAME:
+        raise ValueError(f"--exp: a name of {size} bytes, folders have at most {_LONGEST_NAME}; choose a shorter one")
 
 
 def idle_flags(settings: Mapping[str, Any]) -> dict[str, Set[str]]:

@@ -116,7 +116,7 @@ def test_output_dir_that_is_a_file_is_refused(folder: Path, capsys: Capture) -> 
 
 
 def test_folders_that_no_file_system_makes_are_refused(folder: Path, capsys: Capture) -> None:
-    assert_refused(job(folder, exp="é" * 128), capsys, "--exp: a name of 256 bytes; folders have at most 255")
+    assert_refused(job(folder, exp="é" * 128), capsys, "--exp: a name of 256 bytes, folders have at most 255; choose")
     (folder / "file").write_text("a file")
     told = "--cache_dir: cannot make", "Not a directory; pass a folder that can be written"
     assert_refused(job(folder, cache_dir=str(folder / "file" / "cache"), cache_gb="1"), capsys, *told)
