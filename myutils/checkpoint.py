@@ -101,10 +101,11 @@ def write_checkpoint(path: Path, state: RunState, tensors: dict[str, Any]) -> No
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         pass_on_device_error(error)
-        kept = f"; the checkpoint of before is still at {path}" if path.exists() else ""
         reason = str(error).partition("\n")[0]
-        advice = "free space there, or make it writable, or use another --output_dir"
-        raise OSError(f"cannot write {path}: {reason}; {advice}{kept}") from error
+        advice = "or use another --output_dir"
+        if path.exists():
+            advice = f"or copy {path.parent} elsewhere and pass that --output_dir; it has the checkpoint of before"
+        raise OSError(f"cannot write {path}: {reason}; free space there, or make it writable, {advice}") from error
 
 
 def _listed(value: object) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import sys
 from pathlib import Path
 
@@ -38,9 +39,12 @@ def test_full_disk_keeps_the_last_checkpoint_and_says_how_to_go_on(
         patch.setattr("myutils.trainer.write_checkpoint", write)
         assert train.main(job(folder, "--no-evaluate", exp="a", save_every="1")) == 1
     message = capsys.readouterr().err
-    assert "No space left on device" in message and "the checkpoint of before is still at" in message
-    assert "--exp a --resume" in message and "Traceback" not in message
+    assert "No space left on device" in message and "--exp a --resume" in message and "Traceback" not in message
+    assert f"or copy {folder / 'runs' / 'a'} elsewhere and pass that --output_dir; it has the checkpoint" in message
+    shutil.copytree(folder / "runs", folder / "elsewhere" / "runs")
     assert train.main(resume(folder, "a")) == 0
+    assert train.main(resume(folder / "elsewhere", "a")) == 0
+    assert different(weights(folder, "a"), weights(folder / "elsewhere", "a")) == []
     assert train.main(job(folder, "--no-evaluate", exp="b", save_every="1")) == 0
     assert different(weights(folder, "a"), weights(folder, "b")) == []
 
