@@ -31,32 +31,31 @@ def resample(
     rows, old = rows or slice(0, size[0]), array.shape[-3:]
     if _is_same_grid(old, size, ratio):
         return array[..., rows, :, :].copy()
-    starts = _first_voxel(old, size, ratio)
+    starts, band = _first_voxel(old, size, ratio), (rows.stop - rows.start, *size[1:])
     starts[0] += rows.start * ratio[0]
-    sampled = np.empty((*array.shape[:-3], rows.stop - rows.start, *size[1:]), dtype=array.dtype)
+    sampled = np.empty((*array.shape[:-3], *band), dtype=array.dtype)
+    neighbours = _neighbours(starts, band, ratio, old)
     for index in np.ndindex(array.shape[:-3]):
         one, new = array[index], sampled[index]
         if order == 1:
-            places = [start + np.arange(n) * step for start, n, step in zip(starts, new.shape, ratio, strict=True)]
-            new[...] = _interpolate(one, places)
+            new[...] = _interpolate(one, neighbours)
         else:
             ndimage.affine_transform(one, np.asarray(ratio), starts, output=new, order=order, mode="nearest")
             new.clip(one.min(), one.max(), out=new)
     return sampled
 
 
-def _interpolate(array: np.ndarray, places: Sequence[np.ndarray]) -> np.ndarray:
-    """An array (X, Y, Z) at ``places`` along each axis, linear between voxels.
+def _interpolate(array: np.ndarray, neighbours: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """An array (X, Y, Z) on a grid, linear between the ``_neighbours`` of its voxels.
 
     One axis after the other takes less time than ``ndimage.affine_transform``, which weighs eight voxels for each new
     one. Axes that lose voxels come first; few are left then for Z, whose neighbours are costly to gather.
     """
-    pairs = [_between(at, count) for at, count in zip(places, array.shape, strict=True)]
-    rows, _ = pairs[0]
+    (rows, parts), *others = neighbours
     first, last = rows.min(), rows.max()
-    rows -= first
+    pairs = [(rows - first, parts), *others]
     values = torch.from_numpy(in_order(array[first : last + 1]))
-    shrinking = [axis for axis in range(3) if len(places[axis]) < array.shape[axis]]
+    shrinking = [axis for axis in range(3) if pairs[axis][0].shape[1] < array.shape[axis]]
     growing = [axis for axis in (2, 1, 0) if axis not in shrinking]
     for axis in (*shrinking, *growing):
         (below, above), (_, part) = (torch.from_numpy(both) for both in pairs[axis])
@@ -74,10 +73,7 @@ def resample_labels(labels: np.ndarray, size: tuple[int, ...], ratio: tuple[floa
     if _is_same_grid(labels.shape, size, ratio):
         return labels.copy()
     starts = _first_voxel(labels.shape, size, ratio)
-    (below_x, part_x), (below_y, part_y), (below_z, part_z) = (
-        _between(start + np.arange(count) * step, old)
-        for start, count, step, old in zip(starts, size, ratio, labels.shape, strict=True)
-    )
+    (below_x, part_x), (below_y, part_y), (below_z, part_z) = _neighbours(starts, size, ratio, labels.shape)
     sampled = np.empty(size, labels.dtype)
     for x, row in enumerate(sampled):
         corners = labels[below_x[:, x]][:, below_y][..., below_z]  # (2, 2, Y, 2, Z)
@@ -108,6 +104,14 @@ def _is_same_grid(old: tuple[int, ...], size: tuple[int, ...], ratio: tuple[floa
 def _first_voxel(old_size: tuple[int, ...], new_size: tuple[int, ...], ratio: tuple[float, ...]) -> np.ndarray:
     """Where the new grid's first voxel lies, in old voxel indices, if both grids share their centre."""
     return (np.array(old_size) - 1) / 2 - (np.array(new_size) - 1) / 2 * np.array(ratio)
+
+
+def _neighbours(
+    starts: np.ndarray, size: Sequence[int], ratio: Sequence[float], old: Sequence[int]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """``_between`` along each axis for a grid of ``size`` that begins at ``starts``, in voxels of the old one."""
+    axes = zip(starts, size, ratio, old, strict=True)
+    return [_between(start + np.arange(count) * step, voxels) for start, count, step, voxels in axes]
 
 
 def _between(at: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
