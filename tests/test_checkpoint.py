@@ -56,10 +56,8 @@ def test_failed_write_keeps_the_older_file(tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "last.pt"
     write_checkpoint(path, make_state(step=3), {})
     monkeypatch.setattr(checkpoint.torch, "save", half_written)
-    with pytest.raises(
-        OSError,
-        match=r"last\.pt.*No space left.*free space.*or copy .*; it has the checkpoint of before",
-    ):
+    advice = r"free space.*or copy .* elsewhere and pass that --output_dir; it has the checkpoint of before"
+    with pytest.raises(OSError, match=rf"last\.pt.*No space left.*{advice}"):
         write_checkpoint(path, make_state(step=4), {})
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
     assert read_checkpoint(path)[0].step == 3
